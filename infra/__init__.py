@@ -1,0 +1,1 @@
+"""Storage, manifests, DuckDB, Dask and the files that start services."""

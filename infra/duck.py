@@ -1,0 +1,171 @@
+"""The one way to a DuckDB connection, and the views that users query.
+
+`connect(storage)` opens an in-memory database whose views are the published tables of that root: the names
+and columns of the contract, over Parquet files that any tool can read. What is published is named by
+`catalog.json`, which is replaced whole, so a reader sees the tables of one finished run.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass, field
+from typing import Any
+
+import duckdb
+
+from infra.errors import ConfigError
+from infra.storage import Storage
+from schemas.config import DuckDb
+
+CATALOG = "catalog.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardFile:
+    """One shard's file of a table that is kept by shard.
+
+    Attributes:
+        name: File name relative to the storage root.
+        doc_offset: `doc_id` of the shard's document 0.
+        source: URL of the corpus file that the shard was cut from.
+        layer: Decoder block, where the table has one.
+        n_documents: Documents of the shard that count, from document 0.
+    """
+
+    name: str
+    doc_offset: int = 0
+    source: str = ""
+    layer: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Catalog:
+    """What is published: tables in one file each, and tables kept by shard.
+
+    Attributes:
+        tables: Table name to Parquet file name.
+        sharded: Table name to its shards' files, in corpus order.
+        lineage: Group of tables (`corpus`, `graph`, …) to the key that it was made with.
+    """
+
+    tables: dict[str, str] = field(default_factory=dict)
+    sharded: dict[str, list[ShardFile]] = field(default_factory=dict)
+    lineage: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON form, with the shards' fields as columns."""
+        return {
+            "tables": self.tables,
+            "sharded": {
+                table: {
+                    "name": [file.name for file in files],
+                    "doc_offset": [file.doc_offset for file in files],
+                    "source": [file.source for file in files],
+                    "layer": [file.layer for file in files],
+                }
+                for table, files in self.sharded.items()
+            },
+            "lineage": self.lineage,
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Catalog:
+        """The inverse of `to_json`."""
+        return cls(
+            tables=dict(value["tables"]),
+            sharded={
+                table: [
+                    ShardFile(name=name, doc_offset=offset, source=source, layer=layer)
+                    for name, offset, source, layer in zip(
+                        columns["name"], columns["doc_offset"], columns["source"], columns["layer"], strict=True
+                    )
+                ]
+                for table, columns in value["sharded"].items()
+            },
+            lineage=dict(value["lineage"]),
+        )
+
+
+def read_catalog(storage: Storage) -> Catalog:
+    """What is published under this root; empty where nothing is."""
+    value = storage.read_json(CATALOG)
+    return Catalog() if value is None else Catalog.from_json(value)
+
+
+def open_duckdb(storage: Storage, resources: DuckDb | None = None, database: str = ":memory:") -> Any:
+    """A DuckDB connection with limits set and the storage's filesystem registered; no views."""
+    resources = resources or DuckDb()
+    connection = duckdb.connect(database)
+    try:
+        connection.execute("SET memory_limit = ?", [resources.memory_limit])
+        if resources.threads:
+            connection.execute("SET threads = ?", [resources.threads])
+        spill = resources.temp_directory or os.path.join(tempfile.gettempdir(), "functok-duckdb")
+        connection.execute("SET temp_directory = ?", [spill])
+        connection.execute("SET preserve_insertion_order = false")
+        connection.execute("SET enable_progress_bar = false")
+    except duckdb.Error as error:
+        raise ConfigError(f"DuckDB refused its settings: {error}", hint="see [duckdb] in the configuration")
+    if not storage.is_local:
+        connection.register_filesystem(storage.fs)
+    return connection
+
+
+def connect(storage: Storage, resources: DuckDb | None = None) -> Any:
+    """A DuckDB connection whose views are the published tables of this root."""
+    connection = open_duckdb(storage, resources)
+    create_views(connection, storage, read_catalog(storage))
+    return connection
+
+
+def create_views(connection: Any, storage: Storage, catalog: Catalog) -> None:
+    """Create one view for each published table.
+
+    A table kept by shard gets its global `doc_id` (and `source`, `layer`) from the small table
+    `_shards_<table>`, so that a shard's file does not change when other files join the corpus.
+    """
+    for table, name in catalog.tables.items():
+        connection.execute(f"CREATE OR REPLACE VIEW {table} AS SELECT * FROM read_parquet({_text(storage.url(name))})")
+    for table, files in catalog.sharded.items():
+        view_of_shards(connection, storage, table, files)
+
+
+SHARDED_SELECT = {
+    "documents": "s.doc_offset + f.doc AS doc_id, s.source, f.n_chars, f.n_tokens",
+    "rejects": "s.source, f.line, f.reason",
+    "occurrences": "s.doc_offset + f.doc AS doc_id, f.position, f.token_id",
+    "activations": "s.layer, s.doc_offset + f.doc AS doc_id, f.position, f.token_id, f.feature_id, f.activation",
+    "shard_counts": "f.token_id, f.count, f.doc_count",
+    "shard_edges": "s.layer, f.token_id, f.feature_id, f.n",
+    "graph_documents": "s.doc_offset + f.doc AS doc_id",
+}
+
+
+def view_of_shards(connection: Any, storage: Storage, table: str, files: list[ShardFile]) -> None:
+    """Create the view `table` over its shards' files."""
+    import pyarrow as pa
+
+    if not files:
+        raise ConfigError(f"the table {table} has no shards")
+    urls = [storage.url(file.name) for file in files]
+    rows = pa.table(
+        {
+            "url": pa.array(urls, pa.string()),
+            "doc_offset": pa.array([file.doc_offset for file in files], pa.int64()),
+            "source": pa.array([file.source for file in files], pa.string()),
+            "layer": pa.array([file.layer for file in files], pa.int32()),
+        }
+    )
+    connection.register("_rows", rows)
+    connection.execute(f"CREATE OR REPLACE TABLE _shards_{table} AS SELECT * FROM _rows")
+    connection.unregister("_rows")
+    listed = ", ".join(_text(url) for url in urls)
+    connection.execute(
+        f"CREATE OR REPLACE VIEW {table} AS SELECT {SHARDED_SELECT[table]} "
+        f"FROM read_parquet([{listed}], filename = true) AS f JOIN _shards_{table} AS s ON s.url = f.filename"
+    )
+
+
+def _text(value: str) -> str:
+    return "'" + value.replace("'", "''") + "'"

@@ -1,0 +1,60 @@
+"""Errors that say what went wrong, where, whether trying again can help, and the way out.
+
+The orchestrator decides by type: only `retryable` errors are retried (see `flows.retry`).
+"""
+
+from __future__ import annotations
+
+
+class FunctokError(Exception):
+    """An error that is shown to the user as one clear line.
+
+    Args:
+        message: What is wrong, naming the input and the place.
+        hint: The way out.
+        stage: The stage it happened in, if known.
+    """
+
+    retryable = False
+
+    def __init__(self, message: str, *, hint: str = "", stage: str = "") -> None:
+        super().__init__(message)
+        self.message, self.hint, self.stage = message, hint, stage
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.message, self.hint, self.stage)
+
+    def __str__(self) -> str:
+        where = f"[{self.stage}] " if self.stage else ""
+        way_out = f" ({self.hint})" if self.hint else ""
+        return f"{where}{self.message}{way_out}"
+
+
+def _rebuild(kind: type[FunctokError], message: str, hint: str, stage: str) -> FunctokError:
+    return kind(message, hint=hint, stage=stage)
+
+
+class ConfigError(FunctokError):
+    """The configuration is wrong: trying again cannot help."""
+
+
+class CorpusError(FunctokError):
+    """The corpus cannot be used as asked."""
+
+
+class ModelError(FunctokError):
+    """The model or its tokenizer cannot be loaded or used."""
+
+
+class DictionaryError(FunctokError):
+    """A sparse autoencoder does not fit, or did not pass its gate."""
+
+
+class ExpectationError(FunctokError):
+    """Data that a stage made or read does not meet its expectations."""
+
+
+class StorageError(FunctokError):
+    """The storage failed; another try may succeed."""
+
+    retryable = True

@@ -1,0 +1,104 @@
+"""Content keys and manifests: what is done, and how we know.
+
+Anything costly lives in a folder of its own, named by a key that hashes what determines it: the content of
+its inputs, the part of the configuration that its stage reads, and the stage's code version. The folder is
+done when it holds `manifest.json`, which is written last and names every other file with its size. A folder
+without a manifest is the remains of a killed process; nobody reads it, and the next run overwrites it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from infra.errors import StorageError
+from infra.storage import Storage
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What one finished folder holds.
+
+    Attributes:
+        stage: The stage that made it.
+        inputs: What its key was made of, readable.
+        files: Relative file name to size in bytes.
+        stats: Small numbers that other stages need without opening the files.
+    """
+
+    stage: str
+    inputs: dict[str, Any]
+    files: dict[str, int] = field(default_factory=dict)
+    stats: dict[str, Any] = field(default_factory=dict)
+
+
+def content_key(**parts: Any) -> str:
+    """A 20-digit hexadecimal key of JSON-able parts, independent of their order."""
+    canonical = json.dumps(parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:20]
+
+
+def commit(storage: Storage, folder: str, manifest: Manifest) -> Manifest:
+    """Record the files now in `folder` as its finished content; the manifest is written last.
+
+    Raises:
+        StorageError: if a file that the manifest names (`files` given) did not arrive whole.
+    """
+    found = {
+        name[len(folder) + 1 :]: size
+        for name, size in storage.sizes(folder).items()
+        if not name.endswith(f"/{MANIFEST}")
+    }
+    wanted = manifest.files or found
+    for name in wanted:
+        if name not in found:
+            raise StorageError(f"{storage.url(folder)}/{name} was written but is not there")
+    done = Manifest(
+        stage=manifest.stage,
+        inputs=manifest.inputs,
+        files={name: found[name] for name in sorted(wanted)},
+        stats=manifest.stats,
+    )
+    storage.write_json(f"{folder}/{MANIFEST}", asdict(done))
+    return done
+
+
+def load(storage: Storage, folder: str) -> Manifest | None:
+    """The manifest of a finished folder, or None."""
+    return load_all(storage, [folder]).get(folder)
+
+
+def load_all(storage: Storage, folders: Iterable[str]) -> dict[str, Manifest]:
+    """The manifests of those folders that are finished, fetched together.
+
+    A manifest that names a file that is gone or has another size does not count: the folder is damaged
+    and will be made again.
+    """
+    wanted = list(dict.fromkeys(folders))
+    contents = storage.read_many([f"{folder}/{MANIFEST}" for folder in wanted])
+    if not contents:
+        return {}
+    manifests: dict[str, Manifest] = {}
+    for name, content in contents.items():
+        try:
+            manifests[name[: -len(MANIFEST) - 1]] = Manifest(**json.loads(content))
+        except (ValueError, TypeError):
+            continue
+    sizes = _sizes_of(storage, manifests)
+    return {
+        folder: manifest
+        for folder, manifest in manifests.items()
+        if all(sizes.get(f"{folder}/{name}") == size for name, size in manifest.files.items())
+    }
+
+
+def _sizes_of(storage: Storage, manifests: Mapping[str, Manifest]) -> dict[str, int]:
+    tops = {folder.split("/", 1)[0] for folder in manifests}
+    if len(manifests) <= 2:
+        return {name: size for folder in manifests for name, size in storage.sizes(folder).items()}
+    return {name: size for top in sorted(tops) for name, size in storage.sizes(top).items()}

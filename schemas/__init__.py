@@ -1,0 +1,1 @@
+"""Configuration, table schemas and expectations."""

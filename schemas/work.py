@@ -1,0 +1,126 @@
+"""The values that stages hand to each other: names of finished folders and small numbers, never data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Stage = Literal["tokenize", "dictionaries", "features", "tables", "report"]
+STAGES: tuple[Stage, ...] = ("tokenize", "dictionaries", "features", "tables", "report")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenShard:
+    """A run of consecutive documents of one corpus file, tokenized.
+
+    Attributes:
+        folder: Its folder in the storage, named by content.
+        source: URL of the corpus file.
+        doc_offset: `doc_id` of its document 0 in this corpus.
+        n_documents: Documents in it.
+        n_tokens: Tokens in it, special tokens not counted.
+        n_rejects: Records of its part of the file that could not be used.
+    """
+
+    folder: str
+    source: str
+    doc_offset: int
+    n_documents: int
+    n_tokens: int
+    n_rejects: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusShards:
+    """The tokenized corpus, in file order.
+
+    Attributes:
+        shards: All shards.
+        tokenizer_key: Content key of the tokenizer.
+        vocabulary: File name of the vocabulary (token_id, token) in the storage.
+    """
+
+    shards: tuple[TokenShard, ...]
+    tokenizer_key: str
+    vocabulary: str
+
+    @property
+    def n_documents(self) -> int:
+        """Documents in the corpus."""
+        return sum(shard.n_documents for shard in self.shards)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in the corpus, special tokens not counted."""
+        return sum(shard.n_tokens for shard in self.shards)
+
+    @property
+    def n_rejects(self) -> int:
+        """Records that could not be used."""
+        return sum(shard.n_rejects for shard in self.shards)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dictionary:
+    """A sparse autoencoder ready to use: checked, and saved by SAELens in a folder of the storage.
+
+    Attributes:
+        layer: Decoder block whose output it reads.
+        folder: Its folder in the storage (`cfg.json`, `sae_weights.safetensors`).
+        key: Content key of the weights and their configuration.
+        d_sae: Number of latents.
+        source: Where it comes from, for people.
+        quality: Gate figures where it was trained here: `explained_variance`,
+            `explained_variance_all` (outliers included), `l0`, `k`, `alive_share`, `heldout_tokens`.
+    """
+
+    layer: int
+    folder: str
+    key: str
+    d_sae: int
+    source: str
+    quality: dict[str, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphShard:
+    """The part of a token shard that is in the graph: its first `n_documents` documents."""
+
+    shard: TokenShard
+    n_documents: int
+    n_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureShard:
+    """One layer's features of one graph shard.
+
+    Its folder holds `activations.parquet`, `edges.parquet` and `counts.parquet`.
+    """
+
+    layer: int
+    folder: str
+    part: GraphShard
+    n_activations: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """What a stage has, and what a run would do now.
+
+    Attributes:
+        done: Finished units.
+        missing: Units that a run would make.
+        reason: Why, in a sentence.
+        details: A line for each unit or group that would be made.
+    """
+
+    stage: Stage
+    done: int
+    missing: int | None
+    reason: str
+    details: tuple[str, ...] = field(default_factory=tuple)
+
+    def as_row(self) -> dict[str, Any]:
+        """The plan as a flat row for tables and artifacts."""
+        return {"stage": self.stage, "done": self.done, "missing": self.missing, "reason": self.reason}

@@ -1,0 +1,1 @@
+"""Analysis: one `.sql` file a table; the file name is the table name."""

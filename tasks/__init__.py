@@ -1,0 +1,1 @@
+"""What is done: functions on data that run without Prefect."""
