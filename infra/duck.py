@@ -30,7 +30,6 @@ class ShardFile:
         doc_offset: `doc_id` of the shard's document 0.
         source: URL of the corpus file that the shard was cut from.
         layer: Decoder block, where the table has one.
-        n_documents: Documents of the shard that count, from document 0.
     """
 
     name: str
@@ -136,9 +135,10 @@ SHARDED_SELECT = {
     "rejects": "s.source, f.line, f.reason",
     "occurrences": "s.doc_offset + f.doc AS doc_id, f.position, f.token_id",
     "activations": "s.layer, s.doc_offset + f.doc AS doc_id, f.position, f.token_id, f.feature_id, f.activation",
-    "shard_counts": "f.token_id, f.count, f.doc_count",
+    # inputs of the table stage, not published
+    "shard_token_counts": "f.token_id, f.count, f.doc_count",
     "shard_edges": "s.layer, f.token_id, f.feature_id, f.n",
-    "graph_documents": "s.doc_offset + f.doc AS doc_id",
+    "shard_graph_counts": "s.layer, f.token_id, f.count",
 }
 
 
@@ -160,7 +160,8 @@ def view_of_shards(connection: Any, storage: Storage, table: str, files: list[Sh
     connection.register("_rows", rows)
     connection.execute(f"CREATE OR REPLACE TABLE _shards_{table} AS SELECT * FROM _rows")
     connection.unregister("_rows")
-    listed = ", ".join(_text(url) for url in urls)
+    # Files of equal content share a shard: each is read once and joined with every place it stands in.
+    listed = ", ".join(_text(url) for url in dict.fromkeys(urls))
     connection.execute(
         f"CREATE OR REPLACE VIEW {table} AS SELECT {SHARDED_SELECT[table]} "
         f"FROM read_parquet([{listed}], filename = true) AS f JOIN _shards_{table} AS s ON s.url = f.filename"
