@@ -77,7 +77,11 @@ class Catalog:
                 table: [
                     ShardFile(name=name, doc_offset=offset, source=source, layer=layer)
                     for name, offset, source, layer in zip(
-                        columns["name"], columns["doc_offset"], columns["source"], columns["layer"], strict=True
+                        columns["name"],
+                        columns["doc_offset"],
+                        columns["source"],
+                        columns["layer"],
+                        strict=True,
                     )
                 ]
                 for table, columns in value["sharded"].items()
@@ -105,7 +109,9 @@ def open_duckdb(storage: Storage, resources: DuckDb | None = None, database: str
         connection.execute("SET preserve_insertion_order = false")
         connection.execute("SET enable_progress_bar = false")
     except duckdb.Error as error:
-        raise ConfigError(f"DuckDB refused its settings: {error}", hint="see [duckdb] in the configuration")
+        raise ConfigError(
+            f"DuckDB refused its settings: {error}", hint="see [duckdb] in the configuration"
+        ) from error
     if not storage.is_local:
         connection.register_filesystem(storage.fs)
     return connection
@@ -125,7 +131,9 @@ def create_views(connection: Any, storage: Storage, catalog: Catalog) -> None:
     `_shards_<table>`, so that a shard's file does not change when other files join the corpus.
     """
     for table, name in catalog.tables.items():
-        connection.execute(f"CREATE OR REPLACE VIEW {table} AS SELECT * FROM read_parquet({_text(storage.url(name))})")
+        connection.execute(
+            f"CREATE OR REPLACE VIEW {table} AS SELECT * FROM read_parquet({_text(storage.url(name))})"
+        )
     for table, files in catalog.sharded.items():
         view_of_shards(connection, storage, table, files)
 

@@ -46,7 +46,9 @@ class Storage:
         try:
             self.fs, path = fsspec.core.url_to_fs(root, **options)
         except (ValueError, ImportError) as error:
-            raise StorageError(f"cannot open the storage {root}: {error}", hint="use a local path or s3://bucket/prefix")
+            raise StorageError(
+                f"cannot open the storage {root}: {error}", hint="use a local path or s3://bucket/prefix"
+            ) from error
         self.is_local = bool(self.fs.async_impl is False and "file" in _protocols(self.fs))
         self.path: str = os.path.abspath(path) if self.is_local else path.rstrip("/")
         self.root: str = self.path if self.is_local else str(self.fs.unstrip_protocol(self.path))
@@ -116,7 +118,9 @@ class Storage:
         try:
             return json.loads(content)
         except ValueError as error:
-            raise StorageError(f"{self.url(name)} is not valid JSON: {error}", hint="delete it and run again")
+            raise StorageError(
+                f"{self.url(name)} is not valid JSON: {error}", hint="delete it and run again"
+            ) from error
 
     @contextmanager
     def write(self, name: str) -> Iterator[IO[bytes]]:
@@ -168,7 +172,10 @@ class Storage:
         """Copy every file of a local folder under `prefix`."""
         for path in sorted(folder.rglob("*")):
             if path.is_file():
-                with self.write(f"{prefix}/{path.relative_to(folder).as_posix()}") as file, open(path, "rb") as source:
+                with (
+                    self.write(f"{prefix}/{path.relative_to(folder).as_posix()}") as file,
+                    open(path, "rb") as source,
+                ):
                     shutil.copyfileobj(source, file, 8 << 20)
 
     def local_folder(self, prefix: str) -> Path:

@@ -30,7 +30,9 @@ class Corpus(Section):
         ".txt files; .gz and .zst allowed on text formats. File order is list order, globs sorted.",
     )
     text_field: str = Field("text", description="Column or key that holds the text (not used by .txt).")
-    max_documents: PositiveInt | None = Field(None, description="Stop after this many documents, in file order.")
+    max_documents: PositiveInt | None = Field(
+        None, description="Stop after this many documents, in file order."
+    )
     max_tokens: PositiveInt | None = Field(
         None, description="Stop before the first document that would bring the total above this many tokens."
     )
@@ -118,7 +120,9 @@ class Windows(Section):
 class FunctionTokens(Section):
     """Which tokens are function tokens (PAPER 1.1)."""
 
-    share: float = Field(0.40, gt=0, le=1, description="Share of all occurrences their ranking prefix reaches.")
+    share: float = Field(
+        0.40, gt=0, le=1, description="Share of all occurrences their ranking prefix reaches."
+    )
 
 
 class Activations(Section):
@@ -128,7 +132,9 @@ class Activations(Section):
     max_tokens: PositiveInt | None = Field(
         None, description="Tokens in the graph: documents in file order while they fit."
     )
-    batch_tokens: PositiveInt = Field(4096, description="Padded tokens per forward at most (one window at least).")
+    batch_tokens: PositiveInt = Field(
+        4096, description="Padded tokens per forward at most (one window at least)."
+    )
     keep_dense: bool = Field(False, description="Also write the residuals themselves.")
     mantissa_bits: int = Field(
         15, ge=7, le=23, description="Mantissa bits kept of a stored activation; 23 keeps float32 whole."
@@ -146,7 +152,9 @@ class Graph(Section):
 class DuckDb(Section):
     """Resources of the table stage."""
 
-    memory_limit: str = Field("4GB", pattern=r"^\d+(\.\d+)?\s?[KMGT]i?B$", description="DuckDB spills above it.")
+    memory_limit: str = Field(
+        "4GB", pattern=r"^\d+(\.\d+)?\s?[KMGT]i?B$", description="DuckDB spills above it."
+    )
     threads: int = Field(0, ge=0, description="0: all cores.")
     temp_directory: str | None = Field(None, description="Where DuckDB spills; default: a temporary folder.")
 
@@ -155,7 +163,9 @@ class Dask(Section):
     """Where tokenization (and, on a cluster, extraction) runs."""
 
     scheduler: str = Field("", description="Address of a running scheduler; empty: a local cluster.")
-    workers: int = Field(0, ge=0, description="Local worker processes; 0: one per core, at most one per file.")
+    workers: int = Field(
+        0, ge=0, description="Local worker processes; 0: one per core, at most one per file."
+    )
 
 
 class StorageSection(Section):
@@ -187,14 +197,18 @@ class Config(Section):
         if len(set(layers)) != len(layers):
             raise ValueError(f"sae: one entry a layer, but the layers are {layers}")
         if self.sae and not self.corpus.keep_occurrences:
-            raise ValueError("corpus.keep_occurrences = false counts only: remove the sae entries, or keep them")
+            raise ValueError(
+                "corpus.keep_occurrences = false counts only: remove the sae entries, or keep them"
+            )
         return self
 
 
 Assignment = Annotated[str, "key.path=value"]
 
 
-def load_config(path: str | Path, assignments: list[Assignment] | None = None, root: str | None = None) -> Config:
+def load_config(
+    path: str | Path, assignments: list[Assignment] | None = None, root: str | None = None
+) -> Config:
     """Read a TOML file, apply `--set key.path=value` and `--root`, and validate.
 
     Values are parsed as TOML; what is not TOML is taken as a string. A list element is addressed by its
@@ -206,11 +220,13 @@ def load_config(path: str | Path, assignments: list[Assignment] | None = None, r
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error}", hint="give the path of a TOML file")
+        raise ConfigError(
+            f"cannot read the configuration {path}: {error}", hint="give the path of a TOML file"
+        ) from error
     try:
         values: dict[str, Any] = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}")
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
     for assignment in assignments or []:
         _assign(values, assignment)
     if root is not None:
@@ -218,7 +234,9 @@ def load_config(path: str | Path, assignments: list[Assignment] | None = None, r
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_explain(error)}", hint="`functok run --help` lists every key")
+        raise ConfigError(
+            f"{path}: {_explain(error)}", hint="`functok run --help` lists every key"
+        ) from error
 
 
 def _explain(error: ValidationError) -> str:

@@ -23,7 +23,11 @@ SHARD_FILES: dict[str, pa.Schema] = {
     "specials": _schema(doc=pa.int32(), position=pa.int32(), token_id=pa.int32()),
     # in a feature shard's folder
     "activations": _schema(
-        doc=pa.int32(), position=pa.int32(), token_id=pa.int32(), feature_id=pa.int32(), activation=pa.float32()
+        doc=pa.int32(),
+        position=pa.int32(),
+        token_id=pa.int32(),
+        feature_id=pa.int32(),
+        activation=pa.float32(),
     ),
     "edges": _schema(token_id=pa.int32(), feature_id=pa.int32(), n=pa.int32()),
     "counts": _schema(token_id=pa.int32(), count=pa.int64()),
