@@ -56,6 +56,12 @@ class Storage:
     def __reduce__(self) -> tuple[type[Storage], tuple[str, str | None]]:
         return Storage, (self.root, self.endpoint_url)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Storage) and (self.root, self.endpoint_url) == (other.root, other.endpoint_url)
+
+    def __hash__(self) -> int:
+        return hash((self.root, self.endpoint_url))
+
     def full(self, name: str) -> str:
         """The filesystem path of `name` (no protocol)."""
         return f"{self.path}/{name}" if name else self.path

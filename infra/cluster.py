@@ -1,0 +1,103 @@
+"""Dask clusters: the local one of this machine, or a running one by its address."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from infra.errors import ConfigError
+from schemas.config import Dask
+
+
+@contextmanager
+def tokenization_client(settings: Dask, n_files: int) -> Iterator[tuple[Any, int]]:
+    """A Dask client for `n_files` independent files, and the tokenizer threads that each worker should use.
+
+    The local cluster has one process a core, but no more than there are files; where there are fewer files
+    than cores, the tokenizer's own threads use the rest.
+    """
+    if settings.scheduler:
+        with _connected(settings.scheduler) as client:
+            yield client, 0
+        return
+    cores = _cores()
+    workers = min(settings.workers or cores, n_files)
+    threads = max(1, cores // workers)
+    with _local(workers, {"RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true"}) as client:
+        yield client, threads
+
+
+@contextmanager
+def extraction_client(settings: Dask, n_devices: int, n_parts: int) -> Iterator[Any]:
+    """A Dask client whose workers own a device each, or None where this process does as well."""
+    if settings.scheduler:
+        with _connected(settings.scheduler) as client:
+            yield client
+    elif min(n_devices, n_parts) > 1:
+        with _one_worker_per_gpu(min(n_devices, n_parts)) as client:
+            yield client
+    else:
+        yield None
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _connected(address: str) -> Iterator[Any]:
+    from distributed import Client
+
+    try:
+        client = Client(address, timeout="20s")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"dask.scheduler = {address} does not answer: {error}",
+            hint="start it with `dask scheduler`, or leave dask.scheduler empty for a local cluster",
+        ) from error
+    with client:
+        client.wait_for_workers(1, timeout=120)
+        yield client
+
+
+@contextmanager
+def _local(workers: int, environment: dict[str, str]) -> Iterator[Any]:
+    import dask
+    from distributed import Client, LocalCluster
+
+    quiet = {"logging.distributed": "error", "distributed.worker.memory.terminate": False}
+    with (
+        dask.config.set(quiet),
+        LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            processes=True,
+            host="127.0.0.1",
+            dashboard_address=None,
+            env=environment,
+            silence_logs="ERROR",
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+@contextmanager
+def _one_worker_per_gpu(devices: int) -> Iterator[Any]:
+    from distributed import Client, Nanny, Scheduler, SpecCluster
+
+    workers = {
+        index: {
+            "cls": Nanny,
+            "options": {"nthreads": 1, "host": "127.0.0.1", "env": {"CUDA_VISIBLE_DEVICES": str(index)}},
+        }
+        for index in range(devices)
+    }
+    scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard_address": None}}
+    with (
+        SpecCluster(workers=workers, scheduler=scheduler, silence_logs="ERROR") as cluster,
+        Client(cluster) as client,
+    ):
+        yield client

@@ -1,0 +1,96 @@
+"""Content hashes of files, cheap to ask for again.
+
+A local file is read whole once; its hash is remembered by path, size, inode and modification time in
+nanoseconds. A remote object is identified by what its store promises changes with the content (an ETag, a
+checksum, a commit); where a store promises nothing, it is read whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from infra.storage import LOCAL_CACHE
+
+_CHUNK = 8 << 20
+_IDENTITY_KEYS = ("ETag", "etag", "blob_id", "sha256", "md5", "md5Hash", "crc32c", "CRC")
+
+
+def content_hash(url: str, endpoint_url: str | None = None) -> str:
+    """The hash of a file's content, or of what its store promises identifies it.
+
+    Args:
+        url: Any fsspec URL of one file, chained ones among them.
+        endpoint_url: S3 endpoint if not AWS.
+
+    Raises:
+        FileNotFoundError: if the file is not there.
+    """
+    fs, path = fsspec.core.url_to_fs(url, **storage_options(url, endpoint_url))
+    if type(fs).__name__ == "LocalFileSystem":
+        return file_hash(Path(path))
+    info = fs.info(path)
+    for key in _IDENTITY_KEYS:
+        if info.get(key) not in (None, ""):
+            identity = f"{type(fs).__name__}:{key}:{info[key]}:{info.get('size')}"
+            return hashlib.sha256(identity.encode()).hexdigest()
+    digest = hashlib.sha256()
+    with fs.open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def storage_options(url: str, endpoint_url: str | None) -> dict[str, Any]:
+    """fsspec options for `url`: the S3 endpoint where there is one and the URL (or its chain's end) is on S3."""
+    if endpoint_url is None:
+        return {}
+    if url.startswith("s3://"):
+        return {"endpoint_url": endpoint_url}
+    return {"s3": {"endpoint_url": endpoint_url}} if "::s3://" in url else {}
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a local file, remembered until the file changes."""
+    stat = path.stat()
+    identity = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+    remembered = LOCAL_CACHE / "hashes" / name
+    try:
+        known = remembered.read_text()
+        if len(known) == 64:
+            return known
+    except OSError:
+        known = ""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    _remember(remembered, digest)
+    return digest
+
+
+def folder_hash(folder: Path, suffixes: tuple[str, ...]) -> str:
+    """One hash of the files of a folder that end in `suffixes` (names and contents, subfolders left out)."""
+    parts = [
+        (path.name, file_hash(path))
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.suffix in suffixes
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _remember(place: Path, digest: str) -> None:
+    # A cache that cannot be written only costs time.
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        handle, aside = tempfile.mkstemp(dir=place.parent)
+        with os.fdopen(handle, "w") as file:
+            file.write(digest)
+        os.replace(aside, place)
+    except OSError:
+        return

@@ -1,0 +1,173 @@
+"""Forward and encode, fused: the features of one part of the corpus for some layers (PAPER 1.2).
+
+A residual is encoded on its device as soon as its hook sees it, and only the non-zeros leave the device: a
+dense bfloat16 residual of three layers of gemma-2-9b is 21.5 KB a token, its features about 1 KB. Where
+residuals are on disk already (kept, or sampled for training), they are encoded from there in the same
+batches, with the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from infra.errors import ModelError
+from infra.storage import Storage
+from schemas.config import Config, Model
+from schemas.work import Dictionary, GraphShard
+from tasks.dictionaries import load_dictionary
+from tasks.encoding import Encoder, build_encoder
+from tasks.models import LoadedModel, choose_device, load_model
+from tasks.residuals import ResidualShard, find_residuals, rows_of_tokens, shard_batches
+from tasks.tokenizers import LoadedTokenizer, load_tokenizer
+from tasks.windows import Batch, ShardTokens, read_shard_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerFeatures:
+    """The non-zero features of one layer over one part, in (token, feature) order.
+
+    Attributes:
+        token: (n,) index into the part's tokens.
+        feature: (n,) latent.
+        value: (n,) activation, above 0.
+    """
+
+    token: npt.NDArray[np.int64]
+    feature: npt.NDArray[np.int32]
+    value: npt.NDArray[np.float32]
+
+
+def compute_features(
+    config: Config, storage: Storage, part: GraphShard, dictionaries: Sequence[Dictionary]
+) -> tuple[ShardTokens, dict[int, LayerFeatures]]:
+    """The features of one part for the layers of `dictionaries`, with one forward for all of them.
+
+    Raises:
+        ModelError: if a layer or window does not fit the model, or a residual is not finite.
+    """
+    tokenizer = loaded_tokenizer(config.model, storage)
+    if config.windows.prepend_bos and tokenizer.bos_id is None:
+        raise ModelError(
+            f"the tokenizer of {config.model.name} has no BOS token", hint="set windows.prepend_bos = false"
+        )
+    tokens = read_shard_tokens(storage, part)
+    plan = shard_batches(config, tokens, tokenizer)
+    device = choose_device(config.model.device)
+    layers = [dictionary.layer for dictionary in dictionaries]
+    encoders = {
+        entry.layer: _encoder(replace(entry, quality=None), storage, device) for entry in dictionaries
+    }
+    gathered: dict[int, list[LayerFeatures]] = {layer: [] for layer in layers}
+
+    def encode(layer: int, residuals: torch.Tensor, kept: npt.NDArray[np.int64]) -> None:
+        if not bool(torch.isfinite(residuals).all()):
+            raise ModelError(
+                f"layer {layer}: the residual stream is not finite in {part.shard.source}",
+                hint="try model.dtype = 'float32'",
+                stage="features",
+            )
+        sparse = encoders[layer](residuals)
+        gathered[layer].append(
+            LayerFeatures(
+                token=kept[sparse.row.cpu().numpy()],
+                feature=sparse.feature.to(torch.int32).cpu().numpy(),
+                value=sparse.value.cpu().numpy(),
+            )
+        )
+
+    on_disk = find_residuals(config, storage, [part], layers)
+    for (_, layer), shard in on_disk.items():
+        for residuals, kept in _from_disk(storage, shard, tokens, plan):
+            encode(layer, residuals.to(device), kept)
+    to_run = [layer for layer in layers if (part.shard.folder, layer) not in on_disk]
+    if to_run:
+        model = loaded_model(config.model, storage)
+        check_fits(config, model, to_run)
+        for batch in plan:
+            kept = batch.token[batch.token >= 0]
+            mask = torch.from_numpy(batch.token >= 0).to(device)
+            model.forward(
+                torch.from_numpy(batch.input_ids),
+                to_run,
+                lambda layer, hidden, mask=mask, kept=kept: encode(layer, hidden[mask], kept),
+            )
+    return tokens, {layer: _in_order(gathered.pop(layer)) for layer in layers}
+
+
+def check_fits(config: Config, model: LoadedModel, layers: Sequence[int]) -> None:
+    """Whether the layers exist and a window fits into the model's context.
+
+    Raises:
+        ModelError: if not.
+    """
+    too_deep = [layer for layer in layers if layer >= model.n_layers]
+    if too_deep:
+        raise ModelError(
+            f"layer {too_deep[0]} does not exist: {config.model.name} has {model.n_layers} decoder blocks",
+            hint=f"layers count from 0 to {model.n_layers - 1}",
+        )
+    if model.context_length is not None and config.windows.context_size > model.context_length:
+        raise ModelError(
+            f"windows.context_size = {config.windows.context_size} is more than {config.model.name} was built "
+            f"for ({model.context_length})",
+            hint=f"set windows.context_size to {model.context_length} or less",
+        )
+
+
+def _from_disk(
+    storage: Storage, shard: ResidualShard, tokens: ShardTokens, plan: Sequence[Batch]
+) -> Iterator[tuple[torch.Tensor, npt.NDArray[np.int64]]]:
+    from safetensors import safe_open
+
+    row_of_token = rows_of_tokens(tokens)
+    with safe_open(
+        storage.local_folder(shard.folder) / f"layer-{shard.layer}.safetensors", framework="pt"
+    ) as file:
+        residuals = file.get_tensor("residuals")
+    for batch in plan:
+        kept = batch.token[batch.token >= 0]
+        yield residuals[torch.from_numpy(row_of_token[kept])], kept
+
+
+def _in_order(pieces: Sequence[LayerFeatures]) -> LayerFeatures:
+    if not pieces:
+        return LayerFeatures(
+            token=np.empty(0, np.int64), feature=np.empty(0, np.int32), value=np.empty(0, np.float32)
+        )
+    token = np.concatenate([piece.token for piece in pieces])
+    # Stable: a token's features already ascend.
+    order = np.argsort(token, kind="stable")
+    return LayerFeatures(
+        token=token[order],
+        feature=np.concatenate([piece.feature for piece in pieces])[order],
+        value=np.concatenate([piece.value for piece in pieces])[order],
+    )
+
+
+@lru_cache(maxsize=1)
+def loaded_model(model: Model, storage: Storage) -> LoadedModel:
+    """The model, loaded once a process."""
+    return load_model(model, storage)
+
+
+@lru_cache(maxsize=1)
+def loaded_tokenizer(model: Model, storage: Storage) -> LoadedTokenizer:
+    """The tokenizer, loaded once a process."""
+    return load_tokenizer(model, storage)
+
+
+@lru_cache(maxsize=8)
+def _encoder(dictionary: Dictionary, storage: Storage, device: torch.device) -> Encoder:
+    return build_encoder(load_dictionary(storage, dictionary, device), device)
+
+
+def forget_loaded() -> None:
+    """Free what this process keeps between shards: the model, its tokenizer, and the dictionaries."""
+    for cache in (loaded_model, loaded_tokenizer, _encoder):
+        cache.cache_clear()

@@ -1,0 +1,270 @@
+"""Feature shards: which there are, which are missing, and their making (PAPER 1.2).
+
+Each layer's features of a part are a folder of their own, so changing one layer's dictionary recomputes
+that layer alone, while one forward serves every layer that a part still misses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from infra.cluster import extraction_client
+from infra.errors import FunctokError
+from infra.manifest import Manifest, commit, content_key, load_all
+from infra.progress import Progress, silent
+from infra.storage import Storage
+from schemas.config import Config
+from schemas.tables import SHARD_FILES
+from schemas.work import CorpusShards, Dictionary, FeatureShard, GraphShard
+from tasks.extraction import LayerFeatures, compute_features, forget_loaded
+from tasks.graph import graph_shards
+from tasks.models import choose_device, model_key
+from tasks.residuals import forward_key, part_key, write_residuals
+from tasks.windows import ShardTokens
+
+VERSION = 1
+_ROWS_PER_GROUP = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Unit:
+    """One layer of one part: a feature folder to make or to find."""
+
+    part: GraphShard
+    dictionary: Dictionary
+    inputs: dict[str, Any]
+
+    @property
+    def folder(self) -> str:
+        return f"features/{content_key(**self.inputs)}"
+
+
+def _units(
+    config: Config, storage: Storage, shards: CorpusShards, dictionaries: Sequence[Dictionary]
+) -> list[_Unit]:
+    forward = forward_key(config, model_key(config.model, storage))
+    return [
+        _Unit(
+            part=part,
+            dictionary=dictionary,
+            inputs={
+                "version": VERSION,
+                "part": part_key(part),
+                "layer": dictionary.layer,
+                "dictionary": dictionary.key,
+                "forward": forward,
+                "mantissa_bits": config.activations.mantissa_bits,
+            },
+        )
+        for part in graph_shards(config, shards, storage)
+        for dictionary in sorted(dictionaries, key=lambda entry: entry.layer)
+    ]
+
+
+def missing_features(
+    config: Config, storage: Storage, shards: CorpusShards, dictionaries: Sequence[Dictionary]
+) -> tuple[int, dict[GraphShard, list[int]]]:
+    """How many feature shards are done, and the layers that each part still misses."""
+    units = _units(config, storage, shards, dictionaries)
+    done = load_all(storage, [unit.folder for unit in units])
+    missing: dict[GraphShard, list[int]] = {}
+    for unit in units:
+        if unit.folder not in done:
+            missing.setdefault(unit.part, []).append(unit.dictionary.layer)
+    return len(done), missing
+
+
+def find_feature_shards(
+    config: Config, storage: Storage, shards: CorpusShards, dictionaries: Sequence[Dictionary]
+) -> list[FeatureShard] | None:
+    """All feature shards of the graph, parts in corpus order, or None if any is missing."""
+    units = _units(config, storage, shards, dictionaries)
+    done = load_all(storage, [unit.folder for unit in units])
+    if any(unit.folder not in done for unit in units):
+        return None
+    return [
+        FeatureShard(
+            layer=unit.dictionary.layer,
+            folder=unit.folder,
+            part=unit.part,
+            n_activations=int(done[unit.folder].stats["n_activations"]),
+        )
+        for unit in units
+    ]
+
+
+def extract_features(
+    config: Config,
+    storage: Storage,
+    shards: CorpusShards,
+    dictionaries: Sequence[Dictionary],
+    progress: Progress = silent,
+) -> list[FeatureShard]:
+    """Make what is missing of the graph's features.
+
+    On one device the parts are made here, one after another; with several GPUs or a Dask scheduler
+    (`dask.scheduler`), each worker makes whole parts.
+
+    Raises:
+        ModelError: if a layer or window does not fit the model, or a residual is not finite.
+    """
+    if config.activations.keep_dense:
+        layers = [dictionary.layer for dictionary in dictionaries]
+        write_residuals(config, storage, graph_shards(config, shards, storage), layers, progress)
+    units = _units(config, storage, shards, dictionaries)
+    done = load_all(storage, [unit.folder for unit in units])
+    missing: dict[str, list[_Unit]] = {}
+    for unit in units:
+        if unit.folder not in done:
+            missing.setdefault(unit.part.shard.folder, []).append(unit)
+    total = sum(group[0].part.n_tokens for group in missing.values())
+    seen = 0
+    if missing:
+        progress(0, total, "tokens, features")
+        with extraction_client(config.dask, n_devices=_n_devices(config), n_parts=len(missing)) as client:
+            groups = list(missing.values())
+            made = (
+                _make_here(config, storage, groups)
+                if client is None
+                else _make_on(client, config, storage, groups)
+            )
+            for part in made:
+                seen += part.n_tokens
+                progress(seen, total, "tokens, features")
+        forget_loaded()
+    found = find_feature_shards(config, storage, shards, dictionaries)
+    if found is None:
+        raise FunctokError("feature shards vanished while they were made", stage="features", hint="run again")
+    return found
+
+
+def _n_devices(config: Config) -> int:
+    is_any_cuda = (
+        config.model.device in {"auto", "cuda"} and choose_device(config.model.device).type == "cuda"
+    )
+    return torch.cuda.device_count() if is_any_cuda else 1
+
+
+def _make_here(config: Config, storage: Storage, groups: list[list[_Unit]]) -> Iterator[GraphShard]:
+    # Writing a part overlaps the next part's forward; at most one part waits to be written.
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="functok-write") as writer:
+        pending: tuple[GraphShard, Future[None]] | None = None
+        for group in groups:
+            tokens, features = compute_features(
+                config, storage, group[0].part, [unit.dictionary for unit in group]
+            )
+            if pending is not None:
+                pending[1].result()
+                yield pending[0]
+            pending = group[0].part, writer.submit(_write_part, config, storage, group, tokens, features)
+        if pending is not None:
+            pending[1].result()
+            yield pending[0]
+
+
+def _make_part(config: Config, storage: Storage, group: list[_Unit]) -> None:
+    tokens, features = compute_features(config, storage, group[0].part, [unit.dictionary for unit in group])
+    _write_part(config, storage, group, tokens, features)
+
+
+def _make_on(
+    client: Any, config: Config, storage: Storage, groups: list[list[_Unit]]
+) -> Iterator[GraphShard]:
+    from distributed import as_completed
+
+    futures = [client.submit(_make_part, config, storage, group, pure=False) for group in groups]
+    part_of = {future.key: group[0].part for future, group in zip(futures, groups, strict=True)}
+    for future in as_completed(futures):
+        future.result()
+        yield part_of[future.key]
+
+
+def _write_part(
+    config: Config,
+    storage: Storage,
+    group: list[_Unit],
+    tokens: ShardTokens,
+    features: dict[int, LayerFeatures],
+) -> None:
+    for unit in group:
+        _write_layer(
+            storage, unit, tokens, features.pop(unit.dictionary.layer), config.activations.mantissa_bits
+        )
+
+
+def _write_layer(
+    storage: Storage, unit: _Unit, tokens: ShardTokens, features: LayerFeatures, mantissa_bits: int
+) -> None:
+    token_id = tokens.token_id[features.token]
+    activations = pa.table(
+        [
+            tokens.doc[features.token],
+            tokens.position[features.token],
+            token_id,
+            features.feature,
+            round_mantissa(features.value, mantissa_bits),
+        ],
+        schema=SHARD_FILES["activations"],
+    )
+    storage.write_parquet(
+        f"{unit.folder}/activations.parquet",
+        activations,
+        row_group_size=_ROWS_PER_GROUP,
+        use_dictionary=["doc", "token_id"],
+        column_encoding={
+            "position": "DELTA_BINARY_PACKED",
+            "feature_id": "DELTA_BINARY_PACKED",
+            "activation": "BYTE_STREAM_SPLIT",
+        },
+    )
+    edges = count_edges(token_id, features.feature, unit.dictionary.d_sae)
+    storage.write_parquet(
+        f"{unit.folder}/edges.parquet",
+        edges,
+        row_group_size=_ROWS_PER_GROUP,
+        use_dictionary=["token_id", "n"],
+        column_encoding={"feature_id": "DELTA_BINARY_PACKED"},
+    )
+    seen, counts = np.unique(tokens.token_id[tokens.rows], return_counts=True)
+    storage.write_parquet(
+        f"{unit.folder}/counts.parquet", pa.table([seen, counts], schema=SHARD_FILES["counts"])
+    )
+    stats = {"n_activations": len(features.value), "n_edges": edges.num_rows, "n_tokens": unit.part.n_tokens}
+    commit(storage, unit.folder, Manifest(stage="features", inputs=unit.inputs, stats=stats))
+
+
+def count_edges(token_id: npt.NDArray[np.int32], feature_id: npt.NDArray[np.int32], d_sae: int) -> pa.Table:
+    """Edges of a shard: (token, feature) pairs with the number of occurrences that activated them.
+
+    Args:
+        token_id: (n,) token of each activation.
+        feature_id: (n,) feature of each activation.
+        d_sae: Dictionary size.
+
+    Returns:
+        Rows sorted by (token_id, feature_id).
+    """
+    pairs, n = np.unique(token_id.astype(np.int64) * d_sae + feature_id, return_counts=True)
+    return pa.table([pairs // d_sae, pairs % d_sae, n], schema=SHARD_FILES["edges"])
+
+
+def round_mantissa(values: npt.NDArray[np.float32], bits: int) -> npt.NDArray[np.float32]:
+    """Round to `bits` explicit mantissa bits, ties to even; the sign of a value never changes.
+
+    With 15 bits the last byte of a stored activation is zero, which brings a non-zero under 4 bytes at a
+    relative error of at most 2^-16.
+    """
+    dropped = 23 - bits
+    if dropped == 0:
+        return values
+    raw = values.view(np.uint32)
+    half = np.uint32((1 << (dropped - 1)) - 1) + ((raw >> np.uint32(dropped)) & np.uint32(1))
+    return (((raw + half) >> np.uint32(dropped)) << np.uint32(dropped)).view(np.float32)
