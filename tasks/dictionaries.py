@@ -1,0 +1,251 @@
+"""The dictionaries of a run: from the SAELens registry, from disk, or trained here.
+
+Each ends as what SAELens saves (`cfg.json`, `sae_weights.safetensors`) in a folder of the storage named by
+content, so that workers load from one place, the network is asked once, and a change is a new key:
+
+- registry: (release, sae_id, SAELens version); SAELens downloads and converts, `save_model` writes;
+- disk: the content of both files, copied byte for byte; nothing pickled is ever opened;
+- trained here: (residual shards, training section but its gate, layer, SAELens version, code version). The gate
+  is asked at every use, so that another gate trains nothing again.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from infra.errors import DictionaryError
+from infra.manifest import Manifest, commit, content_key, load_all
+from infra.progress import Progress, silent
+from infra.storage import Storage
+from schemas.config import Config, Sae, Train
+from schemas.work import CorpusShards, Dictionary, GraphShard
+from tasks import dictionary_training
+from tasks.dictionary_checks import (
+    Facts,
+    check_facts,
+    check_gate,
+    check_layer,
+    facts_of,
+    refusal,
+    source_of,
+    warn_of_differences,
+)
+from tasks.dictionary_sources import FILES, copy_saved, fetch_registered, first_line, quiet, saved_content
+from tasks.graph import graph_shards
+from tasks.models import choose_device, model_dimensions, model_key
+from tasks.residuals import forward_key, residual_folder, write_residuals
+
+VERSION = 1
+
+
+def prepare_dictionaries(
+    config: Config, storage: Storage, shards: CorpusShards, progress: Progress = silent
+) -> list[Dictionary]:
+    """Make every dictionary of the configuration ready: fetched, copied or trained, and checked.
+
+    Work is kept per layer: what a killed run has finished is not made again.
+
+    Returns:
+        One for each `sae` entry, by layer.
+
+    Raises:
+        DictionaryError: naming layer and source, if one cannot be had, does not fit the model's residual
+            stream, or did not pass its gate.
+    """
+    d_model, n_layers = model_dimensions(config.model, storage)
+    entries = sorted(config.sae, key=lambda entry: entry.layer)
+    for entry in entries:
+        check_layer(entry, n_layers, config.model.name)
+    parts = _training_parts(config, storage, shards, entries)
+    keys = {entry.layer: _key(config, storage, entry, parts) for entry in entries}
+    done = load_all(storage, [_folder(key) for key in keys.values()])
+    missing = [entry for entry in entries if _folder(keys[entry.layer]) not in done]
+    made_elsewhere = [entry for entry in missing if entry.train is None]
+    for position, entry in enumerate(made_elsewhere):
+        _bring(storage, entry, keys[entry.layer], d_model, n_layers)
+        progress(position + 1, len(made_elsewhere), "dictionaries fetched")
+    _train(config, storage, [entry for entry in missing if entry.train is not None], parts, keys, progress)
+    done = load_all(storage, [_folder(key) for key in keys.values()])
+    dictionaries = [
+        _checked(entry, keys[entry.layer], done[_folder(keys[entry.layer])], (d_model, n_layers))
+        for entry in entries
+    ]
+    for entry, dictionary in zip(entries, dictionaries, strict=True):
+        warn_of_differences(_facts(done[dictionary.folder]), entry, config)
+    return dictionaries
+
+
+def find_dictionaries(config: Config, storage: Storage, shards: CorpusShards) -> list[Dictionary] | None:
+    """The dictionaries that are ready and fit, by layer; None if any is missing, changed or refused.
+
+    Reads manifests only: no model, no weights.
+    """
+    entries = sorted(config.sae, key=lambda entry: entry.layer)
+    try:
+        parts = _training_parts(config, storage, shards, entries)
+        keys = {entry.layer: _key(config, storage, entry, parts) for entry in entries}
+        done = load_all(storage, [_folder(key) for key in keys.values()])
+        if any(_folder(key) not in done for key in keys.values()):
+            return None
+        dimensions = model_dimensions(config.model, storage)
+        for entry in entries:
+            check_layer(entry, dimensions[1], config.model.name)
+        return [
+            _checked(entry, keys[entry.layer], done[_folder(keys[entry.layer])], dimensions)
+            for entry in entries
+        ]
+    except DictionaryError:
+        return None
+
+
+def load_dictionary(storage: Storage, dictionary: Dictionary, device: str | torch.device = "cpu") -> Any:
+    """The SAELens SAE of a dictionary, in float32, on a device.
+
+    Raises:
+        DictionaryError: if its files no longer load.
+    """
+    from sae_lens import SAE
+
+    folder = storage.local_folder(dictionary.folder)
+    try:
+        with quiet():
+            return SAE.load_from_disk(folder, device=str(device), dtype="float32")
+    except Exception as error:
+        raise DictionaryError(
+            f"dictionary of layer {dictionary.layer} in {folder} does not load: {first_line(error)}",
+            hint="delete that folder and run again",
+        ) from error
+
+
+def _folder(key: str) -> str:
+    return f"dictionaries/{key}"
+
+
+def _key(config: Config, storage: Storage, entry: Sae, parts: dict[int, tuple[GraphShard, ...]]) -> str:
+    if entry.release is not None:
+        source: dict[str, Any] = {"release": entry.release, "sae_id": entry.sae_id}
+        return content_key(version=VERSION, sae_lens=version("sae-lens"), registry=source)
+    if entry.path is not None:
+        return content_key(version=VERSION, disk=saved_content(entry, storage.endpoint_url))
+    return content_key(
+        version=VERSION, sae_lens=version("sae-lens"), trained=_training_inputs(config, storage, entry, parts)
+    )
+
+
+def _bring(storage: Storage, entry: Sae, key: str, d_model: int, n_layers: int) -> None:
+    """Fetch or copy a dictionary that others have made, check it, and keep it."""
+    with tempfile.TemporaryDirectory() as aside:
+        if entry.path is None:
+            facts = fetch_registered(entry, Path(aside), d_model, n_layers)
+            inputs: dict[str, Any] = {"release": entry.release, "sae_id": entry.sae_id}
+        else:
+            facts = copy_saved(entry, storage.endpoint_url, Path(aside), d_model, n_layers)
+            inputs = {"content": saved_content(entry, storage.endpoint_url)}
+        inputs["sae_lens"] = version("sae-lens")
+        _save(storage, Path(aside), key, inputs, facts)
+
+
+def _training_parts(
+    config: Config, storage: Storage, shards: CorpusShards, entries: Sequence[Sae]
+) -> dict[int, tuple[GraphShard, ...]]:
+    """By layer, the graph's first parts that reach `train.max_tokens`, whole: the features stage reads them too."""
+    trained = {entry.layer: entry.train for entry in entries if entry.train is not None}
+    if not trained:
+        return {}
+    graph = graph_shards(config, shards, storage)
+    return {layer: _first_parts(graph, train) for layer, train in trained.items()}
+
+
+def _first_parts(graph: Sequence[GraphShard], train: Train) -> tuple[GraphShard, ...]:
+    taken: list[GraphShard] = []
+    for part in graph:
+        if sum(before.n_tokens for before in taken) >= train.max_tokens:
+            break
+        taken.append(part)
+    return tuple(taken)
+
+
+def _training_inputs(
+    config: Config, storage: Storage, entry: Sae, parts: dict[int, tuple[GraphShard, ...]]
+) -> dict[str, Any]:
+    forward = forward_key(config, model_key(config.model, storage))
+    section = entry.train.model_dump(exclude={"gate"}) if entry.train is not None else {}
+    return {
+        "version": dictionary_training.VERSION,
+        "residuals": [residual_folder(part, entry.layer, forward) for part in parts[entry.layer]],
+        "train": section,
+        "layer": entry.layer,
+    }
+
+
+def _train(
+    config: Config,
+    storage: Storage,
+    entries: Sequence[Sae],
+    parts: dict[int, tuple[GraphShard, ...]],
+    keys: dict[int, str],
+    progress: Progress,
+) -> None:
+    """Train what is missing on residuals of one forward, and keep each layer's result when it is done."""
+    if not entries:
+        return
+    longest = max((parts[entry.layer] for entry in entries), key=len)
+    residuals = write_residuals(config, storage, longest, [entry.layer for entry in entries], progress)
+    device = choose_device(config.model.device)
+    for entry in entries:
+        folders = {part.shard.folder for part in parts[entry.layer]}
+        own = [
+            shard for shard in residuals if shard.layer == entry.layer and shard.part.shard.folder in folders
+        ]
+        assert entry.train is not None
+        with tempfile.TemporaryDirectory() as aside:
+            try:
+                quality = dictionary_training.train_dictionary(
+                    config, storage, own, entry.train, Path(aside), device, progress
+                )
+            except DictionaryError as error:
+                raise refusal(entry, f"cannot be trained: {error.message}", error.hint) from error
+            facts = facts_of(json.loads((Path(aside) / FILES[0]).read_bytes()))
+            inputs = _training_inputs(config, storage, entry, parts)
+            _save(storage, Path(aside), keys[entry.layer], inputs, facts, quality)
+
+
+def _save(
+    storage: Storage,
+    aside: Path,
+    key: str,
+    inputs: dict[str, Any],
+    facts: Facts,
+    quality: dict[str, float] | None = None,
+) -> None:
+    folder = _folder(key)
+    storage.upload(aside, folder)
+    stats = {"facts": facts.as_json(), "quality": quality}
+    commit(storage, folder, Manifest(stage="dictionaries", inputs=inputs, stats=stats))
+
+
+def _facts(manifest: Manifest) -> Facts:
+    return Facts(**manifest.stats["facts"])
+
+
+def _checked(entry: Sae, key: str, manifest: Manifest, dimensions: tuple[int, int]) -> Dictionary:
+    facts = _facts(manifest)
+    check_facts(facts, entry, *dimensions)
+    quality = manifest.stats.get("quality")
+    if entry.train is not None and quality is not None:
+        check_gate(quality, entry.train.gate, entry)
+    return Dictionary(
+        layer=entry.layer,
+        folder=_folder(key),
+        key=key,
+        d_sae=facts.d_sae,
+        source=source_of(entry),
+        quality=quality,
+    )

@@ -1,0 +1,256 @@
+"""Which dictionaries fit our residual stream, and why others are refused.
+
+SAELens loads many things that give wrong features without a warning on the raw residual stream after a
+block: dictionaries of other places, of centred or scaled activations, transcoders. Everything here decides
+from the dictionary's saved configuration alone, so it can be asked again at no cost.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from infra.errors import DictionaryError
+from schemas.config import Config, Gate, Sae
+
+logger = logging.getLogger(__name__)
+
+_RESIDUAL_HOOK = re.compile(r"^blocks\.(?P<block>\d+)\.hook_resid_(?P<side>pre|post)$")
+_MODULE_HOOK = re.compile(r"^(?:[\w-]+\.)*(?:layers|h|blocks)\.(?P<block>\d+)(?:\.output)?$")
+_RUN_TIME_NORMALIZATIONS = ("none", "layer_norm", "constant_norm_rescale")
+
+
+class DictionaryUnavailableError(DictionaryError):
+    """A registry or its network could not be reached: another try may succeed."""
+
+    retryable = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a dictionary's saved configuration says of itself.
+
+    Attributes:
+        architecture: SAELens' name of its class.
+        d_in: Width of the residuals it reads.
+        d_sae: Number of latents.
+        normalize_activations: SAELens' normalization; only some act when encoding.
+        reshape_activations: SAELens' reshaping of heads.
+        hook_name: TransformerLens name of the place it was trained on.
+        hf_hook_name: transformers name of that place.
+        hook_name_out: Place it predicts, where that is another one (transcoders).
+        hook_head_index: Head it was trained on, if one.
+        model_kwargs: How the model was changed for it (`center_writing_weights` and the like).
+        prepend_bos: Whether its windows began with BOS.
+        context_size: Length of its windows.
+    """
+
+    architecture: str
+    d_in: int
+    d_sae: int
+    normalize_activations: str = "none"
+    reshape_activations: str = "none"
+    hook_name: str | None = None
+    hf_hook_name: str | None = None
+    hook_name_out: str | None = None
+    hook_head_index: int | None = None
+    model_kwargs: dict[str, Any] | None = None
+    prepend_bos: bool | None = None
+    context_size: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The facts as they are kept in a manifest."""
+        return asdict(self)
+
+
+def facts_of(configuration: Mapping[str, Any]) -> Facts:
+    """Facts of a loaded SAELens SAE's `cfg.to_dict()`."""
+    metadata = dict(configuration.get("metadata") or {})
+    return Facts(
+        architecture=str(configuration["architecture"]),
+        d_in=int(configuration["d_in"]),
+        d_sae=int(configuration["d_sae"]),
+        normalize_activations=str(configuration.get("normalize_activations") or "none"),
+        reshape_activations=str(configuration.get("reshape_activations") or "none"),
+        hook_name=metadata.get("hook_name"),
+        hf_hook_name=metadata.get("hf_hook_name"),
+        hook_name_out=metadata.get("hook_name_out"),
+        hook_head_index=metadata.get("hook_head_index"),
+        model_kwargs=dict(metadata.get("model_from_pretrained_kwargs") or {}),
+        prepend_bos=metadata.get("prepend_bos"),
+        context_size=metadata.get("context_size"),
+    )
+
+
+def check_layer(entry: Sae, n_layers: int, model_name: str) -> None:
+    """Refuse a layer that the model does not have.
+
+    Raises:
+        DictionaryError: if `entry.layer` is not below the number of decoder blocks.
+    """
+    if entry.layer >= n_layers:
+        raise DictionaryError(
+            f"sae layer {entry.layer} ({source_of(entry)}): {model_name} has {n_layers} decoder blocks",
+            hint=f"layers are counted from 0: choose one of 0 to {n_layers - 1}",
+        )
+
+
+def check_facts(facts: Facts, entry: Sae, d_model: int, n_layers: int) -> None:
+    """Refuse a dictionary that our residuals do not meet.
+
+    Args:
+        facts: What it says of itself.
+        entry: The configuration that names it.
+        d_model: Width of the model's residual stream.
+        n_layers: Number of decoder blocks.
+
+    Raises:
+        DictionaryError: naming layer, source, the reason and the way out.
+    """
+    for reason, hint in _objections(facts, entry.layer, d_model, n_layers):
+        raise refusal(entry, reason, hint)
+
+
+def warn_of_differences(facts: Facts, entry: Sae, config: Config) -> None:
+    """Say in the log where windows differ from those the dictionary was trained on; its features stay valid."""
+    windows = config.windows
+    for name, theirs, ours in (
+        ("prepend_bos", facts.prepend_bos, windows.prepend_bos),
+        ("context_size", facts.context_size, windows.context_size),
+    ):
+        if theirs is not None and theirs != ours:
+            logger.warning(
+                "sae layer %d (%s) was trained with %s = %s, but windows.%s = %s",
+                *(entry.layer, source_of(entry), name, theirs, name, ours),
+            )
+
+
+def check_gate(quality: Mapping[str, float], gate: Gate, entry: Sae) -> None:
+    """Refuse a dictionary trained here that falls short on held-out tokens.
+
+    Raises:
+        DictionaryError: with every figure and what was asked of it.
+    """
+    deviation = abs(quality["l0"] / quality["k"] - 1)
+    figures = (
+        f"explained variance {quality['explained_variance']:.3f} (at least {gate.min_explained_variance:.2f}; "
+        f"{quality['explained_variance_all']:.3f} with outliers), "
+        f"L0 {quality['l0']:.1f} for k = {quality['k']:g} (within {gate.max_l0_deviation:.0%}), "
+        f"alive {quality['alive_share']:.1%} (at least {gate.min_alive_share:.0%})"
+    )
+    passed = (
+        quality["explained_variance"] >= gate.min_explained_variance
+        and deviation <= gate.max_l0_deviation
+        and quality["alive_share"] >= gate.min_alive_share
+    )
+    if not passed:
+        raise refusal(
+            entry,
+            f"did not pass its gate on {quality['heldout_tokens']:.0f} held-out tokens: {figures}",
+            "train on more tokens (train.max_tokens, activations.max_tokens) or samples, make it narrower "
+            "(train.d_sae), or change train.gate",
+        )
+
+
+def source_of(entry: Sae) -> str:
+    """Where a dictionary comes from, for people."""
+    if entry.release is not None:
+        return f"{entry.release} / {entry.sae_id}"
+    if entry.path is not None:
+        return entry.path
+    return "trained here"
+
+
+def refusal(entry: Sae, reason: str, hint: str) -> DictionaryError:
+    """The error that refuses the dictionary of one layer."""
+    return DictionaryError(f"sae layer {entry.layer} ({source_of(entry)}) {reason}", hint=hint)
+
+
+def _objections(facts: Facts, layer: int, d_model: int, n_layers: int) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    if "transcoder" in facts.architecture or facts.hook_name_out not in (None, facts.hook_name):
+        found.append(
+            (
+                f"is a transcoder ({facts.architecture}, predicts {facts.hook_name_out}), not an autoencoder "
+                "of the residual stream",
+                "choose a residual-stream SAE",
+            )
+        )
+    if facts.architecture == "temporal":
+        found.append(
+            ("is a temporal SAE, which reads whole sequences, not tokens", "choose another architecture")
+        )
+    if facts.d_in != d_model:
+        found.append(
+            (
+                f"reads vectors of width {facts.d_in}, but the model's residual stream has {d_model}",
+                "it belongs to another model, or to another place in this one",
+            )
+        )
+    if facts.normalize_activations not in _RUN_TIME_NORMALIZATIONS:
+        found.append(
+            (
+                f"has normalize_activations = {facts.normalize_activations}, which SAELens does not apply when "
+                "encoding",
+                "fold it into the weights first (SAELens: fold_activation_norm_scaling_factor or "
+                "fold_activation_whitening, then save_model)",
+            )
+        )
+    if facts.reshape_activations != "none":
+        found.append(
+            (
+                f"reshapes its input ({facts.reshape_activations}): it reads attention heads",
+                "choose a residual-stream SAE",
+            )
+        )
+    if facts.model_kwargs:
+        found.append(
+            (
+                f"was trained on a changed model (model_from_pretrained_kwargs = {facts.model_kwargs}), "
+                "whose residuals are not the raw ones",
+                "choose an SAE trained without weight processing",
+            )
+        )
+    if facts.hook_head_index is not None:
+        found.append((f"reads attention head {facts.hook_head_index} alone", "choose a residual-stream SAE"))
+    place = _misplaced(facts, layer)
+    if place is not None:
+        found.append(
+            (
+                f"was trained on {place}, not on the residual stream after block {layer} "
+                f"(blocks.{layer}.hook_resid_post)",
+                _right_layer(place, n_layers),
+            )
+        )
+    return found
+
+
+def _misplaced(facts: Facts, layer: int) -> str | None:
+    """The place the dictionary names, if it is not ours. None where it names none."""
+    named = [name for name in (facts.hook_name, facts.hf_hook_name) if name]
+    blocks = {name: _block_after(name) for name in named}
+    for name, block in blocks.items():
+        if block is not None and block != layer:
+            return name
+    if named and blocks[named[0]] is None:
+        return named[0]
+    return None
+
+
+def _block_after(name: str) -> int | None:
+    """The block whose output a hook reads; None for any other place."""
+    if match := _RESIDUAL_HOOK.match(name):
+        return int(match["block"]) - (match["side"] == "pre")
+    if match := _MODULE_HOOK.match(name):
+        return int(match["block"])
+    return None
+
+
+def _right_layer(place: str, n_layers: int) -> str:
+    block = _block_after(place)
+    if block is not None and 0 <= block < n_layers:
+        return f"set layer = {block}, or choose another SAE"
+    return "choose an SAE of the residual stream after that block"
