@@ -164,7 +164,7 @@ def load_model(model: Model, storage: Storage) -> LoadedModel:
     from transformers import AutoModel
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()
     device, dtype = choose_device(model.device), resolve_dtype(model, storage)
     with _explained(model):
         module = AutoModel.from_pretrained(*_location(model, storage), **_revision(model), dtype=dtype)

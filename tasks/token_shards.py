@@ -1,0 +1,363 @@
+"""The token shards of one corpus file: finding them, and making them as a stream.
+
+A file's shards are numbered folders below the file's own, `tokens/<file key>/00000`, each with a manifest;
+`file.json` lists them when the file is done. A shard that a limit cuts short is a folder of its own,
+`00003-first-120`, so that another limit never mistakes it for the whole. After a kill, finished shards are
+kept, and the records that they hold are read over without being tokenized.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from infra.manifest import Manifest, commit, load
+from infra.storage import Storage
+from schemas.config import Corpus
+from schemas.tables import SHARD_FILES
+from tasks.corpus import CorpusFile, Record, read_records
+
+_BATCH_DOCUMENTS = 1024
+_BATCH_CHARACTERS = 2_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Documents and tokens that may still be taken; None is no limit."""
+
+    documents: int | None = None
+    tokens: int | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is no limit at all."""
+        return self.documents is None and self.tokens is None
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether a limit is reached."""
+        return self.documents == 0 or self.tokens == 0
+
+    def allows(self, documents: int, tokens: int) -> bool:
+        """Whether that many fit."""
+        return (self.documents is None or documents <= self.documents) and (
+            self.tokens is None or tokens <= self.tokens
+        )
+
+    def after(self, shards: FileShards) -> Budget:
+        """What a file leaves of it."""
+        return Budget(
+            documents=None if self.documents is None else self.documents - shards.n_documents,
+            tokens=None if self.tokens is None else self.tokens - shards.n_tokens,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEntry:
+    """One finished shard of a file.
+
+    Attributes:
+        n_records: Records of the file that it covers: documents and rejects.
+        files: Its files' sizes, to notice damage with one listing.
+    """
+
+    folder: str
+    n_documents: int
+    n_tokens: int
+    n_rejects: int
+    n_records: int
+    files: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileShards:
+    """The shards of one file; `is_cut` where a limit ended it before the file did."""
+
+    shards: tuple[ShardEntry, ...]
+    is_cut: bool
+
+    @property
+    def n_documents(self) -> int:
+        """Documents taken of the file."""
+        return sum(shard.n_documents for shard in self.shards)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens taken of the file."""
+        return sum(shard.n_tokens for shard in self.shards)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileJob:
+    """What a worker needs to tokenize one file."""
+
+    file: CorpusFile
+    folder: str
+    corpus: Corpus
+    storage: Storage
+    tokenizer_folder: str
+    budget: Budget = field(default_factory=Budget)
+
+    def within(self, budget: Budget) -> FileJob:
+        """The same job under a limit."""
+        return replace(self, budget=budget)
+
+
+def _list_names(job: FileJob, budget: Budget) -> list[str]:
+    whole = f"{job.folder}/file.json"
+    return (
+        [whole]
+        if budget.is_open
+        else [whole, f"{job.folder}/file-first-{budget.documents}-{budget.tokens}.json"]
+    )
+
+
+def find_file_shards(
+    storage: Storage, jobs: Sequence[FileJob], budgets: Sequence[Budget]
+) -> list[FileShards | None]:
+    """What is finished of each file within its budget; None where it is not."""
+    names = [_list_names(job, budget) for job, budget in zip(jobs, budgets, strict=True)]
+    contents = storage.read_many([name for group in names for name in group])
+    listed = {name: _from_json(json.loads(content)) for name, content in contents.items()}
+    prefixes = ["tokens"] if len(jobs) > 4 else [job.folder for job in jobs]
+    sizes = {name: size for prefix in prefixes for name, size in storage.sizes(prefix).items()}
+    found: list[FileShards | None] = []
+    for group, budget in zip(names, budgets, strict=True):
+        fitting = (listed[name] for name in group if name in listed)
+        shards = next((entry for entry in fitting if budget.allows(entry.n_documents, entry.n_tokens)), None)
+        found.append(shards if shards is None or _is_whole(shards, sizes) else None)
+    return found
+
+
+def _from_json(value: dict[str, Any]) -> FileShards:
+    return FileShards(shards=tuple(ShardEntry(**shard) for shard in value["shards"]), is_cut=value["is_cut"])
+
+
+def _is_whole(shards: FileShards, sizes: dict[str, int]) -> bool:
+    return all(
+        sizes.get(f"{shard.folder}/{name}") == size
+        for shard in shards.shards
+        for name, size in shard.files.items()
+    )
+
+
+def tokenize_file(job: FileJob, report: Callable[[int], None] = lambda position: None) -> FileShards:
+    """Make what is missing of a file's shards, and list them.
+
+    Args:
+        job: The file, where its shards go, and how much of it may be taken.
+        report: Called with the bytes of the file read so far.
+    """
+    backend, special = _tokenizer(job.storage, job.tokenizer_folder)
+    entries, ends_file = _finished_shards(job)
+    is_cut = not ends_file and _left(job.budget, entries).is_spent
+    if not ends_file and not is_cut:
+        skip = sum(entry.n_records for entry in entries)
+        records = read_records(job.file, job.corpus, skip)
+        shard = _OpenShard(job, special)
+        for record, ids in _tokenized(records, backend):
+            report(record.position)
+            if ids is None:
+                shard.add_reject(record)
+                continue
+            left = _left(job.budget, entries)
+            if not left.allows(shard.n_documents + 1, shard.n_tokens + shard.n_kept(ids)):
+                is_cut = True
+                break
+            shard.add_document(record, ids)
+            if shard.n_tokens >= job.corpus.shard_tokens:
+                entries.append(shard.close(f"{job.folder}/{len(entries):05d}", ends_file=False))
+                shard = _OpenShard(job, special)
+            if _left(job.budget, entries).documents == shard.n_documents:
+                is_cut = True
+                break
+        name = f"{job.folder}/{len(entries):05d}"
+        if is_cut:
+            if shard.n_documents:
+                entries.append(shard.close(f"{name}-first-{shard.n_documents}", ends_file=False))
+        else:
+            # Also where nothing is left: it says that the file ends here.
+            entries.append(shard.close(name, ends_file=True))
+    made = FileShards(shards=tuple(entries), is_cut=is_cut)
+    listing = {"shards": [asdict(entry) for entry in entries], "is_cut": is_cut}
+    job.storage.write_json(_list_names(job, job.budget)[-1] if is_cut else f"{job.folder}/file.json", listing)
+    return made
+
+
+def _left(budget: Budget, entries: Sequence[ShardEntry]) -> Budget:
+    return budget.after(FileShards(shards=tuple(entries), is_cut=False))
+
+
+def _finished_shards(job: FileJob) -> tuple[list[ShardEntry], bool]:
+    entries: list[ShardEntry] = []
+    while True:
+        folder = f"{job.folder}/{len(entries):05d}"
+        manifest = load(job.storage, folder)
+        if manifest is None:
+            return entries, False
+        entry = _entry(folder, manifest)
+        if not _left(job.budget, entries).allows(entry.n_documents, entry.n_tokens):
+            return entries, False
+        entries.append(entry)
+        if manifest.stats["ends_file"]:
+            return entries, True
+
+
+def _entry(folder: str, manifest: Manifest) -> ShardEntry:
+    stats = {name: manifest.stats[name] for name in ("n_documents", "n_tokens", "n_rejects", "n_records")}
+    return ShardEntry(folder=folder, files=manifest.files, **stats)
+
+
+class _OpenShard:
+    """A shard that is being filled.
+
+    Rejects wait for the next document, so that a shard cut after n documents is a function of n alone.
+    """
+
+    def __init__(self, job: FileJob, special: npt.NDArray[np.int64]) -> None:
+        self._job, self._special = job, special
+        self._ids: list[npt.NDArray[np.int32]] = []
+        self._documents: list[tuple[int, int, int]] = []
+        self._rejects: list[tuple[int, str]] = []
+        self._waiting: list[tuple[int, str]] = []
+        self.n_tokens = 0
+
+    @property
+    def n_documents(self) -> int:
+        """Documents so far."""
+        return len(self._ids)
+
+    def n_kept(self, ids: npt.NDArray[np.int32]) -> int:
+        """How many of a document's tokens are not special."""
+        return len(ids) - int(np.isin(ids, self._special).sum())
+
+    def add_reject(self, record: Record) -> None:
+        """Note a record that cannot be used."""
+        self._waiting.append((record.line, record.reason))
+
+    def add_document(self, record: Record, ids: npt.NDArray[np.int32]) -> None:
+        """Take a document in."""
+        self._rejects += self._waiting
+        self._waiting = []
+        n_kept = self.n_kept(ids)
+        self._ids.append(ids)
+        self._documents.append((record.line, len(record.text or ""), n_kept))
+        self.n_tokens += n_kept
+
+    def close(self, folder: str, *, ends_file: bool) -> ShardEntry:
+        """Write and commit the shard."""
+        if ends_file:
+            self._rejects += self._waiting
+        storage = self._job.storage
+        lengths = np.array([len(ids) for ids in self._ids], dtype=np.int64)
+        token_id = np.concatenate([*self._ids, np.empty(0, np.int32)])
+        doc = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+        starts = np.cumsum(lengths) - lengths
+        position = (np.arange(len(token_id)) - np.repeat(starts, lengths)).astype(np.int32)
+        is_special = np.isin(token_id, self._special)
+        kept = ~is_special
+        line, n_chars, n_tokens = (
+            (list(column) for column in zip(*self._documents, strict=True))
+            if self._documents
+            else ([], [], [])
+        )
+        tables = {
+            "documents": [np.arange(len(lengths), dtype=np.int32), line, n_chars, n_tokens],
+            "rejects": [[line for line, _ in self._rejects], [reason for _, reason in self._rejects]],
+            "token_counts": _counts(doc[kept], token_id[kept]),
+        }
+        if self._job.corpus.keep_occurrences:
+            tables["occurrences"] = [doc[kept], position[kept], token_id[kept]]
+            tables["specials"] = [doc[is_special], position[is_special], token_id[is_special]]
+        for name, columns in tables.items():
+            table = pa.table(columns, schema=SHARD_FILES[name])
+            storage.write_parquet(f"{folder}/{name}.parquet", table, **_WRITE_OPTIONS.get(name, {}))
+        stats = {
+            "n_documents": len(lengths),
+            "n_tokens": self.n_tokens,
+            "n_rejects": len(self._rejects),
+            "n_records": len(lengths) + len(self._rejects),
+            "ends_file": ends_file,
+        }
+        return _entry(folder, commit(storage, folder, Manifest(stage="tokenize", inputs={}, stats=stats)))
+
+
+_WRITE_OPTIONS: dict[str, dict[str, Any]] = {
+    "occurrences": {
+        "use_dictionary": ["doc", "token_id"],
+        "column_encoding": {"position": "DELTA_BINARY_PACKED"},
+        "row_group_size": 1 << 20,
+    }
+}
+
+
+def _counts(doc: npt.NDArray[np.int32], token_id: npt.NDArray[np.int32]) -> list[npt.NDArray[Any]]:
+    ids, counts = np.unique(token_id, return_counts=True)
+    pairs = np.unique(token_id.astype(np.int64) << 32 | doc)
+    return [ids, counts, np.unique(pairs >> 32, return_counts=True)[1]]
+
+
+def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
+    batch: list[Record] = []
+    characters = 0
+    for record in records:
+        batch.append(record)
+        characters += len(record.text or "")
+        if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _tokenized(
+    records: Iterator[Record], backend: Any
+) -> Iterator[tuple[Record, npt.NDArray[np.int32] | None]]:
+    """Records with their token ids, None for rejects; a batch is tokenized while the next is read."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        pending: Future[list[tuple[Record, npt.NDArray[np.int32] | None]]] | None = None
+        for batch in _batches(records):
+            submitted = pool.submit(_encode, backend, batch)
+            if pending is not None:
+                yield from pending.result()
+            pending = submitted
+        if pending is not None:
+            yield from pending.result()
+
+
+def _encode(backend: Any, batch: list[Record]) -> list[tuple[Record, npt.NDArray[np.int32] | None]]:
+    texts = [record.text for record in batch if record.text is not None]
+    try:
+        encodings = iter(backend.encode_batch_fast(texts, add_special_tokens=False))
+    except Exception:
+        # The tokenizer names no culprit: find it, so that only its record is lost.
+        return [_encode_one(backend, record) for record in batch]
+    return [
+        (record, None if record.text is None else np.array(next(encodings).ids, dtype=np.int32))
+        for record in batch
+    ]
+
+
+def _encode_one(backend: Any, record: Record) -> tuple[Record, npt.NDArray[np.int32] | None]:
+    if record.text is None:
+        return record, None
+    try:
+        return record, np.array(backend.encode(record.text, add_special_tokens=False).ids, dtype=np.int32)
+    except Exception as error:
+        return replace(record, text=None, reason=f"the tokenizer failed: {error}"), None
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(storage: Storage, folder: str) -> tuple[Any, npt.NDArray[np.int64]]:
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(storage.read_bytes(f"{folder}/tokenizer.json").decode())
+    return backend, np.array(storage.read_json(f"{folder}/special_ids.json"), dtype=np.int64)

@@ -1,0 +1,263 @@
+"""Tokenization: from corpus files to token shards and their counts (PAPER 1.1).
+
+A file is one unit of work for a Dask worker: it streams records, tokenizes them in batches while the next
+records are read, and closes a shard at the first document that brings it to `corpus.shard_tokens`. Counts
+and document counts are kept by shard and add up in SQL, so files may come and go. (Splitting one file over
+several workers would need formats that can be entered in the middle; a file's tokenizer threads use the
+cores instead.)
+
+Limits (`corpus.max_documents`, `max_tokens`) are applied in file order, which makes files wait for each
+other: with a limit, files are tokenized one after another.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from infra.cluster import tokenization_client
+from infra.errors import CorpusError, FunctokError
+from infra.hashing import content_hash
+from infra.manifest import Manifest, commit, content_key, load
+from infra.progress import Progress, silent
+from infra.storage import Storage
+from schemas.config import Config
+from schemas.tables import VOCABULARY
+from schemas.work import CorpusShards, TokenShard
+from tasks.corpus import CorpusFile, corpus_files
+from tasks.token_shards import Budget, FileJob, FileShards, find_file_shards, tokenize_file
+from tasks.tokenizers import LoadedTokenizer, load_tokenizer
+
+VERSION = 1
+_TOPIC = "functok-tokenized-bytes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    jobs: list[FileJob]
+    tokenizer: LoadedTokenizer
+    limit: Budget
+
+
+def _plan(config: Config, storage: Storage) -> _Plan:
+    tokenizer = load_tokenizer(config.model, storage)
+    corpus = config.corpus
+    reads = {
+        "text_field": corpus.text_field,
+        "txt_records": corpus.txt_records,
+        "shard_tokens": corpus.shard_tokens,
+        "keep_occurrences": corpus.keep_occurrences,
+    }
+    jobs = []
+    for file in corpus_files(config):
+        try:
+            identity = content_hash(file.url, config.storage.endpoint_url)
+        except OSError as error:
+            raise CorpusError(f"cannot read {file.url}: {error}", stage="tokenize") from error
+        key = content_key(
+            version=VERSION, content=identity, format=file.format, tokenizer=tokenizer.key, reads=reads
+        )
+        jobs.append(
+            FileJob(
+                file=file,
+                folder=f"tokens/{key}",
+                corpus=corpus,
+                storage=storage,
+                tokenizer_folder=f"tokenizers/{tokenizer.key}",
+            )
+        )
+    return _Plan(
+        jobs=jobs, tokenizer=tokenizer, limit=Budget(documents=corpus.max_documents, tokens=corpus.max_tokens)
+    )
+
+
+def missing_files(config: Config, storage: Storage) -> tuple[list[CorpusFile], list[CorpusFile]]:
+    """(finished, missing) corpus files; after the first missing one under a limit, the rest is unknown."""
+    plan = _plan(config, storage)
+    done = _find(plan, storage)
+    finished = [job.file for job, found in zip(plan.jobs, done, strict=False) if found is not None]
+    missing = [job.file for job, found in zip(plan.jobs, done, strict=False) if found is None]
+    return finished, missing
+
+
+def find_corpus_shards(config: Config, storage: Storage) -> CorpusShards | None:
+    """The tokenized corpus if all of it is finished and current, else None.
+
+    Raises:
+        CorpusError: if it has no document, or more rejects than `corpus.max_reject_share` allows.
+    """
+    plan = _plan(config, storage)
+    return _assemble(config, plan, _find(plan, storage), storage)
+
+
+def tokenize_corpus(config: Config, storage: Storage, progress: Progress = silent) -> CorpusShards:
+    """Tokenize what is missing of the corpus.
+
+    Raises:
+        ConfigError: if a URL matches nothing or has no known format.
+        CorpusError: if a file cannot be read, there is no document, or there are too many rejects.
+    """
+    plan = _plan(config, storage)
+    _write_tokenizer(storage, plan.tokenizer)
+    if plan.limit.is_open:
+        todo = [job for job, found in zip(plan.jobs, _find(plan, storage), strict=True) if found is None]
+        if todo:
+            with _Watched(config, todo, progress) as watched:
+                watched.run(todo)
+    else:
+        _tokenize_in_order(config, storage, plan, progress)
+    shards = _assemble(config, plan, _find(plan, storage), storage)
+    if shards is None:
+        raise FunctokError("token shards vanished while they were made", stage="tokenize", hint="run again")
+    return shards
+
+
+def _find(plan: _Plan, storage: Storage) -> list[FileShards | None]:
+    """What is there of each file, up to where the limit is reached."""
+    if plan.limit.is_open:
+        return find_file_shards(storage, plan.jobs, [plan.limit] * len(plan.jobs))
+    found: list[FileShards | None] = []
+    left = plan.limit
+    for job in plan.jobs:
+        shards = find_file_shards(storage, [job], [left])[0]
+        found.append(shards)
+        if shards is None:
+            break
+        left = left.after(shards)
+        if left.is_spent or shards.is_cut:
+            break
+    return found
+
+
+def _tokenize_in_order(config: Config, storage: Storage, plan: _Plan, progress: Progress) -> None:
+    left = plan.limit
+    for index, job in enumerate(plan.jobs):
+        shards = find_file_shards(storage, [job], [left])[0]
+        if shards is None:
+            with _Watched(config, plan.jobs[: index + 1], progress) as watched:
+                shards = watched.run([job.within(left)])[0]
+        left = left.after(shards)
+        if left.is_spent or shards.is_cut:
+            return
+
+
+def _assemble(
+    config: Config, plan: _Plan, found: list[FileShards | None], storage: Storage
+) -> CorpusShards | None:
+    folder = f"tokenizers/{plan.tokenizer.key}"
+    if any(file is None for file in found) or load(storage, folder) is None:
+        return None
+    shards: list[TokenShard] = []
+    offset = 0
+    for job, file in zip(plan.jobs, found, strict=False):
+        assert file is not None
+        for shard in file.shards:
+            shards.append(
+                TokenShard(
+                    folder=shard.folder,
+                    source=job.file.url,
+                    doc_offset=offset,
+                    n_documents=shard.n_documents,
+                    n_tokens=shard.n_tokens,
+                    n_rejects=shard.n_rejects,
+                )
+            )
+            offset += shard.n_documents
+    corpus = CorpusShards(
+        shards=tuple(shards), tokenizer_key=plan.tokenizer.key, vocabulary=f"{folder}/vocabulary.parquet"
+    )
+    _check_usable(config, storage, corpus)
+    return corpus
+
+
+def _check_usable(config: Config, storage: Storage, corpus: CorpusShards) -> None:
+    read = corpus.n_documents + corpus.n_rejects
+    share = corpus.n_rejects / read if read else 0.0
+    if corpus.n_documents and share <= config.corpus.max_reject_share:
+        return
+    examples: list[str] = []
+    for shard in corpus.shards:
+        if shard.n_rejects and len(examples) < 3:
+            rows = storage.read_parquet(f"{shard.folder}/rejects.parquet").slice(0, 3).to_pylist()
+            examples += [f"{shard.source}:{row['line']}: {row['reason']}" for row in rows]
+    shown = "; ".join(examples[:3])
+    if share > config.corpus.max_reject_share:
+        raise CorpusError(
+            f"{corpus.n_rejects} of {read} records ({share:.2%}) cannot be used, more than corpus.max_reject_share = "
+            f"{config.corpus.max_reject_share:.2%}; the first: {shown}",
+            hint="mend the files, set corpus.text_field, or raise corpus.max_reject_share",
+            stage="tokenize",
+        )
+    raise CorpusError("the corpus has no document", hint="check corpus.urls and the limits", stage="tokenize")
+
+
+def _write_tokenizer(storage: Storage, tokenizer: LoadedTokenizer) -> None:
+    """Put the tokenizer where workers find it without transformers, and the decoded vocabulary beside it."""
+    folder = f"tokenizers/{tokenizer.key}"
+    if load(storage, folder) is not None:
+        return
+    ids, texts = tokenizer.decode_vocabulary()
+    storage.write_bytes(f"{folder}/tokenizer.json", tokenizer.backend.to_str().encode())
+    storage.write_json(f"{folder}/special_ids.json", list(tokenizer.special_ids))
+    storage.write_parquet(f"{folder}/vocabulary.parquet", pa.table([ids, texts], schema=VOCABULARY))
+    commit(storage, folder, Manifest(stage="tokenizer", inputs={"key": tokenizer.key}))
+
+
+class _Watched:
+    """A Dask client that runs file jobs and reports the bytes they have read."""
+
+    def __init__(self, config: Config, jobs: list[FileJob], progress: Progress) -> None:
+        self._dask, self._progress = config.dask, progress
+        self._total = sum(job.file.size for job in jobs)
+        self._read: dict[str, int] = {}
+        self._lock, self._n_jobs = threading.Lock(), len(jobs)
+
+    def __enter__(self) -> _Watched:
+        self._context = tokenization_client(self._dask, self._n_jobs)
+        self._client, _ = self._context.__enter__()
+        self._client.subscribe_topic(_TOPIC, self._heard)
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self._context.__exit__(*details)
+
+    def run(self, jobs: list[FileJob]) -> list[FileShards]:
+        """Run jobs on the workers; results in the order of `jobs`."""
+        from distributed import as_completed
+
+        self._progress(0, self._total, "bytes, tokenization")
+        futures = self._client.map(_run_job, jobs, pure=False, retries=1)
+        index_of = {future.key: index for index, future in enumerate(futures)}
+        results: dict[int, FileShards] = {}
+        for future in as_completed(futures):
+            index = index_of[future.key]
+            results[index] = future.result()
+            self._report(jobs[index].file.url, jobs[index].file.size)
+        return [results[index] for index in range(len(jobs))]
+
+    def _heard(self, event: tuple[float, dict[str, Any]]) -> None:
+        message = event[1]
+        self._report(str(message["url"]), int(message["bytes"]))
+
+    def _report(self, url: str, position: int) -> None:
+        with self._lock:
+            self._read[url] = max(position, self._read.get(url, 0))
+            done = min(sum(self._read.values()), self._total)
+        self._progress(done, self._total, "bytes, tokenization")
+
+
+def _run_job(job: FileJob) -> FileShards:
+    from distributed import get_worker
+
+    worker, last = get_worker(), [0.0]
+
+    def report(position: int) -> None:
+        if time.monotonic() - last[0] > 1:
+            last[0] = time.monotonic()
+            worker.log_event(_TOPIC, {"url": job.file.url, "bytes": position})
+
+    return tokenize_file(job, report)
