@@ -1,0 +1,82 @@
+# Python 3.11 or newer, make and a package index are all this needs.
+# A CPU build of torch, where an index offers one:  make demo TORCH='torch==2.13.0+cpu' TORCH_OPTIONS='--index-url …'
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_OPTIONS ?=
+ASSETS ?= assets
+DEMO_OPTIONS ?=
+PYTEST_OPTIONS ?=
+
+# What the tests can use beside Python packages, installed where apt-get is and we are root.
+# With CEPH_PACKAGES (ceph-mon ceph-osd radosgw) the S3 tests also walk a real gateway.
+CEPH_PACKAGES ?=
+SYSTEM_PACKAGES ?= chromium $(CEPH_PACKAGES)
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+RUN_STAMP := $(VENV)/.installed
+TEST_STAMP := $(VENV)/.installed-for-tests
+SYSTEM_STAMP := $(VENV)/.system-packages
+
+.PHONY: help venv venv-tests system assets demo test lint format clean
+
+help:
+	@echo "make demo    environment, assets, and the whole pipeline on a real model and corpus"
+	@echo "make test    everything the tests need, then the tests"
+	@echo "make lint    ruff and strict mypy"
+	@echo "make venv    the environment alone, in $(VENV)"
+	@echo "make clean   remove the environment, caches, assets and the demo's run"
+
+venv: $(RUN_STAMP)
+
+venv-tests: $(TEST_STAMP)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "functok needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+# torch by itself and first, so that a build without CUDA can be taken where one is offered.
+$(RUN_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) $(TORCH_OPTIONS) '$(TORCH)'
+	$(PIP) --editable .
+	@touch $@
+
+$(TEST_STAMP): $(RUN_STAMP)
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+$(SYSTEM_STAMP): | $(BIN)/python
+	@if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	  dpkg --status $(SYSTEM_PACKAGES) >/dev/null 2>&1 \
+	    || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SYSTEM_PACKAGES) >/dev/null; } \
+	    || echo "could not install $(SYSTEM_PACKAGES): the tests that use them will be skipped" >&2; \
+	else \
+	  echo "not root, or no apt-get: tests that need $(SYSTEM_PACKAGES) are skipped where they are missing" >&2; \
+	fi
+	@touch $@
+
+system: $(SYSTEM_STAMP)
+
+assets: $(RUN_STAMP)
+	$(BIN)/python -m infra.demo_assets $(ASSETS)
+
+demo: assets
+	$(BIN)/functok run configs/demo.toml $(DEMO_OPTIONS)
+
+test: $(TEST_STAMP) $(SYSTEM_STAMP)
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+
+lint: $(TEST_STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(TEST_STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) $(ASSETS) runs/demo build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
