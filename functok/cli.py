@@ -1,0 +1,241 @@
+"""The `functok` command. Every command's work is done elsewhere; this reads arguments and shows results."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from infra.errors import ConfigError, FunctokError
+from schemas.work import Stage
+
+if TYPE_CHECKING:
+    from infra.storage import Storage
+
+app = typer.Typer(
+    name="functok",
+    help="Which tokens open a language model's memory? From a corpus, a model and sparse autoencoders to the "
+    "token-feature graph, its coverage tables, and a report.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+DEFAULT_ROOT = "runs/functok"
+
+RootOption = Annotated[
+    str | None,
+    typer.Option(
+        "--root",
+        metavar="URL",
+        envvar="FUNCTOK_ROOT",
+        help="Where everything is written: a local path or s3://bucket/prefix.",
+    ),
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' own logs.")]
+EndpointOption = Annotated[
+    str | None,
+    typer.Option("--endpoint-url", metavar="URL", help="S3 endpoint, if not AWS.", envvar="AWS_ENDPOINT_URL"),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY.PATH=VALUE", help="Override a key of the configuration; repeat for more."
+    ),
+]
+ConfigArgument = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="A TOML file, such as configs/demo.toml.", show_default=False)
+]
+
+
+class Format(StrEnum):
+    """How query results are printed."""
+
+    table = "table"
+    csv = "csv"
+    json = "json"
+    parquet = "parquet"
+
+
+@app.command()
+def run(
+    config: ConfigArgument,
+    assignments: SetOption = None,
+    only: Annotated[Stage | None, typer.Option("--only", help="Run this stage alone.")] = None,
+    start_from: Annotated[
+        Stage | None, typer.Option("--from", help="Run this stage and those after it.")
+    ] = None,
+    root: RootOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Run the pipeline. Finished work is kept; only what is missing or changed is done.
+
+    Needs no server: Prefect's own is started for the run, unless `PREFECT_API_URL` names one.
+    Example: `functok run configs/demo.toml --set graph.rarefaction_m=50`.
+    """
+    from functok.pipeline import run_pipeline
+
+    if only is not None and start_from is not None:
+        raise ConfigError("--only and --from exclude each other")
+    loaded, storage = _open(config, assignments, root)
+    run_pipeline(loaded, storage, only=only, start_from=start_from, debug=debug)
+
+
+@app.command()
+def status(
+    config: ConfigArgument,
+    assignments: SetOption = None,
+    details: Annotated[bool, typer.Option("--details", help="List every shard that would be made.")] = False,
+    root: RootOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Show which stages and shards are done, stale or missing, and what a run would do now."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from tasks.plan import plan_run
+
+    loaded, storage = _open(config, assignments, root)
+    table = Table(title=f"{config} → {storage.root}", title_justify="left")
+    for column in ("stage", "done", "to do", "why"):
+        table.add_column(column)
+    plans = plan_run(loaded, storage)
+    for plan in plans:
+        table.add_row(
+            plan.stage, str(plan.done), "?" if plan.missing is None else str(plan.missing), plan.reason
+        )
+    console = Console()
+    console.print(table)
+    lines = [f"{plan.stage}: {line}" for plan in plans for line in plan.details]
+    for line in lines if details else lines[:10]:
+        console.print(line, markup=False, highlight=False)
+    if len(lines) > 10 and not details:
+        console.print(f"… and {len(lines) - 10} more (--details)")
+
+
+@app.command()
+def query(
+    sql: Annotated[
+        str | None, typer.Argument(metavar="SQL", help="None opens a prompt.", show_default=False)
+    ] = None,
+    format: Annotated[Format, typer.Option("--format", help="How to print the result.")] = Format.table,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file instead.")] = None,
+    root: RootOption = None,
+    endpoint_url: EndpointOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Run SQL against the catalogue. `functok query "SHOW TABLES" --root runs/demo` lists the tables."""
+    from functok.query import prompt, run_query
+
+    storage = _storage(root, endpoint_url)
+    if sql is None:
+        prompt(storage)
+    else:
+        run_query(storage, sql, format.value, output)
+
+
+@app.command()
+def catalog(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="The DuckDB file to write.", show_default=False)
+    ],
+    root: RootOption = None,
+    endpoint_url: EndpointOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Write a DuckDB file whose views are the tables, so that any DuckDB client can open it."""
+    from tasks.tables import write_catalog_file
+
+    from schemas.config import DuckDb
+
+    write_catalog_file(_published(root, endpoint_url), str(path), DuckDb())
+    typer.echo(f"{path}: open it with any DuckDB client")
+
+
+@app.command()
+def report(root: RootOption = None, endpoint_url: EndpointOption = None, debug: DebugOption = False) -> None:
+    """(Re)write the HTML report from the tables."""
+    from tasks.report import write_report
+
+    from schemas.config import DuckDb
+
+    typer.echo(write_report(_published(root, endpoint_url), DuckDb()))
+
+
+@app.command()
+def up(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port of the Prefect UI and API.")] = 4200,
+    root: RootOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Start Prefect's server, work pools, workers and all deployments, ready to schedule in the UI.
+
+    Teams: set `PREFECT_API_DATABASE_CONNECTION_URL` to a PostgreSQL database first.
+    """
+    from infra.prefect_server import up as bring_up
+
+    bring_up(host=host, port=port, root=root)
+
+
+def _open(path: Path, assignments: list[str] | None, root: str | None) -> tuple[Any, Storage]:
+    from infra.storage import Storage
+    from schemas.config import load_config
+
+    config = load_config(path, assignments, root)
+    return config, Storage(config.storage.root, config.storage.endpoint_url)
+
+
+def _storage(root: str | None, endpoint_url: str | None) -> Storage:
+    from infra.storage import Storage
+
+    return Storage(root or DEFAULT_ROOT, endpoint_url)
+
+
+def _published(root: str | None, endpoint_url: str | None) -> Storage:
+    from infra.duck import CATALOG
+
+    storage = _storage(root, endpoint_url)
+    if not storage.exists(CATALOG):
+        raise ConfigError(
+            f"{storage.root} holds no finished tables", hint="give --root, or run `functok run CONFIG` first"
+        )
+    return storage
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: errors become one line on stderr and exit status 1, unless `--debug`."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if not debug:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app(arguments, standalone_mode=True)
+    except FunctokError as error:
+        if debug:
+            raise
+        _complain(error.stage, error.message, error.hint)
+    except KeyboardInterrupt:
+        _complain(
+            "", "interrupted", "run the same command again to continue: finished work is kept", status=130
+        )
+    except Exception as error:
+        if debug:
+            raise
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        _complain(
+            "", f"unexpected {type(error).__name__}: {first_line}", "run again with --debug for the traceback"
+        )
+
+
+def _complain(stage: str, message: str, hint: str, status: int = 1) -> None:
+    print(f"error{f' in stage {stage}' if stage else ''}: {message}", file=sys.stderr)
+    if hint:
+        print(f"  way out: {hint}", file=sys.stderr)
+    raise SystemExit(status)

@@ -1,0 +1,94 @@
+"""`functok run`: ask what there is to do, do it through Prefect, and show what came out."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from infra.duck import connect, read_catalog
+from infra.errors import FunctokError
+from infra.storage import Storage
+from schemas.config import Config
+from schemas.work import Stage
+from tasks.plan import REPORT, is_up_to_date, plan_run, stages_of
+
+TOP_RANKS = 10
+
+
+def run_pipeline(
+    config: Config, storage: Storage, *, only: Stage | None, start_from: Stage | None, debug: bool = False
+) -> None:
+    """Run what is missing; start Prefect only if something is.
+
+    Raises:
+        FunctokError: if a stage does not apply to this configuration, or fails.
+    """
+    started = time.monotonic()
+    stages = stages_of(config, only, start_from)
+    if not stages:
+        raise FunctokError(f"stage {only or start_from} does not apply: the configuration has no sae entries")
+    if is_up_to_date(plan_run(config, storage), stages):
+        print("nothing to do: everything asked for is up to date")
+    else:
+        from flows.reproduce import run
+
+        run(config, only=only, start_from=start_from, debug=debug)
+    show_results(config, storage, time.monotonic() - started)
+
+
+def show_results(config: Config, storage: Storage, seconds: float) -> None:
+    """Print the coverage table, if there is one, and where everything lies."""
+    from rich.console import Console
+
+    console = Console()
+    catalog = read_catalog(storage)
+    if "coverage" in catalog.tables:
+        console.print(coverage_table(storage))
+    console.print(
+        f"\nfinished in {seconds:.1f} s; everything is under {storage.root}", markup=False, highlight=False
+    )
+    if storage.exists(REPORT):
+        console.print(f"report:  {storage.url(REPORT)}", markup=False, highlight=False)
+    if catalog.tables:
+        example = (
+            "SELECT * FROM coverage LIMIT 10"
+            if "coverage" in catalog.tables
+            else "SELECT * FROM tokens LIMIT 10"
+        )
+        console.print(
+            f'query:   functok query --root {config.storage.root} "{example}"', markup=False, highlight=False
+        )
+
+
+def coverage_table(storage: Storage) -> Any:
+    """Cumulative share of the activated features that the most frequent tokens reach, a column a layer (PAPER 1.2)."""
+    from rich.table import Table
+    from rich.text import Text
+
+    connection = connect(storage)
+    layers = [
+        row[0] for row in connection.sql("SELECT DISTINCT layer FROM coverage ORDER BY layer").fetchall()
+    ]
+    rows = connection.execute(
+        "SELECT rank, token, layer, coverage FROM coverage "
+        "QUALIFY row_number() OVER (PARTITION BY layer ORDER BY rank) <= ? ORDER BY rank, layer",
+        [TOP_RANKS],
+    ).fetchall()
+    connection.close()
+    table = Table(title="Coverage: share of the activated features reached by the most frequent tokens")
+    table.add_column("rank", justify="right")
+    table.add_column("token")
+    for layer in layers:
+        table.add_column(f"layer {layer}", justify="right")
+    by_rank: dict[int, tuple[str, dict[int, float]]] = {}
+    for rank, token, layer, coverage in rows:
+        by_rank.setdefault(rank, (token, {}))[1][layer] = coverage
+    for rank, (token, shares) in by_rank.items():
+        cells = [Text(f"{shares[layer]:.2%}") if layer in shares else Text("") for layer in layers]
+        table.add_row(str(rank), Text(visible(token)), *cells)
+    return table
+
+
+def visible(token: str) -> str:
+    """A token with its white space shown."""
+    return token.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r").replace(" ", "␣")

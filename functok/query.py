@@ -1,0 +1,179 @@
+"""`functok query`: SQL on the published tables."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import duckdb
+import pyarrow as pa
+
+from infra.duck import connect, read_catalog
+from infra.errors import ConfigError, FunctokError
+from infra.storage import Storage
+
+_ROWS_SHOWN = 1000
+_BATCH = 10_000
+
+
+def run_query(storage: Storage, sql: str, format: str, output: Path | None = None) -> None:
+    """Run one or more statements and print the last one's result.
+
+    Args:
+        storage: The root whose catalogue is asked.
+        sql: DuckDB SQL.
+        format: `table`, `csv`, `json` or `parquet`.
+        output: A file to write instead of standard output.
+
+    Raises:
+        FunctokError: if nothing is published, or the SQL is wrong.
+    """
+    connection = _connected(storage)
+    with _explained():
+        reader = _reader(connection, sql)
+        if reader is None:
+            return
+        if format == "parquet" and output is None and sys.stdout.isatty():
+            raise ConfigError("Parquet is binary", hint="give --output FILE, or redirect standard output")
+        with _target(output) as target:
+            _WRITERS[format](reader, target)
+
+
+def prompt(storage: Storage) -> None:
+    """Read statements until the end of input; a statement ends with `;`."""
+    import readline  # noqa: F401  (gives input() its line editing)
+
+    connection = _connected(storage)
+    print(f"functok query on {storage.root}: SQL ending in ';', .tables, or .quit")
+    statement = ""
+    while True:
+        try:
+            line = input("functok> " if not statement else "    ...> ")
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print()
+            statement = ""
+            continue
+        command = line.strip()
+        if not statement and command in {".quit", ".exit", "exit", "quit"}:
+            return
+        statement = "SHOW TABLES;" if not statement and command == ".tables" else f"{statement}{line}\n"
+        if not statement.strip():
+            statement = ""
+        elif statement.rstrip().endswith(";"):
+            try:
+                with _explained():
+                    reader = _reader(connection, statement)
+                    if reader is not None:
+                        _write_table(reader, sys.stdout.buffer)
+            except FunctokError as error:
+                print(error.message)
+            statement = ""
+
+
+def _connected(storage: Storage) -> Any:
+    catalog = read_catalog(storage)
+    if not catalog.tables:
+        raise ConfigError(
+            f"{storage.root} holds no finished tables", hint="give --root, or run `functok run CONFIG` first"
+        )
+    return connect(storage)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except duckdb.Error as error:
+        raise FunctokError(
+            f"the query failed: {error}", hint='`functok query "SHOW TABLES"` lists the tables'
+        ) from error
+    except BrokenPipeError:
+        # The reader of our output has seen enough.
+        sys.stdout = io.TextIOWrapper(io.BytesIO())
+
+
+def _reader(connection: Any, sql: str) -> pa.RecordBatchReader | None:
+    relation = connection.sql(sql)
+    return None if relation is None else relation.to_arrow_reader(_BATCH)
+
+
+@contextmanager
+def _target(output: Path | None) -> Iterator[IO[bytes]]:
+    if output is None:
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+        return
+    with open(output, "wb") as file:
+        yield file
+
+
+def _write_csv(reader: pa.RecordBatchReader, target: IO[bytes]) -> None:
+    from pyarrow import csv
+
+    with csv.CSVWriter(target, reader.schema) as writer:
+        for batch in reader:
+            writer.write_batch(batch)
+
+
+def _write_json(reader: pa.RecordBatchReader, target: IO[bytes]) -> None:
+    separator = "[\n"
+    for batch in reader:
+        for row in batch.to_pylist():
+            target.write(f"{separator}{json.dumps(row, ensure_ascii=False, default=str)}".encode())
+            separator = ",\n"
+    target.write(b"[]\n" if separator == "[\n" else b"\n]\n")
+
+
+def _write_parquet(reader: pa.RecordBatchReader, target: IO[bytes]) -> None:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetWriter(target, reader.schema, compression="zstd") as writer:
+        for batch in reader:
+            writer.write_batch(batch)
+
+
+def _write_table(reader: pa.RecordBatchReader, target: IO[bytes]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    for name, kind in zip(reader.schema.names, reader.schema.types, strict=True):
+        is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+        table.add_column(Text(name), justify="right" if is_number else "left")
+    shown, is_cut = 0, False
+    for batch in reader:
+        for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            if shown == _ROWS_SHOWN:
+                is_cut = True
+                break
+            table.add_row(*(Text(_cell(value)) for value in row))
+            shown += 1
+        if is_cut:
+            break
+    text = io.StringIO()
+    console = Console(file=text, width=None if sys.stdout.isatty() else 200)
+    console.print(table)
+    if is_cut:
+        console.print(f"the first {_ROWS_SHOWN} rows; --format csv, json or parquet gives all", markup=False)
+    target.write(text.getvalue().encode())
+    target.flush()
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "NULL"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return str(value).replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
+
+
+_WRITERS = {"csv": _write_csv, "json": _write_json, "parquet": _write_parquet, "table": _write_table}

@@ -1,0 +1,170 @@
+"""What a run would do now, and why: the answer of `functok status`, and what lets `functok run` do nothing fast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from infra.duck import CATALOG
+from infra.manifest import content_key
+from infra.storage import Storage
+from schemas.config import Config
+from schemas.work import STAGES, CorpusShards, Dictionary, FeatureShard, Stage, StagePlan
+
+REPORT = "report.html"
+REPORT_RECEIPT = "report.json"
+
+
+def stages_of(
+    config: Config, only: Stage | None = None, start_from: Stage | None = None
+) -> tuple[Stage, ...]:
+    """The stages that a run walks through: all that apply, one, or one and those after it."""
+    applying = tuple(stage for stage in STAGES if config.sae or stage not in {"dictionaries", "features"})
+    if only is not None:
+        return tuple(stage for stage in applying if stage == only)
+    if start_from is not None:
+        return tuple(stage for stage in applying if STAGES.index(stage) >= STAGES.index(start_from))
+    return applying
+
+
+def plan_run(config: Config, storage: Storage) -> list[StagePlan]:
+    """One `StagePlan` a stage, in order; stages behind an unfinished one are as far known as they can be."""
+    plans: list[StagePlan] = []
+    shards = _plan_tokenize(config, storage, plans)
+    dictionaries: list[Dictionary] | None = None
+    features: list[FeatureShard] | None = None
+    if config.sae:
+        dictionaries = _plan_dictionaries(config, storage, shards, plans)
+        features = _plan_features(config, storage, shards, dictionaries, plans)
+    is_ready = shards is not None and (not config.sae or features is not None)
+    _plan_tables(config, storage, shards if is_ready else None, features, dictionaries, plans)
+    return plans
+
+
+def is_up_to_date(plans: Sequence[StagePlan], stages: Sequence[Stage]) -> bool:
+    """Whether none of `stages` has anything to do."""
+    return all(plan.missing == 0 for plan in plans if plan.stage in stages)
+
+
+def report_key(storage: Storage) -> str | None:
+    """What the report is made from: the published catalogue, or None where nothing is published."""
+    catalog = storage.read_json(CATALOG)
+    from tasks.report import VERSION
+
+    return None if catalog is None else content_key(catalog=catalog, version=VERSION)
+
+
+def _plan_tokenize(config: Config, storage: Storage, plans: list[StagePlan]) -> CorpusShards | None:
+    from tasks.tokenization import find_corpus_shards, missing_files
+
+    finished, missing = missing_files(config, storage)
+    details = tuple(f"tokenize {file.url}" for file in missing)
+    if missing:
+        reason = "files are new or changed, or what tokenization reads of the configuration is"
+        plans.append(
+            StagePlan(
+                stage="tokenize", done=len(finished), missing=len(missing), reason=reason, details=details
+            )
+        )
+        return None
+    shards = find_corpus_shards(config, storage)
+    plans.append(
+        StagePlan(
+            stage="tokenize",
+            done=len(finished),
+            missing=0 if shards is not None else 1,
+            reason="all files are tokenized"
+            if shards is not None
+            else "the tokenizer's vocabulary is missing",
+        )
+    )
+    return shards
+
+
+def _plan_dictionaries(
+    config: Config, storage: Storage, shards: CorpusShards | None, plans: list[StagePlan]
+) -> list[Dictionary] | None:
+    from tasks.dictionaries import find_dictionaries
+
+    if shards is None and any(entry.train for entry in config.sae):
+        reason = "dictionaries are trained here: known once the corpus is tokenized"
+        plans.append(StagePlan(stage="dictionaries", done=0, missing=None, reason=reason))
+        return None
+    found = find_dictionaries(config, storage, shards) if shards is not None else None
+    if shards is None:
+        plans.append(
+            StagePlan(stage="dictionaries", done=0, missing=None, reason="known once the corpus is tokenized")
+        )
+        return None
+    if found is None:
+        layers = ", ".join(str(entry.layer) for entry in config.sae)
+        reason = f"a dictionary of layers {layers} is new, or what makes it changed"
+        plans.append(StagePlan(stage="dictionaries", done=0, missing=len(config.sae), reason=reason))
+        return None
+    plans.append(
+        StagePlan(
+            stage="dictionaries", done=len(found), missing=0, reason="all dictionaries are checked and stored"
+        )
+    )
+    return found
+
+
+def _plan_features(
+    config: Config,
+    storage: Storage,
+    shards: CorpusShards | None,
+    dictionaries: list[Dictionary] | None,
+    plans: list[StagePlan],
+) -> list[FeatureShard] | None:
+    from tasks.features import find_feature_shards, missing_features
+
+    if shards is None or dictionaries is None:
+        reason = "known once the corpus and the dictionaries are there"
+        plans.append(StagePlan(stage="features", done=0, missing=None, reason=reason))
+        return None
+    done, missing = missing_features(config, storage, shards, dictionaries)
+    n_missing = sum(len(layers) for layers in missing.values())
+    details = tuple(
+        f"{part.shard.folder} ({part.n_tokens:,} tokens of {part.shard.source}): layers {', '.join(map(str, layers))}"
+        for part, layers in missing.items()
+    )
+    reason = (
+        "shards are new, or their model, windows or dictionary changed"
+        if missing
+        else "all feature shards are there"
+    )
+    plans.append(StagePlan(stage="features", done=done, missing=n_missing, reason=reason, details=details))
+    return None if missing else find_feature_shards(config, storage, shards, dictionaries)
+
+
+def _plan_tables(
+    config: Config,
+    storage: Storage,
+    shards: CorpusShards | None,
+    features: list[FeatureShard] | None,
+    dictionaries: list[Dictionary] | None,
+    plans: list[StagePlan],
+) -> None:
+    from tasks.tables import find_tables
+
+    if shards is None:
+        plans.append(
+            StagePlan(stage="tables", done=0, missing=None, reason="known once the shards are there")
+        )
+        plans.append(
+            StagePlan(stage="report", done=0, missing=None, reason="known once the tables are there")
+        )
+        return
+    is_current = find_tables(config, storage, shards, features, dictionaries)
+    reason = (
+        "the published tables are current"
+        if is_current
+        else "the published tables are missing or of other shards"
+    )
+    plans.append(StagePlan(stage="tables", done=int(is_current), missing=int(not is_current), reason=reason))
+    if not is_current:
+        plans.append(StagePlan(stage="report", done=0, missing=1, reason="the tables will change"))
+        return
+    receipt = storage.read_json(REPORT_RECEIPT)
+    is_written = bool(receipt) and receipt.get("key") == report_key(storage) and storage.exists(REPORT)
+    reason = "the report is of these tables" if is_written else "the report is missing or of other tables"
+    plans.append(StagePlan(stage="report", done=int(is_written), missing=int(not is_written), reason=reason))
