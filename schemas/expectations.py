@@ -1,0 +1,304 @@
+"""What must hold at every stage boundary (`schemas.expectation` has the kinds).
+
+To add an expectation, add a line to a suite: the stage will ask it, record it, show it in Data Docs and in the
+`expectations` table, and fail where it is not met, naming the rows.
+
+Views of the `tokenize` suite: `shards` (one row a shard, with what its manifest says and what was found in its
+files), `vocabulary`, and of each shard `documents`, `rejects`, `token_counts` and, where kept, `occurrences`. Of
+`dictionaries`: `dictionaries` (with the gate's figures) and `wanted` (the configured layers). Of `features`:
+`shards`, `dictionaries`, and of each shard `activations`, `edges`, `counts` and its token shard's `token_counts`.
+Of `tables`: the tables of the catalogue, and `settings` (the configuration's numbers that tables depend on).
+"""
+
+from __future__ import annotations
+
+from schemas.expectation import Expectation, Keys, Query, Rows, differ
+from schemas.table_expectations import TABLES
+from schemas.work import Stage
+
+TOKENIZE: tuple[Expectation, ...] = (
+    Query(
+        name="shards follow each other",
+        table="shards",
+        meaning="A shard's first document number is the number of documents before it.",
+        offenders="""SELECT * FROM (SELECT folder, source, doc_offset,
+            coalesce(sum(n_documents) OVER (ORDER BY place ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0)
+            AS documents_before FROM shards) WHERE doc_offset <> documents_before""",
+    ),
+    Query(
+        name="documents + rejects = records read",
+        table="shards",
+        meaning="Every record read is a document or a reject, and each is in its file.",
+        offenders="""SELECT folder, source, n_records, n_documents, n_rejects,
+            found_documents, found_rejects FROM shards WHERE n_documents + n_rejects IS DISTINCT FROM n_records
+            OR found_documents <> n_documents OR found_rejects <> n_rejects""",
+    ),
+    Query(
+        name="sum(documents.n_tokens) = sum(tokens.count)",
+        table="shards",
+        meaning="Documents, token counts and the manifest agree on how many tokens there are.",
+        offenders="""SELECT folder, source, n_tokens, found_document_tokens, found_counted_tokens FROM shards
+            WHERE found_document_tokens <> n_tokens OR found_counted_tokens <> n_tokens""",
+    ),
+    Keys(
+        name="document keys are unique",
+        table="documents",
+        shard=True,
+        meaning="No document number stands twice in a shard.",
+        columns=("doc",),
+    ),
+    Rows(
+        name="document numbers are in range",
+        table="documents",
+        shard=True,
+        meaning="0 ≤ doc < documents of the shard.",
+        must="doc BETWEEN 0 AND n_documents - 1",
+        show="folder, doc, line",
+    ),
+    Rows(
+        name="documents have text",
+        table="documents",
+        shard=True,
+        meaning="A document has characters; tokens are counted from 0.",
+        must="n_chars > 0 AND n_tokens >= 0 AND line >= 0",
+        show="folder, doc, line, n_chars, n_tokens",
+    ),
+    Rows(
+        name="rejects say why",
+        table="rejects",
+        shard=True,
+        meaning="Every reject has a reason.",
+        must="length(reason) > 0",
+        show="folder, line, reason",
+    ),
+    Keys(
+        name="counted tokens are unique",
+        table="token_counts",
+        shard=True,
+        meaning="A shard counts a token in one row.",
+        columns=("token_id",),
+    ),
+    Rows(
+        name="token counts are possible",
+        table="token_counts",
+        shard=True,
+        meaning="1 ≤ doc_count ≤ count, and no more documents than the shard has.",
+        must="doc_count BETWEEN 1 AND least(count, n_documents)",
+        show="folder, token_id, count, doc_count",
+    ),
+    Query(
+        name="token ids are in the vocabulary",
+        table="token_counts",
+        shard=True,
+        needs=("vocabulary",),
+        meaning="Every token id is one of the tokenizer's.",
+        offenders="SELECT folder, token_id, count FROM token_counts ANTI JOIN vocabulary USING (token_id)",
+    ),
+    Keys(
+        name="occurrence keys are unique",
+        table="occurrences",
+        shard=True,
+        meaning="A position of a document holds one token.",
+        columns=("doc", "position"),
+    ),
+    Rows(
+        name="positions are from 0",
+        table="occurrences",
+        shard=True,
+        meaning="position ≥ 0 in a document of the shard.",
+        must="position >= 0 AND doc BETWEEN 0 AND n_documents - 1",
+        show="folder, doc, position, token_id",
+    ),
+    Query(
+        name="sum(tokens.count) = count(occurrences)",
+        table="token_counts",
+        shard=True,
+        needs=("occurrences",),
+        meaning="Each token's count and document count are those of its occurrences.",
+        offenders=differ(
+            """SELECT folder, token_id, count(*) AS count, count(DISTINCT doc) AS doc_count
+            FROM occurrences GROUP BY ALL""",
+            "SELECT folder, token_id, count, doc_count FROM token_counts",
+            "folder, token_id",
+            "count",
+            "doc_count",
+        ),
+    ),
+    Query(
+        name="documents.n_tokens = occurrences grouped",
+        table="documents",
+        shard=True,
+        needs=("occurrences",),
+        meaning="Each document has as many occurrences as it has tokens.",
+        offenders=differ(
+            "SELECT folder, doc, count(*) AS n_tokens FROM occurrences GROUP BY ALL",
+            "SELECT folder, doc, n_tokens FROM documents WHERE n_tokens > 0",
+            "folder, doc",
+            "n_tokens",
+        ),
+    ),
+)
+
+DICTIONARIES: tuple[Expectation, ...] = (
+    Keys(
+        name="one dictionary a layer",
+        table="dictionaries",
+        meaning="No layer has two dictionaries.",
+        columns=("layer",),
+    ),
+    Query(
+        name="every layer has its dictionary",
+        table="dictionaries",
+        needs=("wanted",),
+        meaning="The configured layers are the layers that have dictionaries.",
+        offenders="""SELECT layer, d.key AS dictionary FROM wanted FULL JOIN dictionaries AS d USING (layer)
+            WHERE wanted.source IS NULL OR d.layer IS NULL""",
+    ),
+    Rows(
+        name="dictionaries are whole",
+        table="dictionaries",
+        meaning="A dictionary has latents, and its folder is committed.",
+        must="d_sae > 0 AND committed",
+        show="layer, folder, d_sae, committed",
+    ),
+    Rows(
+        name="figures are possible",
+        table="dictionaries",
+        meaning="Explained variance ≤ 1, 0 < L0 ≤ latents, 0 ≤ alive share ≤ 1, held-out tokens > 0.",
+        must="""NOT trained OR (explained_variance <= 1 AND isfinite(explained_variance_all) AND l0 > 0
+            AND l0 <= d_sae AND alive_share BETWEEN 0 AND 1 AND heldout_tokens > 0)""",
+        show="layer, folder, d_sae, explained_variance, explained_variance_all, l0, alive_share, heldout_tokens",
+    ),
+    Rows(
+        name="trained dictionaries pass their gate",
+        table="dictionaries",
+        meaning="A dictionary trained here reaches what its gate asks, on held-out tokens.",
+        must="""NOT trained OR (explained_variance >= min_explained_variance
+            AND abs(l0 / k - 1) <= max_l0_deviation AND alive_share >= min_alive_share)""",
+        show="""layer, folder, explained_variance, min_explained_variance, l0, k, max_l0_deviation,
+            alive_share, min_alive_share""",
+    ),
+)
+
+FEATURES: tuple[Expectation, ...] = (
+    Keys(
+        name="one shard a layer and place",
+        table="shards",
+        meaning="No part of the corpus has two shards of features of a layer.",
+        columns=("layer", "doc_offset"),
+    ),
+    Query(
+        name="layers see the same documents",
+        table="shards",
+        meaning="Every layer has the same documents and tokens in the graph.",
+        offenders="""SELECT * FROM (SELECT layer, sum(n_documents) AS n_documents, sum(n_tokens) AS n_tokens,
+            max(sum(n_documents)) OVER () AS most_documents, max(sum(n_tokens)) OVER () AS most_tokens
+            FROM shards GROUP BY layer) WHERE n_documents <> most_documents OR n_tokens <> most_tokens""",
+    ),
+    Query(
+        name="layers have dictionaries",
+        table="shards",
+        needs=("dictionaries",),
+        meaning="The layers of the features are the layers of the dictionaries.",
+        offenders="""SELECT layer, s.folder, d.key AS dictionary FROM shards AS s FULL JOIN dictionaries AS d
+            USING (layer) WHERE s.folder IS NULL OR d.key IS NULL""",
+    ),
+    Query(
+        name="activations are all there",
+        table="shards",
+        meaning="A shard has the activations that its manifest says.",
+        offenders="""SELECT folder, layer, source, n_activations, found_activations FROM shards
+            WHERE found_activations <> n_activations""",
+    ),
+    Query(
+        name="sum(counts) = tokens in the graph",
+        table="shards",
+        meaning="The occurrences counted are those of the documents in the graph.",
+        offenders="SELECT folder, layer, source, n_tokens, found_tokens FROM shards WHERE found_tokens <> n_tokens",
+    ),
+    Keys(
+        name="activation keys are unique",
+        table="activations",
+        shard=True,
+        meaning="A position activates a feature once.",
+        columns=("doc", "position", "feature_id"),
+    ),
+    Rows(
+        name="activation documents are in range",
+        table="activations",
+        shard=True,
+        meaning="0 ≤ doc < documents of the part in the graph, and position ≥ 0.",
+        must="doc BETWEEN 0 AND n_documents - 1 AND position >= 0",
+        show="folder, layer, doc, position, token_id, feature_id",
+    ),
+    Rows(
+        name="feature ids are in the dictionary",
+        table="activations",
+        shard=True,
+        meaning="0 ≤ feature_id < d_sae of the layer's dictionary.",
+        must="feature_id BETWEEN 0 AND d_sae - 1",
+        show="folder, layer, doc, position, token_id, feature_id, d_sae",
+    ),
+    Rows(
+        name="activations are positive",
+        table="activations",
+        shard=True,
+        meaning="An activation is finite and above 0.",
+        must="activation > 0 AND isfinite(activation)",
+        show="folder, layer, doc, position, token_id, feature_id, activation",
+    ),
+    Keys(
+        name="edge keys are unique",
+        table="edges",
+        shard=True,
+        meaning="An edge is one row.",
+        columns=("token_id", "feature_id"),
+    ),
+    Query(
+        name="edges.n = activations grouped",
+        table="edges",
+        shard=True,
+        needs=("activations",),
+        meaning="Each edge counts the activations of its token and feature.",
+        offenders=differ(
+            "SELECT folder, layer, token_id, feature_id, count(*) AS n FROM activations GROUP BY ALL",
+            "SELECT folder, layer, token_id, feature_id, n FROM edges",
+            "folder, layer, token_id, feature_id",
+            "n",
+        ),
+    ),
+    Keys(
+        name="counted tokens are unique",
+        table="counts",
+        shard=True,
+        meaning="A shard counts a token in one row.",
+        columns=("token_id",),
+    ),
+    Query(
+        name="edges are of counted tokens",
+        table="edges",
+        shard=True,
+        needs=("counts",),
+        meaning="A token activates a feature at most as often as it occurs, at least once.",
+        offenders="""SELECT folder, layer, token_id, feature_id, n, c.count FROM edges AS e
+            LEFT JOIN (SELECT token_id, count FROM counts) AS c USING (token_id)
+            WHERE (n BETWEEN 1 AND c.count) IS NOT TRUE""",
+    ),
+    Query(
+        name="token ids are the corpus' own",
+        table="counts",
+        shard=True,
+        needs=("token_counts",),
+        meaning="A token occurs in the graph at most as often as in its shard of the corpus, at least once.",
+        offenders="""SELECT folder, layer, token_id, c.count, t.count AS corpus_count FROM counts AS c
+            LEFT JOIN (SELECT token_id, count FROM token_counts) AS t USING (token_id)
+            WHERE (c.count BETWEEN 1 AND t.count) IS NOT TRUE""",
+    ),
+)
+
+SUITES: dict[Stage, tuple[Expectation, ...]] = {
+    "tokenize": TOKENIZE,
+    "dictionaries": DICTIONARIES,
+    "features": FEATURES,
+    "tables": TABLES,
+}
