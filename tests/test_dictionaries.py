@@ -1,0 +1,590 @@
+"""Dictionaries: every source, every refusal, and training with its gate."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import D_MODEL, N_LAYERS, build_sae, save_model, save_sae, texts, write_jsonl
+
+from infra.errors import DictionaryError
+from infra.manifest import MANIFEST
+from infra.storage import Storage
+from schemas.config import Config, Gate, Sae, Train
+from schemas.work import CorpusShards
+from tasks import dictionary_sources, dictionary_training
+from tasks.dictionaries import find_dictionaries, load_dictionary, prepare_dictionaries
+from tasks.dictionary_checks import (
+    DictionaryUnavailableError,
+    Facts,
+    check_facts,
+    check_gate,
+    facts_of,
+)
+from tasks.dictionary_sample import ResidualSample
+from tasks.encoding import build_encoder
+from tasks.graph import graph_shards
+from tasks.residuals import write_residuals
+from tasks.tokenization import tokenize_corpus
+
+NO_CORPUS = CorpusShards(shards=(), tokenizer_key="t", vocabulary="v")
+OURS: dict[str, Any] = {"architecture": "standard", "d_in": D_MODEL, "d_sae": 64}
+ENTRY = Sae(layer=1, path="somewhere")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("corpus") / "a.jsonl", texts(60))
+
+
+def config_of(
+    model: Path, root: Path, *entries: dict[str, Any], corpus: Path | None = None, **sections: Any
+) -> Config:
+    return Config.model_validate(
+        {
+            # A limit makes tokenization stay in this process.
+            "corpus": {
+                "urls": [str(corpus or root / "none.jsonl")],
+                "shard_tokens": 1500,
+                "max_documents": 1000,
+            },
+            "model": {"name": str(model)},
+            "windows": {"context_size": 64},
+            "storage": {"root": str(root)},
+            "sae": list(entries),
+            **sections,
+        }
+    )
+
+
+def prepare(model: Path, root: Path, *entries: dict[str, Any]) -> list[Any]:
+    config = config_of(model, root, *entries)
+    return prepare_dictionaries(config, Storage(str(root)), NO_CORPUS)
+
+
+def metadata(**values: Any) -> dict[str, Any]:
+    return {"metadata": values}
+
+
+# From disk
+
+
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "topk", "gated"])
+def test_a_saved_dictionary_encodes_as_before(architecture: str, model: Path, tmp_path: Path) -> None:
+    saved = save_sae(tmp_path / "sae", architecture)
+    config = config_of(model, tmp_path / "root", {"layer": 2, "path": str(saved)})
+    storage = Storage(str(tmp_path / "root"))
+    [dictionary] = prepare_dictionaries(config, storage, NO_CORPUS)
+    x = torch.randn(50, D_MODEL, generator=torch.Generator().manual_seed(1))
+    expected = build_sae(architecture).encode(x)
+    assert torch.equal(load_dictionary(storage, dictionary).encode(x), expected)
+    assert (expected > 0).any()
+    assert (dictionary.layer, dictionary.d_sae, dictionary.quality) == (2, 96, None)
+    assert find_dictionaries(config, storage, NO_CORPUS) == [dictionary]
+
+
+def test_a_saved_dictionary_is_found_by_content_not_by_place(model: Path, tmp_path: Path) -> None:
+    first, second = save_sae(tmp_path / "a"), tmp_path / "b"
+    shutil.copytree(first, second)
+    other = save_sae(tmp_path / "c", seed=1)
+    [one] = prepare(model, tmp_path / "root", {"layer": 0, "path": str(first)})
+    config = config_of(model, tmp_path / "root", {"layer": 0, "path": f"file://{second}/"})
+    found = find_dictionaries(config, Storage(str(tmp_path / "root")), NO_CORPUS)
+    assert found is not None
+    assert found[0].key == one.key
+    changed = config_of(model, tmp_path / "root", {"layer": 0, "path": str(other)})
+    assert find_dictionaries(changed, Storage(str(tmp_path / "root")), NO_CORPUS) is None
+
+
+def test_a_dictionary_that_changes_on_disk_is_no_longer_found(model: Path, tmp_path: Path) -> None:
+    saved = save_sae(tmp_path / "sae")
+    config = config_of(model, tmp_path / "root", {"layer": 0, "path": str(saved)})
+    storage = Storage(str(tmp_path / "root"))
+    [before] = prepare_dictionaries(config, storage, NO_CORPUS)
+    build_sae(seed=7).save_model(str(saved))
+    assert find_dictionaries(config, storage, NO_CORPUS) is None
+    [after] = prepare_dictionaries(config, storage, NO_CORPUS)
+    assert after.key != before.key
+
+
+def test_a_half_copied_dictionary_does_not_count(model: Path, tmp_path: Path) -> None:
+    config = config_of(model, tmp_path / "root", {"layer": 0, "path": str(save_sae(tmp_path / "sae"))})
+    storage = Storage(str(tmp_path / "root"))
+    [dictionary] = prepare_dictionaries(config, storage, NO_CORPUS)
+    storage.delete(f"{dictionary.folder}/{MANIFEST}")
+    storage.write_bytes(f"{dictionary.folder}/sae_weights.safetensors", b"half")
+    assert find_dictionaries(config, storage, NO_CORPUS) is None
+    assert prepare_dictionaries(config, storage, NO_CORPUS) == [dictionary]
+    load_dictionary(storage, dictionary)
+
+
+def test_entries_come_back_by_layer(model: Path, tmp_path: Path) -> None:
+    entries = [{"layer": layer, "path": str(save_sae(tmp_path / f"{layer}", seed=layer))} for layer in (2, 0)]
+    assert [dictionary.layer for dictionary in prepare(model, tmp_path / "root", *entries)] == [0, 2]
+
+
+def test_missing_files_name_layer_and_path(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(DictionaryError, match=rf"layer 1 \({tmp_path}/none\).*no cfg.json.*save_model"):
+        prepare(model, tmp_path / "root", {"layer": 1, "path": f"{tmp_path}/none"})
+    saved = save_sae(tmp_path / "sae")
+    (saved / "sae_weights.safetensors").unlink()
+    with pytest.raises(DictionaryError, match=r"no sae_weights\.safetensors in"):
+        prepare(model, tmp_path / "root", {"layer": 1, "path": str(saved)})
+
+
+def test_pickled_weights_are_not_opened(model: Path, tmp_path: Path) -> None:
+    saved = save_sae(tmp_path / "sae")
+    torch.save(build_sae().state_dict(), saved / "sae_weights.safetensors")
+    with pytest.raises(DictionaryError, match="damaged"):
+        prepare(model, tmp_path / "root", {"layer": 0, "path": str(saved)})
+
+
+def test_damaged_files_are_refused_and_nothing_is_kept(model: Path, tmp_path: Path) -> None:
+    saved = save_sae(tmp_path / "sae")
+    weights = saved / "sae_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(DictionaryError, match=r"sae_weights\.safetensors is damaged"):
+        prepare(model, tmp_path / "root", {"layer": 0, "path": str(saved)})
+    save_sae(saved)
+    (saved / "cfg.json").write_text("{")
+    with pytest.raises(DictionaryError, match=r"cfg\.json that is no JSON"):
+        prepare(model, tmp_path / "root", {"layer": 0, "path": str(saved)})
+    assert not list((tmp_path / "root").rglob("*.safetensors"))
+
+
+def test_weights_that_are_not_numbers_are_refused(model: Path, tmp_path: Path) -> None:
+    sae = build_sae()
+    sae.W_enc.data[0, 0] = float("nan")
+    sae.save_model(str(tmp_path / "sae"))
+    with pytest.raises(DictionaryError, match="not finite"):
+        prepare(model, tmp_path / "root", {"layer": 0, "path": str(tmp_path / "sae")})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "reason"), [("batchtopk", "save_inference_model"), ("unheard_of", "does not know")]
+)
+def test_unknown_and_training_forms_are_refused(
+    architecture: str, reason: str, model: Path, tmp_path: Path
+) -> None:
+    saved = save_sae(tmp_path / "sae")
+    configuration = json.loads((saved / "cfg.json").read_text())
+    (saved / "cfg.json").write_text(json.dumps({**configuration, "architecture": architecture}))
+    with pytest.raises(DictionaryError, match=reason):
+        prepare(model, tmp_path / "root", {"layer": 0, "path": str(saved)})
+
+
+def test_a_dictionary_of_another_width_is_refused(model: Path, tmp_path: Path) -> None:
+    saved = save_sae(tmp_path / "sae", d_in=16)
+    with pytest.raises(DictionaryError, match=f"width 16, but the model's residual stream has {D_MODEL}"):
+        prepare(model, tmp_path / "root", {"layer": 0, "path": str(saved)})
+
+
+def test_a_layer_the_model_does_not_have_is_refused_first(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(DictionaryError, match=f"{N_LAYERS} decoder blocks.*0 to {N_LAYERS - 1}"):
+        prepare(model, tmp_path / "root", {"layer": N_LAYERS, "path": "not even there"})
+
+
+def test_the_right_place_is_asked_for_again_when_a_dictionary_is_already_here(
+    model: Path, tmp_path: Path
+) -> None:
+    saved = save_sae(tmp_path / "sae", **metadata(hook_name="blocks.1.hook_resid_post"))
+    prepare(model, tmp_path / "root", {"layer": 1, "path": str(saved)})
+    with pytest.raises(DictionaryError, match=r"set layer = 1"):
+        prepare(model, tmp_path / "root", {"layer": 2, "path": str(saved)})
+    config = config_of(model, tmp_path / "root", {"layer": 2, "path": str(saved)})
+    assert find_dictionaries(config, Storage(str(tmp_path / "root")), NO_CORPUS) is None
+
+
+# What does not fit our residual stream
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {},
+        {"hook_name": "blocks.1.hook_resid_post"},
+        {"hook_name": "blocks.2.hook_resid_pre"},
+        {"hook_name": "blocks.1.hook_resid_post", "hf_hook_name": "model.layers.1"},
+        {"hook_name": "blocks.1.hook_resid_post", "hf_hook_name": "model.layers.1.output"},
+        {"hf_hook_name": "gpt_neox.layers.1"},
+        {"hf_hook_name": "transformer.h.1"},
+    ],
+)
+def test_every_name_of_our_place_is_accepted(names: dict[str, str]) -> None:
+    check_facts(facts_of({**OURS, "metadata": names}), ENTRY, D_MODEL, N_LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (metadata(hook_name="blocks.0.hook_resid_post"), r"blocks\.0\.hook_resid_post.*set layer = 0"),
+        (metadata(hook_name="blocks.1.hook_resid_pre"), r"blocks\.1\.hook_resid_pre.*set layer = 0"),
+        (metadata(hook_name="blocks.0.hook_resid_pre"), "choose an SAE of the residual stream"),
+        (metadata(hook_name="blocks.1.hook_mlp_out"), r"blocks\.1\.hook_mlp_out"),
+        (metadata(hook_name="blocks.1.hook_resid_mid"), "hook_resid_mid"),
+        (metadata(hf_hook_name="model.layers.2"), r"model\.layers\.2.*set layer = 2"),
+        (metadata(hf_hook_name="model.layers.1.mlp"), r"model\.layers\.1\.mlp"),
+        (metadata(hook_name="blocks.1.hook_resid_post", hf_hook_name="model.layers.0"), r"model\.layers\.0"),
+        (metadata(hook_name="blocks.1.hook_resid_post", hook_head_index=3), "attention head 3"),
+        (metadata(hook_name="blocks.1.ln2", hook_name_out="blocks.1.hook_mlp_out"), "transcoder"),
+        ({"architecture": "jumprelu_skip_transcoder"}, "transcoder"),
+        ({"architecture": "temporal"}, "whole sequences"),
+        ({"normalize_activations": "expected_average_only_in"}, "expected_average_only_in.*fold"),
+        ({"normalize_activations": "covariance_whitening"}, "covariance_whitening.*fold"),
+        ({"reshape_activations": "hook_z"}, "attention heads"),
+        (metadata(model_from_pretrained_kwargs={"center_writing_weights": True}), "center_writing_weights"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(DictionaryError, match=rf"(?s)layer 1 \(somewhere\).*{reason}"):
+        check_facts(facts_of({**OURS, **changes}), ENTRY, D_MODEL, N_LAYERS)
+
+
+@pytest.mark.parametrize("normalization", ["none", "layer_norm", "constant_norm_rescale"])
+def test_normalizations_that_act_when_encoding_are_accepted(normalization: str) -> None:
+    check_facts(facts_of({**OURS, "normalize_activations": normalization}), ENTRY, D_MODEL, N_LAYERS)
+
+
+def test_refusals_hold_for_real_saved_dictionaries(model: Path, tmp_path: Path) -> None:
+    unfolded = save_sae(tmp_path / "a", "standard", normalize_activations="expected_average_only_in")
+    with pytest.raises(DictionaryError, match="expected_average_only_in"):
+        prepare(model, tmp_path / "root", {"layer": 0, "path": str(unfolded)})
+    centred = metadata(model_from_pretrained_kwargs={"center_writing_weights": True})
+    with pytest.raises(DictionaryError, match="center_writing_weights"):
+        prepare(model, tmp_path / "root", {"layer": 0, "path": str(save_sae(tmp_path / "b", **centred))})
+
+
+def test_other_windows_only_warn(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    saved = save_sae(tmp_path / "sae", **metadata(prepend_bos=False, context_size=64))
+    with caplog.at_level(logging.WARNING):
+        prepare(model, tmp_path / "root", {"layer": 0, "path": str(saved)})
+    assert "prepend_bos = False" in caplog.text
+    assert "context_size" not in caplog.text
+
+
+# From the registry
+
+
+class _Directory(dict[str, Any]):
+    """A registry of one release with one id."""
+
+    def __init__(self) -> None:
+        super().__init__({"tiny-res": type("Release", (), {"saes_map": {"layer_1/width_96": "layer_1"}})()})
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """A stand-in for SAELens' registry that hands out tiny dictionaries; gives the list of its downloads."""
+    import sae_lens
+    from sae_lens.loading import pretrained_saes_directory
+
+    asked: list[tuple[str, str]] = []
+
+    def from_pretrained(release: str, sae_id: str, device: str = "cpu") -> Any:
+        asked.append((release, sae_id))
+        return build_sae("jumprelu", **metadata(hook_name="blocks.1.hook_resid_post", neuronpedia_id="a/b"))
+
+    monkeypatch.setattr(pretrained_saes_directory, "get_pretrained_saes_directory", _Directory)
+    monkeypatch.setattr(sae_lens.SAE, "from_pretrained", from_pretrained)
+    return asked
+
+
+REGISTERED = {"layer": 1, "release": "tiny-res", "sae_id": "layer_1/width_96"}
+
+
+def test_a_registered_dictionary_is_downloaded_once(
+    registry: list[tuple[str, str]], model: Path, tmp_path: Path
+) -> None:
+    config, storage = config_of(model, tmp_path / "root", REGISTERED), Storage(str(tmp_path / "root"))
+    assert find_dictionaries(config, storage, NO_CORPUS) is None
+    [dictionary] = prepare_dictionaries(config, storage, NO_CORPUS)
+    assert prepare_dictionaries(config, storage, NO_CORPUS) == [dictionary]
+    assert find_dictionaries(config, storage, NO_CORPUS) == [dictionary]
+    assert registry == [("tiny-res", "layer_1/width_96")]
+    assert dictionary.source == "tiny-res / layer_1/width_96"
+    x = torch.randn(20, D_MODEL, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(load_dictionary(storage, dictionary).encode(x), build_sae("jumprelu").encode(x))
+
+
+def test_another_sae_lens_version_is_another_key(
+    registry: list[tuple[str, str]], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, storage = config_of(model, tmp_path / "root", REGISTERED), Storage(str(tmp_path / "root"))
+    prepare_dictionaries(config, storage, NO_CORPUS)
+    monkeypatch.setattr("tasks.dictionaries.version", lambda name: "0.0.0")
+    assert find_dictionaries(config, storage, NO_CORPUS) is None
+
+
+def test_unknown_releases_and_ids_suggest_known_ones(
+    registry: list[tuple[str, str]], model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DictionaryError, match=r"no release tiny-rez.*did you mean tiny-res"):
+        prepare(model, tmp_path / "root", {**REGISTERED, "release": "tiny-rez"})
+    with pytest.raises(DictionaryError, match=r"no layer_1/width_97.*did you mean layer_1/width_96"):
+        prepare(model, tmp_path / "root", {**REGISTERED, "sae_id": "layer_1/width_97"})
+    assert registry == []
+
+
+def test_an_unreachable_hub_is_worth_another_try(
+    registry: list[tuple[str, str]], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sae_lens
+
+    def offline(*arguments: Any, **options: Any) -> Any:
+        raise OSError("We couldn't connect to the hub")
+
+    monkeypatch.setattr(sae_lens.SAE, "from_pretrained", offline)
+    with pytest.raises(
+        DictionaryUnavailableError, match=r"layer 1 .*couldn't connect.*HF_HUB_OFFLINE"
+    ) as caught:
+        prepare(model, tmp_path / "root", REGISTERED)
+    assert caught.value.retryable
+
+
+def test_a_registered_dictionary_of_another_layer_is_refused(
+    registry: list[tuple[str, str]], model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DictionaryError, match="set layer = 1"):
+        prepare(model, tmp_path / "root", {**REGISTERED, "layer": 0})
+
+
+@pytest.mark.parametrize("name", ["paper", "gemma3-270m"])
+def test_the_configurations_name_dictionaries_that_the_registry_has(name: str) -> None:
+    from schemas.config import load_config
+
+    config = load_config(Path(__file__).parents[1] / "configs" / f"{name}.toml")
+    assert config.sae
+    for entry in config.sae:
+        dictionary_sources._check_registered(entry, str(entry.release), str(entry.sae_id))
+        assert f"layer_{entry.layer}" in str(entry.sae_id).replace("/", "_").split("_width")[0]
+
+
+# Trained here
+
+TRAIN: dict[str, Any] = {
+    "d_sae": 48,
+    "k": 6,
+    "samples": 12_000,
+    "batch_size": 64,
+    "learning_rate": 3e-3,
+    "heldout_share": 0.25,
+    "gate": {"min_explained_variance": 0.1, "max_l0_deviation": 0.5, "min_alive_share": 0.3},
+}
+
+
+def trained_config(
+    model: Path, corpus: Path, root: Path, layers: tuple[int, ...] = (1,), **changes: Any
+) -> Config:
+    entries = [{"layer": layer, "train": {**TRAIN, **changes}} for layer in layers]
+    return config_of(model, root, *entries, corpus=corpus)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trained:
+    config: Config
+    storage: Storage
+    shards: CorpusShards
+    dictionaries: list[Any]
+
+
+@pytest.fixture(scope="module")
+def trained(model: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> _Trained:
+    root = tmp_path_factory.mktemp("trained")
+    config, storage = trained_config(model, corpus, root, layers=(0, 2)), Storage(str(root))
+    shards = tokenize_corpus(config, storage)
+    assert len(shards.shards) > 1
+    return _Trained(config, storage, shards, prepare_dictionaries(config, storage, shards))
+
+
+def residuals_of(trained: _Trained, layer: int) -> list[Any]:
+    parts = graph_shards(trained.config, trained.shards, trained.storage)
+    return write_residuals(trained.config, trained.storage, parts, [layer])
+
+
+def test_training_gives_a_jumprelu_of_the_raw_residual_stream(trained: _Trained) -> None:
+    dictionary = trained.dictionaries[1]
+    sae = load_dictionary(trained.storage, dictionary)
+    assert sae.cfg.architecture() == "jumprelu"
+    assert sae.cfg.normalize_activations == "none"
+    assert sae.cfg.metadata.hook_name == "blocks.2.hook_resid_post"
+    assert find_dictionaries(trained.config, trained.storage, trained.shards) == trained.dictionaries
+
+
+def test_the_gates_figures_are_those_of_the_heldout_tokens(trained: _Trained) -> None:
+    """Against a slow reference: all held-out residuals at once, from the files themselves."""
+    dictionary = trained.dictionaries[1]
+    sae = load_dictionary(trained.storage, dictionary)
+    train = trained.config.sae[1].train
+    assert train is not None
+    sample = ResidualSample(trained.storage, residuals_of(trained, 2), train)
+    x = torch.cat(list(sample.pieces(heldout=True))).double()
+    with torch.no_grad():
+        features = sae.encode(x.float())
+        error = (sae.decode(features).double() - x).square().sum()
+    quality = dictionary.quality
+    assert quality["explained_variance_all"] == pytest.approx(
+        1 - float(error / (x - x.mean(0)).square().sum()), abs=1e-5
+    )
+    assert quality["l0"] == pytest.approx(float((features > 0).sum(1).double().mean()))
+    assert quality["alive_share"] == pytest.approx(float((features > 0).any(0).double().mean()))
+    assert quality["heldout_tokens"] == len(x)
+    assert quality["explained_variance"] > 0.3
+
+
+def test_the_threshold_is_calibrated_on_training_tokens(trained: _Trained) -> None:
+    train = trained.config.sae[0].train
+    assert train is not None
+    sample = ResidualSample(trained.storage, residuals_of(trained, 0), train)
+    encoder = build_encoder(load_dictionary(trained.storage, trained.dictionaries[0]), torch.device("cpu"))
+    shown = torch.cat(list(sample.pieces(heldout=False)))
+    assert len(encoder(shown).row) / len(shown) == pytest.approx(train.k, rel=0.02)
+
+
+def test_heldout_documents_are_never_shown(trained: _Trained) -> None:
+    train = trained.config.sae[0].train
+    assert train is not None
+    shards = residuals_of(trained, 0)
+    sample = ResidualSample(trained.storage, shards, train)
+    n_shown, n_heldout = sample.n_rows(heldout=False), sample.n_rows(heldout=True)
+    assert n_shown + n_heldout == trained.shards.n_tokens
+    assert 0.05 < n_heldout / trained.shards.n_tokens < 0.5
+    heldout = {row.tobytes() for piece in sample.pieces(heldout=True) for row in piece.numpy()}
+    scaling = dictionary_training._scaling(sample, 1e9)
+    stream, seen = dictionary_training._endless(sample, scaling), 0
+    while seen < 3 * n_shown:
+        rows = next(stream) / scaling.scale + scaling.mean
+        seen += len(rows)
+        assert all(float((row - rows).norm(dim=1).min()) > 1e-3 for row in _sample_of(heldout))
+    assert seen == 3 * n_shown
+
+
+def _sample_of(rows: set[bytes]) -> list[torch.Tensor]:
+    """Ten of the rows, as vectors."""
+    return [torch.frombuffer(bytearray(row), dtype=torch.float32) for row in sorted(rows)[:10]]
+
+
+def test_training_again_gives_the_same_weights(
+    trained: _Trained, model: Path, corpus: Path, tmp_path: Path
+) -> None:
+    config, storage = trained_config(model, corpus, tmp_path), Storage(str(tmp_path))
+    shards = tokenize_corpus(config, storage)
+    weights = []
+    for _ in range(2):
+        [dictionary] = prepare_dictionaries(config, storage, shards)
+        weights.append(storage.read_bytes(f"{dictionary.folder}/sae_weights.safetensors"))
+        storage.delete(dictionary.folder)
+    assert weights[0] == weights[1]
+    other = trained_config(model, corpus, tmp_path, seed=1)
+    [dictionary] = prepare_dictionaries(other, storage, shards)
+    assert storage.read_bytes(f"{dictionary.folder}/sae_weights.safetensors") != weights[0]
+
+
+def test_a_layer_that_is_trained_is_kept_when_the_next_fails(
+    model: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, storage = trained_config(model, corpus, tmp_path, layers=(0, 1)), Storage(str(tmp_path))
+    shards = tokenize_corpus(config, storage)
+    trained_layers: list[int] = []
+    real = dictionary_training.train_dictionary
+
+    def killed_at_the_second(
+        config: Config, storage: Storage, residuals: Any, *rest: Any
+    ) -> dict[str, float]:
+        if trained_layers:
+            raise KeyboardInterrupt
+        trained_layers.append(residuals[0].layer)
+        return real(config, storage, residuals, *rest)
+
+    monkeypatch.setattr(dictionary_training, "train_dictionary", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_dictionaries(config, storage, shards)
+    trained_layers.clear()
+    prepare_dictionaries(config, storage, shards)
+    assert trained_layers == [1]
+
+
+def test_a_failed_gate_says_every_figure_and_trains_nothing_again(
+    trained: _Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*arguments: Any, **options: Any) -> dict[str, float]:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(dictionary_training, "train_dictionary", never)
+    strict = trained.config.model_copy(
+        update={
+            "sae": [
+                entry.model_copy(
+                    update={
+                        "train": entry.train.model_copy(update={"gate": Gate(min_explained_variance=0.9999)})
+                    }
+                )
+                for entry in trained.config.sae
+                if entry.train is not None
+            ]
+        }
+    )
+    assert find_dictionaries(strict, trained.storage, trained.shards) is None
+    with pytest.raises(
+        DictionaryError,
+        match=r"layer 0 \(trained here\) did not pass.*explained variance 0\..*L0 .*k = 6.*alive",
+    ):
+        prepare_dictionaries(strict, trained.storage, trained.shards)
+    assert prepare_dictionaries(trained.config, trained.storage, trained.shards) == trained.dictionaries
+
+
+@pytest.mark.parametrize(
+    "change", [{"explained_variance": 0.74}, {"l0": 36.0}, {"l0": 28.0}, {"alive_share": 0.89}]
+)
+def test_the_gate_refuses_each_shortcoming(change: dict[str, float]) -> None:
+    good = {
+        "explained_variance": 0.8,
+        "explained_variance_all": 0.7,
+        "l0": 32.5,
+        "k": 32.0,
+        "alive_share": 0.95,
+        "heldout_tokens": 1000.0,
+    }
+    entry = Sae(layer=3, train=Train(d_sae=8))
+    check_gate(good, Gate(), entry)
+    with pytest.raises(DictionaryError, match="gate"):
+        check_gate({**good, **change}, Gate(), entry)
+
+
+def test_one_document_is_too_few(model: Path, tmp_path: Path) -> None:
+    corpus = write_jsonl(tmp_path / "one.jsonl", texts(1))
+    config, storage = trained_config(model, corpus, tmp_path / "root"), Storage(str(tmp_path / "root"))
+    shards = tokenize_corpus(config, storage)
+    with pytest.raises(DictionaryError, match=r"layer 1 \(trained here\) cannot be trained: only 1 document"):
+        prepare_dictionaries(config, storage, shards)
+
+
+def test_max_tokens_limits_what_is_sampled(trained: _Trained) -> None:
+    train = Train(d_sae=8, max_tokens=500)
+    sample = ResidualSample(trained.storage, residuals_of(trained, 0), train)
+    assert 300 < sample.n_rows(heldout=False) + sample.n_rows(heldout=True) <= 500
+
+
+def test_progress_is_reported(model: Path, corpus: Path, tmp_path: Path) -> None:
+    config = trained_config(model, corpus, tmp_path, samples=1280, gate={"min_explained_variance": 1.0})
+    storage = Storage(str(tmp_path))
+    shards = tokenize_corpus(config, storage)
+    seen: list[tuple[int, int, str]] = []
+    with pytest.raises(DictionaryError, match="gate"):
+        prepare_dictionaries(config, storage, shards, lambda *report: seen.append(report))
+    assert seen[-1] == (1280, 1280, "samples, dictionary of layer 1")
+
+
+def test_facts_survive_the_manifest() -> None:
+    facts = facts_of({**OURS, "metadata": {"hook_name": "blocks.1.hook_resid_post", "context_size": 128}})
+    assert Facts(**json.loads(json.dumps(facts.as_json()))) == facts
