@@ -1,0 +1,123 @@
+"""What a finished stage shows in Prefect: small tables and links, read from the published tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from prefect.artifacts import create_link_artifact, create_table_artifact
+
+from infra.duck import CATALOG, connect, read_catalog
+from infra.storage import Storage
+from schemas.config import Config
+from schemas.work import CorpusShards, Dictionary, FeatureShard
+
+COVERAGE_RANKS = 10
+"""The ranks of PAPER 1.2's table."""
+
+FUNCTION_TOKENS = 200
+"""Rows of the function token table at most; the paper's corpus has 122."""
+
+
+def show_corpus(storage: Storage, shards: CorpusShards) -> None:
+    """A table of how much each corpus file gave."""
+    sources: dict[str, list[int]] = {}
+    for shard in shards.shards:
+        counts = sources.setdefault(shard.source, [0, 0, 0, 0])
+        for index, more in enumerate((1, shard.n_documents, shard.n_tokens, shard.n_rejects)):
+            counts[index] += more
+    rows = [
+        dict(zip(("source", "shards", "documents", "tokens", "rejects"), (source, *counts), strict=True))
+        for source, counts in sources.items()
+    ]
+    create_table_artifact(
+        table=rows[:1000],
+        key="corpus",
+        description=f"{shards.n_documents:,} documents, {shards.n_tokens:,} tokens and {shards.n_rejects:,} "
+        f"rejects in {storage.root}",
+    )
+
+
+def show_dictionaries(dictionaries: Sequence[Dictionary]) -> None:
+    """A table of the dictionaries, with the gate's figures where they were trained here."""
+    rows = [
+        {"layer": entry.layer, "latents": entry.d_sae, "source": entry.source, **(entry.quality or {})}
+        for entry in dictionaries
+    ]
+    create_table_artifact(table=rows, key="dictionaries", description="The dictionary of each layer")
+
+
+def show_features(features: Sequence[FeatureShard]) -> None:
+    """A table of how much was extracted per layer."""
+    rows: dict[int, dict[str, Any]] = {}
+    for shard in features:
+        row = rows.setdefault(shard.layer, {"layer": shard.layer, "shards": 0, "tokens": 0, "activations": 0})
+        row["shards"] += 1
+        row["tokens"] += shard.part.n_tokens
+        row["activations"] += shard.n_activations
+    create_table_artifact(
+        table=[rows[layer] for layer in sorted(rows)], key="features", description="Activated features"
+    )
+
+
+def show_tables(config: Config, storage: Storage) -> None:
+    """Tables of the function tokens and, where the graph is published, of the coverage per layer; a link."""
+    published = read_catalog(storage).tables
+    with connect(storage, config.duckdb) as connection:
+        if "tokens" in published:
+            rows = connection.execute(
+                "SELECT rank, token, count, share, doc_share FROM tokens WHERE is_function "
+                "ORDER BY rank LIMIT ?",
+                [FUNCTION_TOKENS],
+            ).fetchall()
+            create_table_artifact(
+                table=[
+                    {
+                        "rank": rank,
+                        "token": visible(token),
+                        "count": count,
+                        "share": f"{share:.2%}",
+                        "documents": f"{documents:.1%}",
+                    }
+                    for rank, token, count, share, documents in rows
+                ],
+                key="function-tokens",
+                description=f"Function tokens: the most frequent, up to {config.function_tokens.share:.0%} of all",
+            )
+        if "coverage" in published:
+            create_table_artifact(
+                table=coverage_rows(
+                    connection.execute(
+                        "SELECT rank, token, layer, coverage FROM coverage "
+                        "QUALIFY row_number() OVER (PARTITION BY layer ORDER BY rank) <= ? ORDER BY rank, layer",
+                        [COVERAGE_RANKS],
+                    ).fetchall()
+                ),
+                key="coverage",
+                description="Share of the activated features that the most frequent tokens reach together",
+            )
+    show_link("catalogue", link_of(storage.url(CATALOG)), f"The tables of {storage.root}")
+
+
+def coverage_rows(found: Sequence[tuple[int, str, int, float]]) -> list[dict[str, Any]]:
+    """PAPER 1.2's table: a row for each rank, a column for each layer, from (rank, token, layer, coverage)."""
+    rows: dict[int, dict[str, Any]] = {}
+    for rank, token, layer, coverage in found:
+        row = rows.setdefault(rank, {"rank": rank, "token": visible(token)})
+        row[f"layer {layer}"] = f"{coverage:.2%}"
+    return list(rows.values())
+
+
+def show_link(key: str, address: str, description: str) -> None:
+    """A link to something that a stage made."""
+    create_link_artifact(link=address, link_text=address, key=key, description=description)
+
+
+def link_of(address: str) -> str:
+    """A URL that a browser takes: local paths become `file://`."""
+    return f"file://{address}" if address.startswith("/") else address
+
+
+def visible(token: str) -> str:
+    """A token with its white space and control characters shown: `'\\n'`, `' the'`."""
+    return repr(token) if not token.strip() or token != token.strip() or not token.isprintable() else token

@@ -1,0 +1,100 @@
+"""The whole of PAPER 1.1 and 1.2: from a corpus and a model to the coverage table and its report."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from prefect import flow
+
+from flows.dictionaries import dictionaries
+from flows.features import features
+from flows.report import report
+from flows.support import refuse_secrets, watching
+from flows.tables import tables
+from flows.tokenize import tokenize
+from infra.errors import ConfigError
+from infra.prefect_server import run_api
+from infra.terminal import terminal_progress
+from schemas.config import Config
+from schemas.work import Stage
+
+
+@flow(name="reproduce", flow_run_name="reproduce with {config.model.name}", persist_result=False)
+def reproduce(config: Config, only: Stage | None = None, start_from: Stage | None = None) -> None:
+    """Run every stage that the configuration asks for; each does what is missing.
+
+    Args:
+        config: Corpus, model, dictionaries and everything else.
+        only: Run this stage alone.
+        start_from: Run this stage and those after it.
+    """
+    stages = stages_to_run(config, only, start_from)
+    if "tokenize" in stages:
+        tokenize(config)
+    if "dictionaries" in stages:
+        dictionaries(config)
+    if "features" in stages:
+        features(config)
+    if "tables" in stages:
+        tables(config)
+    if "report" in stages:
+        report(config)
+
+
+def stages_to_run(config: Config, only: Stage | None, start_from: Stage | None) -> tuple[Stage, ...]:
+    """The stages that a run walks through.
+
+    Raises:
+        ConfigError: if both choices are made, or the one made does not apply to the configuration.
+    """
+    from tasks.plan import stages_of
+
+    if only is not None and start_from is not None:
+        raise ConfigError("`only` and `start_from` exclude each other", hint="leave one of them empty")
+    stages = stages_of(config, only, start_from)
+    if not stages:
+        raise ConfigError(
+            f"the stage {only or start_from} does not apply: the configuration has no sae entries",
+            hint="add [[sae]] entries, or run the stages tokenize, tables and report",
+        )
+    return stages
+
+
+def run(
+    config: Config, *, only: Stage | None = None, start_from: Stage | None = None, debug: bool = False
+) -> None:
+    """Run `reproduce` from a terminal, with a progress bar, on a running Prefect server or a temporary one.
+
+    Args:
+        config: The configuration.
+        only: Run this stage alone.
+        start_from: Run this stage and those after it.
+        debug: Show Prefect's own log, and progress as lines.
+
+    Raises:
+        FunctokError: what a stage raised, itself; also if Prefect's API cannot be reached.
+    """
+    refuse_secrets(config)
+    stages = stages_to_run(config, only, start_from)
+    with (
+        run_api(debug=debug, meanwhile=partial(import_libraries, stages)),
+        terminal_progress(plain=debug) as progress,
+        watching(progress),
+    ):
+        reproduce(config, only=only, start_from=start_from)
+
+
+def import_libraries(stages: tuple[Stage, ...]) -> None:
+    """Import what the stages will use: seconds that overlap with the start of Prefect's temporary server."""
+    from importlib import import_module
+
+    libraries: dict[Stage, tuple[str, ...]] = {
+        "tokenize": ("transformers", "tasks.tokenization", "tasks.validation"),
+        "dictionaries": ("torch", "sae_lens", "tasks.dictionaries", "tasks.validation"),
+        "features": ("torch", "sae_lens", "tasks.features", "tasks.validation"),
+        "tables": ("tasks.tables", "tasks.validation", "great_expectations"),
+        "report": ("tasks.report",),
+    }
+    for stage in stages:
+        for library in libraries[stage]:
+            import_module(library)

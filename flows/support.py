@@ -1,0 +1,293 @@
+"""What the flows share: the shape of a step, what is retried, and where progress goes.
+
+A step is a Prefect task around one function of `tasks/`. Its result stays in memory: the folders' own
+manifests say what is done, so neither Prefect's cache nor its result storage is used.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
+from urllib.parse import parse_qsl, urlsplit
+
+from prefect import get_run_logger, runtime, task
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.tasks import exponential_backoff
+
+from infra.errors import ConfigError, FunctokError
+from infra.progress import Progress
+from infra.storage import Storage
+from infra.terminal import PlainLines
+from schemas.work import Stage
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from prefect import Task
+    from prefect.client.schemas.objects import State, TaskRun
+
+    from schemas.config import Config
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+RETRIES = 3
+FIRST_DELAY_SECONDS = 2.0
+"""Retries come after 2, 4 and 8 seconds."""
+
+ARTIFACT_SECONDS = 1.0
+"""A progress artifact is updated at most this often: each update costs 40 ms."""
+
+LOG_SECONDS = 30.0
+"""How often progress is logged in a run that nobody watches at a terminal."""
+
+_watcher: ContextVar[Progress | None] = ContextVar("functok_watcher", default=None)
+
+
+def step(
+    stage: Stage, what: str, *, retries: int = RETRIES, first_delay: float = FIRST_DELAY_SECONDS
+) -> Callable[[Callable[P, R]], Task[P, R]]:
+    """Make a function of a stage a Prefect task.
+
+    Its runs are named by what they work on (`features: layer 7, 15, 22`), it is tried again only where
+    that can help (`worth_retrying`), and a `FunctokError` that leaves it knows its stage.
+
+    Args:
+        stage: The stage that the step is part of.
+        what: A few words; `{layers}`, `{model}` and `{corpus}` are filled in from the configuration.
+        retries: Tries after the first one.
+        first_delay: Seconds before the second try; each further wait is twice as long.
+    """
+
+    def decorate(function: Callable[P, R]) -> Task[P, R]:
+        @functools.wraps(function)
+        def staged(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return function(*args, **kwargs)
+            except FunctokError as error:
+                error.stage = error.stage or stage
+                raise
+
+        return task(
+            name=f"{stage}: {function.__name__.replace('_', ' ')}",
+            task_run_name=functools.partial(_run_name, stage, what),
+            retries=retries,
+            retry_delay_seconds=exponential_backoff(first_delay),
+            retry_condition_fn=worth_retrying,
+            persist_result=False,
+            cache_policy=NO_CACHE,
+        )(staged)
+
+    return decorate
+
+
+def _run_name(stage: Stage, what: str) -> str:
+    config: Config = runtime.task_run.parameters["config"]
+    layers = ", ".join(str(entry.layer) for entry in config.sae)
+    files = [url.rstrip("/").rsplit("/", 1)[-1] for url in config.corpus.urls]
+    corpus = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+    return f"{stage}: {what.format(layers=layers, model=config.model.name, corpus=corpus)}"
+
+
+def worth_retrying(_task: Task[Any, Any], _run: TaskRun, state: State[Any]) -> bool:
+    """Prefect's retry condition: whether the failure is one that another try can mend."""
+    error = state.data if isinstance(state.data, BaseException) else state.result(raise_on_failure=False)
+    return isinstance(error, BaseException) and is_transient(error)
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether trying again can help.
+
+    It can after lost connections, full disks, killed Dask workers and whatever a `FunctokError` declares
+    retryable; it cannot where a file is missing or forbidden, or the request was refused as wrong.
+    """
+    if isinstance(error, FunctokError):
+        return error.retryable and (error.__cause__ is None or not _is_permanent(error.__cause__))
+    if _is_permanent(error):
+        return False
+    return isinstance(
+        error,
+        (
+            OSError,
+            *_types("distributed", "KilledWorker"),
+            *_types("httpx", "TransportError"),
+            *_types("botocore.exceptions", "BotoCoreError", "ClientError"),
+        ),
+    )
+
+
+def _is_permanent(error: BaseException) -> bool:
+    if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)):
+        return True
+    if isinstance(error, _types("botocore.exceptions", "ClientError")):
+        response: dict[str, Any] = getattr(error, "response", {})
+        status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500))
+        return status < 500 and status not in (408, 429)
+    return isinstance(
+        error,
+        (
+            ValueError,
+            ImportError,
+            *_types("botocore.exceptions", "NoCredentialsError", "ParamValidationError"),
+        ),
+    )
+
+
+def _types(module: str, *names: str) -> tuple[type[BaseException], ...]:
+    """Exception types of a library, if it has been imported: else none of them can have been raised."""
+    loaded = sys.modules.get(module)
+    return tuple(getattr(loaded, name) for name in names) if loaded is not None else ()
+
+
+def open_storage(config: Config) -> Storage:
+    """The storage of a run.
+
+    Raises:
+        ConfigError: if an address in the configuration carries a password or a signature.
+        StorageError: if it cannot be opened.
+    """
+    refuse_secrets(config)
+    return Storage(config.storage.root, config.storage.endpoint_url)
+
+
+_SECRET_KEY = re.compile(r"signature|token|secret|password|credential|api_?key|^sig$", re.IGNORECASE)
+
+
+def refuse_secrets(config: Config) -> None:
+    """Refuse addresses with secrets: Prefect keeps parameters, and the tables name their sources.
+
+    Raises:
+        ConfigError: naming the setting, not the secret.
+    """
+    places = {
+        "storage.root": config.storage.root,
+        "storage.endpoint_url": config.storage.endpoint_url or "",
+        "dask.scheduler": config.dask.scheduler,
+        **{f"corpus.urls.{index}": url for index, url in enumerate(config.corpus.urls)},
+        **{f"sae.{index}.path": entry.path or "" for index, entry in enumerate(config.sae)},
+    }
+    for place, address in places.items():
+        for link in address.split("::"):
+            try:
+                parts = urlsplit(link)
+            except ValueError:
+                continue
+            keys = [key for key, _ in parse_qsl(parts.query)]
+            if (parts.scheme and parts.password) or any(_SECRET_KEY.search(key) for key in keys):
+                raise ConfigError(
+                    f"{place} carries a password or a signature, which would be stored with the run",
+                    hint="give credentials through the environment (AWS_*, HF_TOKEN, .netrc)",
+                )
+
+
+def needed(found: R | None, stage: Stage, storage: Storage) -> R:
+    """What an earlier stage made.
+
+    Raises:
+        FunctokError: naming the stage to run, if `found` is None.
+    """
+    if found is None:
+        raise FunctokError(
+            f"the stage {stage} is not finished for this configuration in {storage.root}",
+            stage=stage,
+            hint=f"run it first: functok run CONFIG --only {stage} (functok status says what is missing)",
+        )
+    return found
+
+
+def require_layers(config: Config, stage: Stage) -> None:
+    """Do nothing where the configuration has a graph to make.
+
+    Raises:
+        ConfigError: if it counts tokens only.
+    """
+    if not config.sae:
+        raise ConfigError(
+            "this configuration has no sae entry, so it counts tokens only",
+            stage=stage,
+            hint="add [[sae]] entries, or run the stages tokenize, tables and report",
+        )
+
+
+@contextmanager
+def watching(progress: Progress | None) -> Iterator[None]:
+    """Have the steps of this block report to `progress` (a terminal) as well as to Prefect."""
+    token = _watcher.set(progress)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
+@contextmanager
+def reported_progress(stage: Stage) -> Iterator[Progress]:
+    """The progress of one step: to the terminal that watches or else to the log, and to an artifact."""
+    logger = get_run_logger()
+    watcher = _watcher.get() or PlainLines(logger.info, every=LOG_SECONDS)
+    artifact = ProgressArtifact(stage)
+
+    def report(done: int, total: int, what: str) -> None:
+        watcher(done, total, what)
+        artifact(done, total, what)
+
+    yield report
+    artifact.finish()
+
+
+class ProgressArtifact:
+    """Progress as a Prefect artifact, `progress-<stage>`: made on the first report, then at most once a second.
+
+    Reports may come from any thread. An artifact that cannot be written is given up, not the stage.
+
+    Args:
+        stage: The stage that reports.
+        clock: Seconds that only grow.
+    """
+
+    def __init__(self, stage: Stage, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stage, self._clock = stage, clock
+        self._id: UUID | None = None
+        self._last, self._shown = 0.0, -1.0
+        self._given_up = False
+        self._lock = threading.Lock()
+        self._context = copy_context()
+        self._logger = get_run_logger()
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        """Show `done` of `total`, if the last update is old enough."""
+        percent = round(100 * done / total, 1) if total else 100.0
+        with self._lock:
+            if self._id is None or self._clock() - self._last >= ARTIFACT_SECONDS:
+                self._show(percent, f"{self._stage}: {what}")
+
+    def finish(self) -> None:
+        """Show that the step is complete, if it reported anything."""
+        with self._lock:
+            if self._id is not None:
+                self._show(100.0, f"{self._stage}: complete")
+
+    def _show(self, percent: float, description: str) -> None:
+        if percent == self._shown or self._given_up:
+            return
+        try:
+            self._context.run(self._write, percent, description)
+        except Exception as error:
+            self._given_up = True
+            self._logger.warning("No more progress is shown in Prefect: %s", error)
+        self._last, self._shown = self._clock(), percent
+
+    def _write(self, percent: float, description: str) -> None:
+        if self._id is None:
+            key = f"progress-{self._stage}"
+            made = create_progress_artifact(progress=percent, key=key, description=description)
+            self._id = cast("UUID", made)  # typed for async callers, too
+        else:
+            update_progress_artifact(artifact_id=self._id, progress=percent, description=description)

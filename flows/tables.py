@@ -1,0 +1,81 @@
+"""Stage 4 (PAPER 1.1, 1.2): the tables, in SQL over the shards; checked, then published together."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from flows.artifacts import show_tables
+from flows.dictionaries import finished_dictionaries
+from flows.features import finished_features
+from flows.support import needed, open_storage, reported_progress, step
+from flows.tokenize import finished_tokens
+from infra.duck import Catalog
+from infra.storage import Storage
+from schemas.config import Config
+from schemas.work import CorpusShards, Dictionary, FeatureShard
+
+
+@flow(name="tables", flow_run_name="tables of {config.model.name}", persist_result=False)
+def tables(config: Config) -> None:
+    """Build the tables from the shards, check them against each other, and publish them as one.
+
+    Where the features are not finished, the corpus' own tables are published before the flow fails.
+
+    Args:
+        config: The whole configuration; `function_tokens`, `graph` and `duckdb` matter here.
+    """
+    storage = open_storage(config)
+    shards = needed(finished_tokens(config, storage), "tokenize", storage)
+    dictionaries = finished_dictionaries(config, storage, shards) if config.sae else None
+    features = finished_features(config, storage, shards, dictionaries) if dictionaries else None
+
+    catalog = build_corpus_tables(config, storage, shards)
+    if dictionaries and features:
+        catalog = build_graph_tables(config, storage, shards, features, dictionaries)
+    check_tables(config, storage, catalog)
+    publish(config, storage, catalog)
+    show_tables(config, storage)
+
+    if config.sae:
+        needed(dictionaries, "dictionaries", storage)
+        needed(features, "features", storage)
+
+
+@step("tables", "corpus")
+def build_corpus_tables(config: Config, storage: Storage, shards: CorpusShards) -> Catalog:
+    """Documents, rejects, occurrences, tokens with their ranks and shares."""
+    from tasks import tables
+
+    with reported_progress("tables") as progress:
+        return tables.build_corpus_tables(config, storage, shards, progress)
+
+
+@step("tables", "graph, layer {layers}")
+def build_graph_tables(
+    config: Config,
+    storage: Storage,
+    shards: CorpusShards,
+    features: list[FeatureShard],
+    dictionaries: list[Dictionary],
+) -> Catalog:
+    """Edges, degrees, coverage, rarefied degrees and the power law, per layer."""
+    from tasks import tables
+
+    with reported_progress("tables") as progress:
+        return tables.build_graph_tables(config, storage, shards, features, dictionaries, progress)
+
+
+@step("tables", "check")
+def check_tables(config: Config, storage: Storage, catalog: Catalog) -> None:
+    """Hold the candidate tables against their expectations; nobody has seen them yet."""
+    from tasks import validation
+
+    validation.check_tables(config, storage, catalog)
+
+
+@step("tables", "publish")
+def publish(config: Config, storage: Storage, catalog: Catalog) -> None:
+    """Let readers see the checked tables, all at once."""
+    from tasks import tables
+
+    tables.publish(storage, catalog)

@@ -1,0 +1,49 @@
+"""Stage 1 (PAPER 1.1): tokenize the corpus, each document whole, and count every token."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from flows.artifacts import show_corpus
+from flows.support import open_storage, reported_progress, step
+from infra.storage import Storage
+from schemas.config import Config
+from schemas.work import CorpusShards
+
+
+@flow(name="tokenize", flow_run_name="tokenize for {config.model.name}", persist_result=False)
+def tokenize(config: Config) -> None:
+    """Tokenize what is missing of the corpus into shards with counts.
+
+    Args:
+        config: The whole configuration; `corpus`, `model` (its tokenizer) and `dask` matter here.
+    """
+    storage = open_storage(config)
+    shards = cut_and_count(config, storage)
+    check_tokens(config, storage, shards)
+    show_corpus(storage, shards)
+
+
+@step("tokenize", "{corpus}")
+def cut_and_count(config: Config, storage: Storage) -> CorpusShards:
+    """Cut the corpus files into token shards with counts; finished ones are kept."""
+    from tasks import tokenization
+
+    with reported_progress("tokenize") as progress:
+        return tokenization.tokenize_corpus(config, storage, progress)
+
+
+@step("tokenize", "check")
+def check_tokens(config: Config, storage: Storage, shards: CorpusShards) -> None:
+    """Hold the shards against their expectations."""
+    from tasks import validation
+
+    validation.check_tokenize(config, storage, shards)
+
+
+@step("tokenize", "look for tokens")
+def finished_tokens(config: Config, storage: Storage) -> CorpusShards | None:
+    """The tokenized corpus, for a later stage; None if any of it is missing."""
+    from tasks import tokenization
+
+    return tokenization.find_corpus_shards(config, storage)

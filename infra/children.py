@@ -1,0 +1,246 @@
+"""Child processes that live and die together, and leave nothing behind.
+
+Each child leads a session of its own, so that Ctrl-C reaches only the parent, which stops them in order. What
+runs is written to a file beside Prefect's database: a parent that was killed leaves children, and the next
+one, which would find their port taken, stops them first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+import psutil
+
+from infra.errors import ConfigError, FunctokError
+
+GRACE_SECONDS = 8.0
+"""How long a child may take to end after SIGTERM before it is killed."""
+
+
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM arrived while something was being started."""
+
+
+def require_free_port(host: str, port: int) -> None:
+    """Do nothing where the port can be bound.
+
+    Raises:
+        ConfigError: if it cannot.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {host}:{port}: {error.strerror or error}",
+                hint=f"stop what uses it, or choose another: --port {port + 1}",
+            ) from error
+
+
+class Children:
+    """A context in which children are started; leaving it stops them all, last started first.
+
+    Args:
+        name: Names the record file; one parent at a time per name.
+        environment: What the children see.
+        directory: Where they run.
+
+    Raises:
+        ConfigError: on entering, if another parent of that name is alive.
+    """
+
+    def __init__(self, *, name: str, environment: Mapping[str, str], directory: Path) -> None:
+        home = Path(environment.get("PREFECT_HOME") or Path.home() / ".prefect").expanduser()
+        self.environment, self.directory = dict(environment), directory
+        self._record = home / f"functok-{name}.json"
+        self._children: dict[str, tuple[subprocess.Popen[bytes], IO[bytes]]] = {}
+        self._before_stop: list[Callable[[], object]] = []
+        self._asked = threading.Event()
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> Children:
+        self._record.parent.mkdir(parents=True, exist_ok=True)
+        self._clean_up_after_crash()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._ask)
+        self._write_record()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        try:
+            self._stop_all()
+        finally:
+            self._record.unlink(missing_ok=True)
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+
+    def start(self, name: str, module: str, *arguments: str) -> None:
+        """Start `python -m module arguments…` as a child."""
+        log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            env=self.environment,
+            cwd=self.directory,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self._children[name] = (process, log)
+        self._write_record()
+
+    def run(self, name: str, module: str, *arguments: str, timeout: float) -> None:
+        """Run a child to its end.
+
+        Raises:
+            FunctokError: if it fails, with its last lines, or takes longer than `timeout` seconds.
+            Stopped: if the parent is asked to stop meanwhile.
+        """
+        self.start(name, module, *arguments)
+        process, _ = self._children[name]
+        self.until(lambda: process.poll() is not None, f"`{name}` to finish", timeout, finite=name)
+        if process.returncode != 0:
+            raise self._died(name)
+        del self._children[name]
+        self._write_record()
+
+    def until(
+        self, ready: Callable[[], bool], what: str, timeout: float, *, finite: str | None = None
+    ) -> None:
+        """Wait until `ready()`.
+
+        Args:
+            ready: Asked every fifth of a second.
+            what: What is waited for, for people.
+            timeout: Seconds to wait at most.
+            finite: The child that may end meanwhile.
+
+        Raises:
+            FunctokError: if a child dies first, or at the timeout.
+            Stopped: if the parent is asked to stop.
+        """
+        deadline = time.monotonic() + timeout
+        while not ready():
+            self._require_alive(finite)
+            if time.monotonic() > deadline:
+                raise FunctokError(f"waited {timeout:.0f} s in vain for {what}{self._last_lines_of_all()}")
+            if self._asked.wait(0.2):
+                raise Stopped(what)
+
+    def wait(self) -> None:
+        """Wait until the parent is asked to stop.
+
+        Raises:
+            FunctokError: if a child dies first.
+        """
+        while not self._asked.wait(0.5):
+            self._require_alive(None)
+
+    def before_stop(self, action: Callable[[], object]) -> None:
+        """Have `action` called when every child but the first is gone; its errors don't stop the stopping."""
+        self._before_stop.append(action)
+
+    def _ask(self, _number: int, _frame: FrameType | None) -> None:
+        self._asked.set()
+
+    def _require_alive(self, finite: str | None) -> None:
+        for name, (process, _) in self._children.items():
+            if name != finite and process.poll() is not None:
+                raise self._died(name)
+
+    def _died(self, name: str) -> FunctokError:
+        process, log = self._children[name]
+        return FunctokError(
+            f"the {name} ended with status {process.returncode}:\n{_tail(log)}",
+            hint="the other parts were stopped; run `functok up` again when the cause is gone",
+        )
+
+    def _last_lines_of_all(self) -> str:
+        return "".join(f"\n{name}:\n{_tail(log)}" for name, (_, log) in self._children.items())
+
+    def _stop_all(self) -> None:
+        names = list(self._children)
+        first = names[:1]
+        _end([self._children[name][0].pid for name in names if name not in first])
+        for action in self._before_stop:
+            if first and self._children[first[0]][0].poll() is None:
+                try:
+                    action()
+                except Exception as error:
+                    print(f"while stopping: {error}", file=sys.stderr)
+        _end([self._children[name][0].pid for name in first])
+        for process, log in self._children.values():
+            process.wait()
+            log.close()
+        self._children.clear()
+
+    def _write_record(self) -> None:
+        pids = [os.getpid(), *(process.pid for process, _ in self._children.values())]
+        entries = [[pid, _birth(pid)] for pid in pids]
+        aside = self._record.with_suffix(".tmp")
+        aside.write_text(json.dumps(entries))
+        aside.replace(self._record)
+
+    def _clean_up_after_crash(self) -> None:
+        try:
+            entries = json.loads(self._record.read_text())
+        except (OSError, ValueError):
+            return
+        alive = [pid for pid, born in entries if born is not None and _birth(pid) == born]
+        if entries and entries[0][0] in alive:
+            raise ConfigError(
+                f"`functok up` is already running here (process {entries[0][0]})",
+                hint="use it, stop it with Ctrl-C, or choose another --port",
+            )
+        _end(alive)
+
+
+def _birth(pid: int) -> float | None:
+    try:
+        return float(psutil.Process(pid).create_time())
+    except psutil.Error:
+        return None
+
+
+def _end(pids: list[int]) -> None:
+    """End processes and all that they started: SIGTERM, then SIGKILL for what is left."""
+    family: dict[int, psutil.Process] = {}
+    for pid in pids:
+        try:
+            process = psutil.Process(pid)
+            family |= {child.pid: child for child in [*process.children(recursive=True), process]}
+        except psutil.NoSuchProcess:
+            continue
+    for process in family.values():
+        try:
+            process.terminate()
+        except psutil.NoSuchProcess:
+            continue
+    _, stubborn = psutil.wait_procs(list(family.values()), timeout=GRACE_SECONDS)
+    for process in stubborn:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(stubborn, timeout=GRACE_SECONDS)
+
+
+def _tail(log: IO[bytes], lines: int = 20) -> str:
+    log.seek(0, os.SEEK_END)
+    log.seek(max(0, log.tell() - 8192))
+    text = log.read().decode("utf-8", "replace")
+    return "\n".join(f"  {line}" for line in text.splitlines()[-lines:])

@@ -1,0 +1,187 @@
+"""What `functok up` asks of Prefect's API: work pools, the watch over heartbeats, and runs that died unseen.
+
+A run whose worker and engine are both killed stays Running for ever (measured: FIELD_NOTES). Two things mend
+it: an automation marks as crashed a run whose heartbeat stays away, and at start and stop `crash_dead_runs`
+does so for runs of this machine whose process is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import psutil
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from prefect.client.orchestration import PrefectClient
+    from prefect.client.schemas.objects import FlowRun
+    from prefect.events.schemas.automations import AutomationCore
+
+AUTOMATION = "functok: crash runs whose heartbeat stopped"
+MISSED_SECONDS = 90
+"""Silence after which a run counts as crashed: three heartbeats."""
+
+
+def health(api_url: str) -> bool:
+    """Whether the API answers."""
+    import httpx
+
+    try:
+        return httpx.get(f"{api_url}/health", timeout=2).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def prepare(api_url: str, pools: Sequence[str]) -> list[str]:
+    """Create the work pools and the automation where they are not there, and settle runs that died.
+
+    Returns:
+        A line for people about each thing that was done.
+    """
+    return asyncio.run(_prepare(api_url, pools))
+
+
+def crash_dead_runs(api_url: str, reason: str) -> list[str]:
+    """Mark as crashed the unfinished runs of this machine whose process is gone, and their subflows.
+
+    Args:
+        api_url: Prefect's API.
+        reason: What the state's message says.
+
+    Returns:
+        The names of the runs that were marked.
+    """
+
+    async def settle() -> list[str]:
+        from prefect.client.orchestration import PrefectClient
+
+        async with PrefectClient(api_url) as client:
+            return await _crash_dead_runs(client, reason)
+
+    return asyncio.run(settle())
+
+
+def mark_process(flow_run_id: UUID, pid: int) -> None:
+    """Note where a run without a worker lives, as workers do for theirs, so that its death can be seen."""
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(flow_run_id, infrastructure_pid=f"{socket.gethostname()}:{pid}")
+
+
+async def _prepare(api_url: str, pools: Sequence[str]) -> list[str]:
+    from prefect.client.orchestration import PrefectClient
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.exceptions import ObjectAlreadyExists
+    from prefect.workers.process import ProcessWorker
+
+    done: list[str] = []
+    async with PrefectClient(api_url) as client:
+        for pool in pools:
+            wanted = WorkPoolCreate(
+                name=pool,
+                type=ProcessWorker.type,
+                base_job_template=ProcessWorker.get_default_base_job_template(),
+            )
+            try:
+                await client.create_work_pool(wanted)
+                done.append(f"created the work pool {pool}")
+            except ObjectAlreadyExists:
+                continue
+        wanted_automation = _automation()
+        existing = await client.read_automations_by_name(AUTOMATION)
+        if existing:
+            await client.update_automation(existing[0].id, wanted_automation)
+        else:
+            await client.create_automation(wanted_automation)
+        done += [
+            f"marked as crashed: {name}, which died while the server was down"
+            for name in await _crash_dead_runs(client, "its process died while Prefect's server was down")
+        ]
+    return done
+
+
+def _automation() -> AutomationCore:
+    from prefect.client.schemas.objects import StateType
+    from prefect.events.actions import ChangeFlowRunState
+    from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+    from prefect.events.schemas.events import ResourceSpecification
+
+    ends = ("Completed", "Failed", "Cancelled", "Crashed")
+    return AutomationCore(
+        name=AUTOMATION,
+        description="A run that sends no heartbeat for 90 s and has not ended was killed.",
+        trigger=EventTrigger(
+            after={"prefect.flow-run.heartbeat"},
+            expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{end}" for end in ends)},
+            match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=timedelta(seconds=MISSED_SECONDS),
+        ),
+        actions=[
+            ChangeFlowRunState(
+                state=StateType.CRASHED,
+                name="Crashed",
+                message=f"no heartbeat for {MISSED_SECONDS} s: its process was killed",
+            )
+        ],
+    )
+
+
+async def _crash_dead_runs(client: PrefectClient, reason: str) -> list[str]:
+    from prefect.client.schemas.objects import StateType
+    from prefect.states import Crashed
+
+    unfinished = await _runs_in(client, [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING])
+    dead = {run.id: run for run in unfinished if _died_here(run)}
+    grown = True
+    while grown:
+        parents = await _parents(client, [run for run in unfinished if run.id not in dead])
+        orphans = {run.id: run for run in unfinished if parents.get(run.id) in dead and run.id not in dead}
+        dead |= orphans
+        grown = bool(orphans)
+    for run in dead.values():
+        await client.set_flow_run_state(run.id, Crashed(message=reason), force=True)
+    return [run.name for run in dead.values()]
+
+
+async def _runs_in(client: PrefectClient, states: Iterable[str]) -> list[FlowRun]:
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
+
+    wanted = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(states))))
+    found: list[FlowRun] = []
+    while page := await client.read_flow_runs(flow_run_filter=wanted, limit=200, offset=len(found)):
+        found += page
+    return found
+
+
+async def _parents(client: PrefectClient, runs: Sequence[FlowRun]) -> dict[UUID, UUID]:
+    """Subflow run to the flow run that called it."""
+    parents: dict[UUID, UUID] = {}
+    for run in runs:
+        if run.parent_task_run_id is not None:
+            caller = await client.read_task_run(run.parent_task_run_id)
+            if caller.flow_run_id is not None:
+                parents[run.id] = caller.flow_run_id
+    return parents
+
+
+def _died_here(run: FlowRun) -> bool:
+    """Whether the run's process was on this machine and is gone; another one may have its number since."""
+    host, separator, pid = (run.infrastructure_pid or "").rpartition(":")
+    if not separator or host != socket.gethostname() or not pid.isdigit():
+        return False
+    try:
+        born = psutil.Process(int(pid)).create_time()
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.AccessDenied:
+        return False
+    return run.start_time is not None and born > run.start_time.timestamp()

@@ -1,0 +1,281 @@
+"""Prefect, private and on this machine: its settings, the API of a single run, and `functok up`.
+
+A run without a server (`functok run`) uses Prefect's own temporary API: a subprocess on 127.0.0.1 that needs
+5 s to start, 15 s the first time, on two cores. It starts here beside the imports that the stages need anyway,
+so that little of it is waited for.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from infra.errors import ConfigError, FunctokError
+
+if TYPE_CHECKING:
+    from prefect.server.api.server import SubprocessASGIServer
+
+PROJECT = Path(__file__).resolve().parent.parent
+"""Where `prefect.yaml` lies."""
+
+POOLS = ("functok-cpu", "functok-gpu")
+"""The work pools that `prefect.yaml` deploys to; a worker of `functok up` serves each."""
+
+HEARTBEAT_SECONDS = 30
+"""How often a run under `functok up` says that it is alive."""
+
+_PRIVATE = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+    # the default (V2) interface calls an analytics host
+    "PREFECT_SERVER_UI_V2_ENABLED": "false",
+    "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
+    "PREFECT_RESULTS_PERSIST_BY_DEFAULT": "false",
+    # on a slow machine the first start (a new database) takes longer than Prefect's 20 s
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+}
+
+
+def prefect_environment() -> dict[str, str]:
+    """Set, where the user has not, what keeps Prefect private, offline and patient; return the settings.
+
+    Prefect reads its settings when it is imported, so this comes first: importing `flows` does it.
+    """
+    for name, value in _PRIVATE.items():
+        os.environ.setdefault(name, value)
+    return {name: os.environ[name] for name in _PRIVATE}
+
+
+@contextmanager
+def run_api(*, debug: bool = False, meanwhile: Callable[[], object] | None = None) -> Iterator[None]:
+    """An API for the flows in this block: the one that PREFECT_API_URL names, or a temporary one.
+
+    Args:
+        debug: Let Prefect log to the terminal; without it only libraries other than Prefect do.
+        meanwhile: Work that may overlap with the server's start, such as slow imports.
+
+    Raises:
+        FunctokError: if the API cannot be reached or started (retryable).
+    """
+    prefect_environment()
+    if not debug:
+        os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
+    from prefect.settings import (
+        PREFECT_API_URL,
+        PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+        PREFECT_SERVER_ALLOW_EPHEMERAL_MODE,
+        temporary_settings,
+    )
+
+    if not debug:
+        _quiet_terminal()
+    with ExitStack() as stack:
+        if PREFECT_API_URL.value():
+            if meanwhile is not None:
+                meanwhile()
+            _reachable(PREFECT_API_URL.value())
+        else:
+            # Nobody watches for the heartbeats of a temporary server, and each flow waits 1 s for their end.
+            stack.enter_context(
+                temporary_settings(
+                    {PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: True, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+                )
+            )
+            server = _temporary_server(meanwhile)
+            stack.callback(server.stop)
+        yield
+
+
+def _temporary_server(meanwhile: Callable[[], object] | None) -> SubprocessASGIServer:
+    from contextvars import copy_context
+
+    from prefect.server.api.server import SubprocessASGIServer
+
+    server = SubprocessASGIServer()
+    failures: list[Exception] = []
+
+    def start() -> None:
+        try:
+            server.start()
+        except Exception as error:
+            failures.append(error)
+
+    starting = threading.Thread(target=copy_context().run, args=(start,), daemon=True)
+    starting.start()
+    try:
+        if meanwhile is not None:
+            meanwhile()
+    finally:
+        starting.join()
+    if failures:
+        server.stop()
+        raise FunctokError(
+            f"Prefect's temporary server did not start: {failures[0]}",
+            hint="look with --debug; PREFECT_API_URL=… uses a running server",
+        ) from failures[0]
+    return server
+
+
+def _reachable(api_url: str) -> None:
+    import httpx
+
+    try:
+        httpx.get(f"{api_url.rstrip('/')}/health", timeout=10).raise_for_status()
+    except httpx.HTTPError as error:
+        raise FunctokError(
+            f"the Prefect API at {_without_password(api_url)} does not answer: {error}",
+            hint="start it with `functok up`, or unset PREFECT_API_URL to run without a server",
+        ) from error
+
+
+def _quiet_terminal() -> None:
+    """Keep Prefect's own log lines out of the terminal; the API still gets them, other libraries still speak.
+
+    A failed run would otherwise print its traceback twice before the one line that explains it.
+    """
+    import logging
+
+    from prefect.logging.configuration import setup_logging
+    from prefect.logging.handlers import PrefectConsoleHandler
+
+    setup_logging()
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, PrefectConsoleHandler) and _not_prefect not in handler.filters:
+            handler.addFilter(_not_prefect)
+
+
+def _not_prefect(record: Any) -> bool:
+    return not str(record.name).startswith("prefect")
+
+
+def deployment_parameters(config: str) -> dict[str, Any]:
+    """A build step of `prefect.yaml`: the parameters of a deployment, from a configuration file.
+
+    Args:
+        config: The TOML file, relative to the project. `$FUNCTOK_CONFIG` overrides it, `$FUNCTOK_ROOT` its
+            `storage.root`; `functok up --config … --root …` sets them.
+
+    Returns:
+        `{"config": …}`, with the keys that the file sets; the form fills in the defaults.
+
+    Raises:
+        ConfigError: if the file is not a valid configuration.
+    """
+    from schemas.config import load_config
+
+    chosen = Path(os.environ.get("FUNCTOK_CONFIG") or PROJECT / config)
+    loaded = load_config(chosen, root=os.environ.get("FUNCTOK_ROOT") or None)
+    return {"config": loaded.model_dump(mode="json", exclude_unset=True)}
+
+
+def server_environment(
+    host: str, port: int, *, root: str | None, config: str | None, database_url: str | None
+) -> dict[str, str]:
+    """The environment of the server, its workers and the runs that they start.
+
+    Args:
+        host: Address that the server listens on.
+        port: Port that the server listens on.
+        root: Default storage root of the deployments.
+        config: Configuration file that the deployments start from.
+        database_url: `postgresql+asyncpg://…`; None leaves Prefect's own (SQLite in PREFECT_HOME).
+
+    Raises:
+        ConfigError: if the database URL is not one that Prefect takes.
+    """
+    prefect_environment()
+    api_host = f"[{host}]" if ":" in host else host
+    environment = dict(os.environ) | {
+        "PREFECT_API_URL": f"http://{api_host}:{port}/api",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
+        "PREFECT_WORKER_QUERY_SECONDS": "3",
+        "PREFECT_SERVER_LOGGING_LEVEL": os.environ.get("PREFECT_SERVER_LOGGING_LEVEL", "WARNING"),
+        "PREFECT_CLI_PROMPT": "false",
+        "PYTHONUNBUFFERED": "1",
+    }
+    # an interface address that the caller had set for another server would mislead this one's pages
+    environment.pop("PREFECT_SERVER_UI_API_URL", None)
+    if root is not None:
+        environment["FUNCTOK_ROOT"] = root if "://" in root else str(Path(root).resolve())
+    if config is not None:
+        environment["FUNCTOK_CONFIG"] = str(Path(config).resolve())
+    if database_url is not None:
+        if not database_url.startswith(("postgresql+asyncpg://", "sqlite+aiosqlite://")):
+            raise ConfigError(
+                f"Prefect cannot use the database {_without_password(database_url)}",
+                hint="postgresql+asyncpg://user:password@host:5432/name, or sqlite+aiosqlite:///path",
+            )
+        environment["PREFECT_API_DATABASE_CONNECTION_URL"] = database_url
+    return environment
+
+
+def _without_password(url: str) -> str:
+    scheme, separator, rest = url.partition("://")
+    return f"{scheme}{separator}{rest.rsplit('@', 1)[-1]}"
+
+
+def up(
+    root: str | None = None,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 4200,
+    config: str | None = None,
+    database_url: str | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Bring up server, work pools, workers and every deployment of `prefect.yaml`, and wait.
+
+    Returns after Ctrl-C or SIGTERM, when all children are gone. A second `up` after a crash stops what the
+    first one left behind, and marks as crashed the runs that died with it.
+
+    Args:
+        root: Default `storage.root` of the deployments.
+        host: Address to listen on. Prefect has no login: 127.0.0.1 unless a proxy guards it.
+        port: Port to listen on.
+        config: TOML file that the deployments' parameters start from (default: `configs/demo.toml`).
+        database_url: A PostgreSQL URL for teams; also read from PREFECT_API_DATABASE_CONNECTION_URL.
+        say: Takes lines for people.
+
+    Raises:
+        ConfigError: if the port is taken, or a parameter is wrong.
+        FunctokError: if a child dies or does not start; the message has its last lines.
+    """
+    from infra.children import Children, require_free_port
+
+    environment = server_environment(host, port, root=root, config=config, database_url=database_url)
+    if not (PROJECT / "prefect.yaml").is_file():
+        raise ConfigError(f"{PROJECT} has no prefect.yaml", hint="run `functok up` from a source checkout")
+    with Children(name=f"up-{port}", environment=environment, directory=PROJECT) as children:
+        require_free_port(host, port)
+        _start(children, host, port, say)
+        children.wait()
+        say("stopping …")
+    say("stopped")
+
+
+def _start(children: Any, host: str, port: int, say: Callable[[str], None]) -> None:
+    from infra.children import Stopped
+    from infra.prefect_api import crash_dead_runs, health, prepare
+
+    api_url = children.environment["PREFECT_API_URL"]
+    try:
+        say("starting Prefect's server …")
+        children.start("server", "prefect", "server", "start", "--host", host, "--port", str(port))
+        children.until(lambda: health(api_url), "Prefect's server to answer", timeout=180)
+        children.before_stop(lambda: crash_dead_runs(api_url, "functok up was stopped"))
+        for line in prepare(api_url, POOLS):
+            say(line)
+        say("deploying prefect.yaml …")
+        children.run("deploy", "prefect", "--no-prompt", "deploy", "--all", timeout=180)
+        for pool in POOLS:
+            children.start(
+                f"worker of {pool}", "prefect", "worker", "start", "--pool", pool, "--type", "process"
+            )
+        say(f"functok is up: {api_url.removesuffix('/api')} (Ctrl-C stops it)")
+    except Stopped:
+        return

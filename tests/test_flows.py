@@ -1,0 +1,522 @@
+"""The flows' wiring, on stand-ins for the stages: order, what is needed, what is retried, what Prefect shows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from botocore.exceptions import ClientError, EndpointConnectionError
+from distributed import KilledWorker
+
+import flows  # sets Prefect's environment before prefect is imported
+import tasks
+from infra.duck import CATALOG, Catalog
+from infra.errors import ConfigError, CorpusError, ExpectationError, FunctokError, StorageError
+from infra.progress import Progress
+from infra.storage import Storage
+from schemas.config import Config
+from schemas.tables import TABLES
+from schemas.work import CorpusShards, Dictionary, FeatureShard, GraphShard, TokenShard
+
+SHARD = TokenShard(folder="tokens/k/0", source="a.txt", doc_offset=0, n_documents=3, n_tokens=40, n_rejects=1)
+SHARDS = CorpusShards(shards=(SHARD,), tokenizer_key="t", vocabulary="tokenizers/t/vocabulary.parquet")
+
+
+@pytest.fixture(scope="session")
+def prefect_api() -> Iterator[None]:
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+    from prefect.testing.utilities import prefect_test_harness
+
+    assert flows.__name__ == "flows"
+    # as `functok run` does: each flow would wait a second for the end of its heartbeat
+    with (
+        prefect_test_harness(server_startup_timeout=120),
+        temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}),
+    ):
+        yield
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return Config.model_validate(
+        {
+            "corpus": {"urls": ["data/a.txt"]},
+            "model": {"name": "tiny"},
+            "sae": [{"layer": 7, "path": "x"}, {"layer": 15, "path": "y"}],
+            "storage": {"root": str(tmp_path / "root")},
+        }
+    )
+
+
+@pytest.fixture
+def counting(config: Config) -> Config:
+    return config.model_copy(update={"sae": []})
+
+
+class StandIn:
+    """All stages, small: each notes that it was called, and remembers what it finished."""
+
+    def __init__(self) -> None:
+        self.journal: list[str] = []
+        self.done: set[str] = set()
+        self.fail: dict[str, Exception] = {}
+
+    def _make(self, name: str, progress: Progress | None = None) -> None:
+        self.journal.append(name)
+        if name in self.fail:
+            raise self.fail[name]
+        if progress is not None:
+            progress(0, 4, f"{name} parts")
+            progress(4, 4, f"{name} parts")
+        self.done.add(name)
+
+    def tokenize_corpus(self, config: Config, storage: Storage, progress: Progress) -> CorpusShards:
+        self._make("tokenize", progress)
+        return SHARDS
+
+    def find_corpus_shards(self, config: Config, storage: Storage) -> CorpusShards | None:
+        return SHARDS if "tokenize" in self.done else None
+
+    def prepare_dictionaries(
+        self, config: Config, storage: Storage, shards: CorpusShards, progress: Progress
+    ) -> list[Dictionary]:
+        self._make("dictionaries", progress)
+        return self._dictionaries(config)
+
+    def _dictionaries(self, config: Config) -> list[Dictionary]:
+        return [
+            Dictionary(layer=entry.layer, folder=f"dictionaries/{entry.layer}", key="k", d_sae=8, source="s")
+            for entry in config.sae
+        ]
+
+    def find_dictionaries(
+        self, config: Config, storage: Storage, shards: CorpusShards
+    ) -> list[Dictionary] | None:
+        return self._dictionaries(config) if "dictionaries" in self.done else None
+
+    def extract_features(
+        self,
+        config: Config,
+        storage: Storage,
+        shards: CorpusShards,
+        dictionaries: list[Dictionary],
+        progress: Progress,
+    ) -> list[FeatureShard]:
+        self._make("features", progress)
+        return self._features(dictionaries)
+
+    def _features(self, dictionaries: list[Dictionary]) -> list[FeatureShard]:
+        part = GraphShard(shard=SHARD, n_documents=3, n_tokens=40)
+        return [
+            FeatureShard(layer=entry.layer, folder=f"features/{entry.layer}", part=part, n_activations=9)
+            for entry in dictionaries
+        ]
+
+    def find_feature_shards(
+        self, config: Config, storage: Storage, shards: CorpusShards, dictionaries: list[Dictionary]
+    ) -> list[FeatureShard] | None:
+        return self._features(dictionaries) if "features" in self.done else None
+
+    def build_corpus_tables(
+        self, config: Config, storage: Storage, shards: CorpusShards, progress: Progress
+    ) -> Catalog:
+        self._make("corpus tables", progress)
+        rows = [
+            {"token_id": 1, "token": "\n", "count": 30, "doc_count": 3, "doc_share": 1.0, "rank": 1}
+            | {"share": 0.75, "cumulative_share": 0.75, "is_function": True},
+            {"token_id": 2, "token": " rare", "count": 10, "doc_count": 1, "doc_share": 0.3, "rank": 2}
+            | {"share": 0.25, "cumulative_share": 1.0, "is_function": False},
+        ]
+        storage.write_parquet("tables/tokens.parquet", pa.Table.from_pylist(rows, schema=TABLES["tokens"]))
+        return Catalog(tables={"tokens": "tables/tokens.parquet"}, lineage={"corpus": "c"})
+
+    def build_graph_tables(
+        self,
+        config: Config,
+        storage: Storage,
+        shards: CorpusShards,
+        features: list[FeatureShard],
+        dictionaries: list[Dictionary],
+        progress: Progress,
+    ) -> Catalog:
+        self._make("graph tables", progress)
+        rows = [
+            {"layer": entry.layer, "rank": 1, "token_id": 1, "token": "\n", "new_features": 2}
+            | {"cumulative_features": 2, "coverage": 0.2319, "dictionary_coverage": 0.2}
+            for entry in dictionaries
+        ]
+        storage.write_parquet(
+            "tables/coverage.parquet", pa.Table.from_pylist(rows, schema=TABLES["coverage"])
+        )
+        tables = {"tokens": "tables/tokens.parquet", "coverage": "tables/coverage.parquet"}
+        return Catalog(tables=tables, lineage={"corpus": "c", "graph": "g"})
+
+    def publish(self, storage: Storage, catalog: Catalog) -> None:
+        self._make("publish")
+        storage.write_json(CATALOG, catalog.to_json())
+
+    def write_report(self, storage: Storage, resources: Any, progress: Progress) -> str:
+        self._make("report", progress)
+        return storage.url("report.html")
+
+    def check(self, name: str) -> Callable[..., None]:
+        return lambda *_args: self._make(f"check {name}")
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    stand_in = StandIn()
+    checks = SimpleNamespace(
+        check_tokenize=stand_in.check("tokenize"),
+        check_dictionaries=stand_in.check("dictionaries"),
+        check_features=stand_in.check("features"),
+        check_tables=stand_in.check("tables"),
+    )
+    for module in ("tokenization", "dictionaries", "features", "tables", "report"):
+        monkeypatch.setattr(tasks, module, stand_in, raising=False)
+    monkeypatch.setattr(tasks, "validation", checks, raising=False)
+    return stand_in
+
+
+WHOLE = [
+    "tokenize",
+    "check tokenize",
+    "dictionaries",
+    "check dictionaries",
+    "features",
+    "check features",
+    "corpus tables",
+    "graph tables",
+    "check tables",
+    "publish",
+    "report",
+]
+
+
+def artifacts() -> dict[str, Any]:
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        response = client._client.post("/artifacts/latest/filter", json={"sort": "UPDATED_DESC"})
+    return {entry["key"]: entry for entry in response.raise_for_status().json()}
+
+
+def last_runs(kind: str) -> list[dict[str, Any]]:
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        response = client._client.post(f"/{kind}/filter", json={"sort": "EXPECTED_START_TIME_DESC"})
+    return list(response.raise_for_status().json())
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_reproduce_runs_every_stage_in_order_and_shows_results(config: Config, stages: StandIn) -> None:
+    from flows.reproduce import reproduce
+
+    reproduce(config)
+
+    assert stages.journal == WHOLE
+    shown = artifacts()
+    coverage = json.loads(shown["coverage"]["data"])
+    assert coverage == [{"rank": 1, "token": "'\\n'", "layer 7": "23.19%", "layer 15": "23.19%"}]
+    [function_token] = json.loads(shown["function-tokens"]["data"])
+    assert function_token["token"] == "'\\n'"
+    assert function_token["share"] == "75.00%"
+    assert "report.html" in shown["report"]["data"]
+    assert CATALOG in shown["catalogue"]["data"]
+    for stage in ("tokenize", "dictionaries", "features", "tables", "report"):
+        assert shown[f"progress-{stage}"]["data"] == 100.0
+    names = {run["name"] for run in last_runs("task_runs")}
+    assert {"tokenize: a.txt", "features: layer 7, 15", "tables: publish"} <= names
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_counting_only_has_no_graph(counting: Config, stages: StandIn) -> None:
+    from flows.reproduce import reproduce
+
+    reproduce(counting)
+
+    assert stages.journal == [
+        "tokenize",
+        "check tokenize",
+        "corpus tables",
+        "check tables",
+        "publish",
+        "report",
+    ]
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_only_and_start_from(config: Config, stages: StandIn) -> None:
+    from flows.reproduce import reproduce
+
+    reproduce(config, only="tokenize")
+    assert stages.journal == ["tokenize", "check tokenize"]
+    reproduce(config, only="dictionaries")
+    stages.journal.clear()
+    reproduce(config, start_from="features")
+    assert stages.journal == WHOLE[WHOLE.index("features") :]
+    with pytest.raises(ConfigError, match="exclude each other"):
+        reproduce(config, only="tables", start_from="report")
+
+
+@pytest.mark.usefixtures("prefect_api")
+@pytest.mark.parametrize(
+    ("flow", "done", "missing"),
+    [
+        ("dictionaries", set(), "tokenize"),
+        ("features", set(), "tokenize"),
+        ("features", {"tokenize"}, "dictionaries"),
+        ("tables", set(), "tokenize"),
+        ("report", {"tokenize", "dictionaries", "features"}, "tables"),
+    ],
+)
+def test_a_stage_alone_names_the_stage_it_lacks(
+    config: Config, stages: StandIn, flow: str, done: set[str], missing: str
+) -> None:
+    from flows.reproduce import reproduce
+
+    stages.done |= done
+    with pytest.raises(FunctokError, match=f"--only {missing}") as caught:
+        reproduce(config, only=flow)  # type: ignore[call-overload]  # a parametrized literal
+    assert caught.value.stage == missing
+    assert stages.journal == []
+
+
+@pytest.mark.usefixtures("prefect_api")
+@pytest.mark.parametrize("flow", ["dictionaries", "features"])
+def test_a_stage_that_does_not_apply_says_so(counting: Config, stages: StandIn, flow: str) -> None:
+    import importlib
+
+    with pytest.raises(ConfigError, match="counts tokens only"):
+        getattr(importlib.import_module(f"flows.{flow}"), flow)(counting)
+    assert stages.journal == []
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_tables_without_features_publishes_the_corpus_then_fails(config: Config, stages: StandIn) -> None:
+    from flows.tables import tables
+
+    stages.done |= {"tokenize", "dictionaries"}
+    with pytest.raises(FunctokError, match="--only features"):
+        tables(config)
+    assert stages.journal == ["corpus tables", "check tables", "publish"]
+    assert Storage(config.storage.root).read_json(CATALOG)["lineage"] == {"corpus": "c"}
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_a_failure_reaches_the_caller_as_itself_and_stops_the_run(config: Config, stages: StandIn) -> None:
+    from flows.reproduce import reproduce
+
+    stages.fail["check features"] = failure = ExpectationError("edges.n is negative in 2 rows")
+    with pytest.raises(ExpectationError) as caught:
+        reproduce(config)
+    assert caught.value is failure
+    assert str(failure) == "[features] edges.n is negative in 2 rows"
+    assert stages.journal[-1] == "check features"
+    assert stages.journal.count("check features") == 1
+    states = {run["name"]: run["state_type"] for run in last_runs("flow_runs")[:4]}
+    assert states["reproduce with tiny"] == "FAILED"
+    assert states["features of tiny"] == "FAILED"
+
+
+def client_error(status: int) -> ClientError:
+    return ClientError({"Error": {"Code": "x"}, "ResponseMetadata": {"HTTPStatusCode": status}}, "GetObject")
+
+
+def caused(error: FunctokError, cause: BaseException) -> FunctokError:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        (StorageError("gone"), True),
+        (caused(StorageError("gone"), ConnectionResetError()), True),
+        (caused(StorageError("closed"), PermissionError()), False),
+        (caused(StorageError("bad URL"), ValueError()), False),
+        (OSError(28, "No space left on device"), True),
+        (ConnectionError(), True),
+        (TimeoutError(), True),
+        (FileNotFoundError(), False),
+        (KilledWorker("task", None, 3), True),
+        (EndpointConnectionError(endpoint_url="http://s3"), True),
+        (client_error(503), True),
+        (client_error(403), False),
+        (ConfigError("wrong"), False),
+        (CorpusError("empty"), False),
+        (ExpectationError("broken"), False),
+        (ValueError("bug"), False),
+        (MemoryError(), False),
+    ],
+    ids=repr,
+)
+def test_what_is_worth_retrying(error: BaseException, again: bool) -> None:
+    from flows.support import is_transient
+
+    assert is_transient(error) is again
+
+
+@pytest.mark.usefixtures("prefect_api")
+@pytest.mark.parametrize(
+    ("failures", "tries", "error"),
+    [
+        ([StorageError("lost"), ConnectionError("lost")], 3, None),
+        ([StorageError("lost")] * 9, 4, StorageError),
+        ([ConfigError("wrong")] * 9, 1, ConfigError),
+    ],
+)
+def test_steps_are_retried_by_type(
+    config: Config, failures: list[Exception], tries: int, error: type[Exception] | None
+) -> None:
+    from prefect import flow
+
+    from flows.support import step
+
+    calls: list[int] = []
+
+    @step("features", "layer {layers}", first_delay=0.01)
+    def flaky(config: Config) -> int:
+        calls.append(1)
+        if len(calls) <= len(failures):
+            raise failures[len(calls) - 1]
+        return len(calls)
+
+    @flow
+    def once(config: Config) -> int:
+        return flaky(config)
+
+    if error is None:
+        assert once(config) == tries
+    else:
+        with pytest.raises(error):
+            once(config)
+    assert len(calls) == tries
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_progress_artifact_is_updated_at_most_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefect import flow
+
+    from flows import support
+
+    now = [0.0]
+    written: list[float] = []
+    from prefect.artifacts import update_progress_artifact
+
+    def counted(**kwargs: Any) -> Any:
+        written.append(kwargs["progress"])
+        return update_progress_artifact(**kwargs)
+
+    monkeypatch.setattr(support, "update_progress_artifact", counted)
+
+    @flow
+    def reporting() -> None:
+        artifact = support.ProgressArtifact("features", clock=lambda: now[0])
+        for done in range(50):
+            artifact(done, 50, "tokens")
+            now[0] += 0.25
+        artifact.finish()
+
+    reporting()
+    assert len(written) == 13
+    assert written == sorted(written)
+    assert artifacts()["progress-features"]["data"] == 100.0
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_steps_report_to_the_terminal_that_watches(config: Config, stages: StandIn) -> None:
+    from flows.support import watching
+    from flows.tokenize import tokenize
+
+    seen: list[tuple[int, int, str]] = []
+    with watching(lambda done, total, what: seen.append((done, total, what))):
+        tokenize(config)
+    assert seen == [(0, 4, "tokenize parts"), (4, 4, "tokenize parts")]
+
+
+@pytest.mark.usefixtures("prefect_api")
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"corpus": {"urls": ["https://me:hunter2@host/a.txt"]}},
+        {"corpus": {"urls": ["zip://a.txt::https://host/a.zip?X-Amz-Signature=hunter2"]}},
+        {"storage": {"root": "runs", "endpoint_url": "http://key:hunter2@localhost:9000"}},
+    ],
+)
+def test_secrets_are_refused_before_prefect_sees_them(
+    config: Config, stages: StandIn, change: dict[str, Any]
+) -> None:
+    from flows.reproduce import run
+
+    leaky = Config.model_validate(config.model_dump() | change)
+    with pytest.raises(ConfigError, match="password or a signature") as caught:
+        run(leaky)
+    assert "hunter2" not in str(caught.value)
+    assert "hunter2" not in json.dumps(last_runs("flow_runs"))
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_dictionary_parameters_are_validated(config: Config, stages: StandIn) -> None:
+    from flows.tokenize import tokenize
+
+    tokenize(json.loads(config.model_dump_json()))
+    assert stages.journal == ["tokenize", "check tokenize"]
+
+
+def test_parameters_render_as_a_form() -> None:
+    from prefect.utilities.callables import parameter_schema
+
+    from flows.reproduce import reproduce
+
+    form = parameter_schema(reproduce).model_dump()
+    assert form["required"] == ["config"]
+    assert form["properties"]["only"]["anyOf"][0]["enum"][0] == "tokenize"
+    share = form["definitions"]["FunctionTokens"]["properties"]["share"]
+    assert share["default"] == 0.40
+    assert share["maximum"] == 1
+    assert "Share of all occurrences" in share["description"]
+    assert form["definitions"]["Config"]["additionalProperties"] is False
+
+
+def test_run_calls_the_flow_on_the_api_that_is_set(
+    prefect_api: None,
+    config: Config,
+    stages: StandIn,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from flows import reproduce
+
+    monkeypatch.setattr(reproduce, "import_libraries", lambda stages: None)
+    stages.fail["features"] = ConfigError("no such layer")
+    with pytest.raises(ConfigError, match="no such layer"):
+        reproduce.run(config, start_from="tokenize")
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert "tokenize parts: 4 in 0 s" in shown.err
+    assert "Traceback" not in shown.err
+
+
+def test_an_api_that_does_not_answer_is_an_error_of_ours(
+    config: Config, stages: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from flows import reproduce
+
+    monkeypatch.setattr(reproduce, "import_libraries", lambda stages: None)
+    with (
+        temporary_settings({PREFECT_API_URL: "http://someone:hunter2@127.0.0.1:9/api"}),
+        pytest.raises(FunctokError, match="does not answer") as caught,
+    ):
+        reproduce.run(config)
+    assert "functok up" in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+    assert stages.journal == []
