@@ -1,0 +1,73 @@
+"""Tokens and numbers as people read them."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+
+OPEN_BOX = "␣"
+NAMED = {"\n": r"\n", "\r": r"\r", "\t": r"\t", " ": OPEN_BOX}
+DOTTED_CIRCLE = "◌"
+LONGEST_TOKEN = 60
+
+
+def visible(token: str | None, longest: int = LONGEST_TOKEN) -> str:
+    r"""A decoded token with nothing hidden in it: one line, every character printable.
+
+    Spaces become ␣, line ends and tabs `\n`, `\r`, `\t`; other control, format, private, surrogate and
+    unassigned characters become `\u{hex}`, so that no direction mark or XML-forbidden character survives.
+    A leading combining mark is put on a dotted circle. Longer tokens than `longest` end in `…`;
+    an id that the vocabulary has no text for is a dash.
+    """
+    if token is None:
+        return "–"
+    shown = token if len(token) <= longest else token[:longest]
+    text = "".join(_visible_character(character) for character in shown)
+    if text and unicodedata.combining(text[0]):
+        text = DOTTED_CIRCLE + text
+    return text + ("…" if len(token) > longest else "")
+
+
+def _visible_character(character: str) -> str:
+    if character in NAMED:
+        return NAMED[character]
+    if unicodedata.category(character) in {"Cc", "Cf", "Cn", "Co", "Cs", "Zs", "Zl", "Zp"}:
+        return f"\\u{{{ord(character):x}}}"
+    return character
+
+
+def quoted(token: str | None) -> str:
+    """A visible token between typographic quotes, for sentences and legends."""
+    return f"“{visible(token, 24)}”"
+
+
+def integer(value: float | None) -> str:
+    """Thousands separated by commas; a dash for what is not there."""
+    return "–" if value is None else f"{round(value):,}"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """So many significant digits; a dash for what is not there."""
+    if value is None or value != value:
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
+
+
+def signed(value: float | None, digits: int = 2) -> str:
+    """A number with a real minus sign; a dash for what is not there."""
+    return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
+
+
+def percent(share: float | None, digits: int = 2) -> str:
+    """A share as a percentage; a dash for what is not there."""
+    return "–" if share is None or share != share else f"{100 * share:.{digits}f} %"
+
+
+def listed(parts: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}" if parts else ""
+
+
+def plural(count: int, noun: str) -> str:
+    """A count with its noun."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
