@@ -22,7 +22,7 @@ def tokenization_client(settings: Dask, n_files: int) -> Iterator[tuple[Any, int
         with _connected(settings.scheduler) as client:
             yield client, 0
         return
-    cores = _cores()
+    cores = available_cores()
     workers = min(settings.workers or cores, n_files)
     threads = max(1, cores // workers)
     with _local(workers, {"RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true"}) as client:
@@ -42,7 +42,8 @@ def extraction_client(settings: Dask, n_devices: int, n_parts: int) -> Iterator[
         yield None
 
 
-def _cores() -> int:
+def available_cores() -> int:
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

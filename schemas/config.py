@@ -60,6 +60,11 @@ class Model(Section):
         "auto", description="auto: the checkpoint's own dtype on CUDA, float32 on CPU."
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    threads: int = Field(
+        0,
+        ge=0,
+        description="CPU threads of a forward; 0: all cores. Another number may flip activations at the threshold.",
+    )
 
 
 class Gate(Section):
@@ -153,7 +158,9 @@ class DuckDb(Section):
     """Resources of the table stage."""
 
     memory_limit: str = Field(
-        "4GB", pattern=r"^\d+(\.\d+)?\s?[KMGT]i?B$", description="DuckDB spills above it."
+        "3GB",
+        pattern=r"^\d+(\.\d+)?\s?[KMGT]i?B$",
+        description="DuckDB spills above it; the process needs about 200 MB more.",
     )
     threads: int = Field(0, ge=0, description="0: all cores.")
     temp_directory: str | None = Field(None, description="Where DuckDB spills; default: a temporary folder.")

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from infra.cluster import available_cores
 from infra.errors import ModelError
 from infra.hashing import file_hash, folder_hash
 from infra.manifest import Manifest, commit, content_key, load
@@ -166,6 +167,10 @@ def load_model(model: Model, storage: Storage) -> LoadedModel:
 
     transformers_logging.disable_progress_bar()
     device, dtype = choose_device(model.device), resolve_dtype(model, storage)
+    if device.type == "cpu":
+        # Products split over another number of threads round differently, and Dask gives its workers one:
+        # without this, features at the threshold would depend on who computed them.
+        torch.set_num_threads(model.threads or available_cores())
     with _explained(model):
         module = AutoModel.from_pretrained(*_location(model, storage), **_revision(model), dtype=dtype)
     module.eval().requires_grad_(False)
