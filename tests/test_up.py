@@ -1,0 +1,245 @@
+"""`functok up` for real: a server, its deployments, a run through a worker, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from tiny import save_tokenizer, texts, write_jsonl
+
+from infra.children import Children, require_free_port
+from infra.errors import ConfigError, FunctokError
+from infra.prefect_server import PROJECT, server_environment
+
+FLOWS = {"reproduce", "tokenize", "dictionaries", "features", "tables", "report"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def eventually(ready: Callable[[], Any], seconds: float, what: str) -> Any:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := ready():
+            return found
+        time.sleep(0.2)
+    raise AssertionError(f"{seconds} s passed without {what}")
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A Prefect home of its own, and a configuration that needs a tokenizer only."""
+    folder = tmp_path_factory.mktemp("up")
+    save_tokenizer(folder / "model")
+    write_jsonl(folder / "corpus.jsonl", texts(20))
+    (folder / "tiny.toml").write_text(
+        f'[corpus]\nurls = ["{folder}/corpus.jsonl"]\n[model]\nname = "{folder}/model"\n'
+        "[dask]\nworkers = 1\n[storage]\nroot = 'not/this/one'\n"
+    )
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    return inherited | {
+        "PREFECT_HOME": str(folder / "prefect"),
+        "FUNCTOK_CONFIG": str(folder / "tiny.toml"),
+        "FUNCTOK_TEST_ROOT": str(folder / "root"),
+    }
+
+
+@contextmanager
+def brought_up(environment: dict[str, str], port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "functok", "up", "--port", str(port)]
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            [*command, "--root", environment["FUNCTOK_TEST_ROOT"]],
+            env=environment,
+            cwd=log.parent,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            family = psutil.Process(process.pid).children(recursive=True)
+            process.send_signal(signal.SIGTERM)
+            psutil.wait_procs(family, timeout=30)
+            for left in (*filter(psutil.Process.is_running, family), process):
+                left.kill()
+            process.wait()
+
+
+@pytest.mark.server
+def test_up_serves_deployments_runs_them_and_leaves_nothing(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    port, log = free_port(), tmp_path / "up.log"
+    with brought_up(environment, port, log) as process:
+        eventually(
+            lambda: "functok is up" in log.read_text() or process.poll() is not None, 180, "`functok up`"
+        )
+        assert process.poll() is None, log.read_text()
+        assert f"http://127.0.0.1:{port}" in log.read_text()
+
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}/api", timeout=30) as api:
+            deployments = {entry["name"]: entry for entry in post(api, "/deployments/filter", {})}
+            assert deployments.keys() == FLOWS
+            root = environment["FUNCTOK_TEST_ROOT"]
+            for deployment in deployments.values():
+                assert deployment["parameters"]["config"]["storage"]["root"] == root
+                assert deployment["concurrency_options"]["collision_strategy"] == "ENQUEUE"
+                assert not any(schedule["active"] for schedule in deployment["schedules"])
+                assert (
+                    "corpus" in deployment["parameter_openapi_schema"]["definitions"]["Config"]["properties"]
+                )
+            [automation] = post(api, "/automations/filter", {})
+            assert automation["trigger"]["posture"] == "Proactive"
+            assert automation["trigger"]["within"] == 90
+
+            create = f"/deployments/{deployments['tokenize']['id']}/create_flow_run"
+            wrong = deployments["tokenize"]["parameters"]["config"] | {"function_tokens": {"share": 4}}
+            refused = api.post(create, json={"parameters": {"config": wrong}})
+            assert refused.status_code == 409
+            assert "share" in refused.text
+
+            run = post(api, create, {})
+            ended = eventually(
+                lambda: (
+                    (state := api.get(f"/flow_runs/{run['id']}").json())["state_type"]
+                    in {"COMPLETED", "FAILED", "CRASHED"}
+                    and state
+                ),
+                120,
+                "the run's end",
+            )
+            logs = post(api, "/logs/filter", {"logs": {"flow_run_id": {"any_": [run["id"]]}}})
+            assert ended["state_type"] == "COMPLETED", [entry["message"] for entry in logs]
+        assert list(Path(root, "tokens").rglob("manifest.json"))
+
+        second = subprocess.run(
+            [sys.executable, "-m", "functok", "up", "--port", str(port)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert second.returncode == 1
+        assert "already running" in second.stderr
+        assert "Traceback" not in second.stderr
+
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len(family) >= 3
+        started = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0, log.read_text()
+        assert time.monotonic() - started < 20
+        assert not psutil.wait_procs(family, timeout=1)[1]
+        assert "stopped" in log.read_text()
+
+
+def post(api: httpx.Client, path: str, body: dict[str, Any]) -> Any:
+    return api.post(path, json=body).raise_for_status().json()
+
+
+@pytest.mark.server
+def test_a_run_without_a_server_says_one_clear_line(environment: dict[str, str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "functok", "run", environment["FUNCTOK_CONFIG"], "--only", "report"]
+    ran = subprocess.run(
+        [*command, "--root", str(tmp_path / "empty")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert ran.returncode == 1
+    assert ran.stdout == ""
+    lines = ran.stderr.strip().splitlines()
+    assert "tables" in lines[0]
+    assert "--only tables" in lines[1]
+    assert len(lines) == 2, ran.stderr
+
+
+def test_a_taken_port_is_a_clear_error() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"cannot listen on 127.0.0.1:{port}.*--port {port + 1}"):
+            require_free_port("127.0.0.1", port)
+
+
+def test_a_child_that_dies_ends_the_rest_and_is_quoted(tmp_path: Path) -> None:
+    environment = dict(os.environ) | {"PREFECT_HOME": str(tmp_path)}
+    (tmp_path / "dies.py").write_text("print('the disk is on fire'); raise SystemExit(3)")
+    seen: list[psutil.Process] = []
+
+    def live_and_die() -> None:
+        with Children(name="test", environment=environment, directory=tmp_path) as children:
+            children.start("server", "http.server", "0", "--bind", "127.0.0.1")
+            seen.extend(web_servers(psutil.Process()))
+            children.start("broken", "dies")
+            children.wait()
+
+    with pytest.raises(FunctokError, match=r"broken.*status 3:\n.*the disk is on fire"):
+        live_and_die()
+    [server] = seen
+    assert not server.is_running()
+    assert not list(tmp_path.glob("functok-*"))
+
+
+def web_servers(parent: psutil.Process) -> list[psutil.Process]:
+    return [child for child in parent.children() if "http.server" in child.cmdline()]
+
+
+def test_what_a_killed_parent_left_is_stopped_by_the_next(tmp_path: Path) -> None:
+    environment = dict(os.environ) | {"PREFECT_HOME": str(tmp_path)}
+    script = (
+        "import os, sys\nfrom pathlib import Path\nfrom infra.children import Children\n"
+        "with Children(name='test', environment=dict(os.environ), directory=Path(sys.argv[1])) as children:\n"
+        "    children.start('server', 'http.server', '0', '--bind', '127.0.0.1')\n"
+        "    print('started', flush=True)\n    children.wait()\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], env=environment, cwd=PROJECT, stdout=subprocess.PIPE
+    )
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == b"started\n"
+    [server] = web_servers(psutil.Process(parent.pid))
+    with (
+        pytest.raises(ConfigError, match="already running"),
+        Children(name="test", environment=environment, directory=tmp_path),
+    ):
+        pass
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    assert server.is_running()
+    with Children(name="test", environment=environment, directory=tmp_path):
+        assert not server.is_running()
+
+
+def test_a_database_url_that_prefect_cannot_use_is_refused_without_its_password() -> None:
+    with pytest.raises(ConfigError, match="cannot use the database") as caught:
+        server_environment("127.0.0.1", 4200, root=None, config=None, database_url="mysql://u:hunter2@db/x")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_the_environment_is_private_and_beats_for_the_watch(tmp_path: Path) -> None:
+    environment = server_environment("127.0.0.1", 4321, root="s3://b/p", config=None, database_url=None)
+    assert environment["DO_NOT_TRACK"] == "1"
+    assert environment["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false"
+    assert environment["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30"
+    assert environment["PREFECT_API_URL"] == "http://127.0.0.1:4321/api"
+    assert environment["FUNCTOK_ROOT"] == "s3://b/p"
