@@ -63,8 +63,13 @@ def zipf(points: Sequence[FrequencyPoint]) -> Figure:
 
 
 @styled
-def document_coverage(bins: Sequence[DocumentShareBin]) -> Figure:
-    """Share of the documents that a token is in against its rank: medians, and 5th to 95th percentile."""
+def document_coverage(bins: Sequence[DocumentShareBin], cut: int | None = None) -> Figure:
+    """Share of the documents that a token is in against its rank: medians, and 5th to 95th percentile.
+
+    Args:
+        bins: Tokens of neighbouring ranks together.
+        cut: Rank of the last function token, drawn as an upright line.
+    """
     from matplotlib.ticker import PercentFormatter
 
     figure, axes = single()
@@ -92,7 +97,7 @@ def document_coverage(bins: Sequence[DocumentShareBin]) -> Figure:
             linewidth=1,
             label=name,
         )
-    cut_at(axes, max((row.rank for row in bins if row.is_function), default=None))
+    cut_at(axes, cut)
     axes.set(xlabel="frequency rank", ylabel="documents that hold the token", ylim=(0, 1.03))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.legend(loc="upper right")

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
-from infra.duck import connect
+from infra.duck import CATALOG, connect
 from infra.errors import ConfigError
+from infra.manifest import content_key
 from infra.progress import Progress, silent
 from infra.storage import Storage
 from schemas.config import DuckDb
@@ -29,12 +30,18 @@ from tasks.report_page import Section, Table, picture, render
 from tasks.report_rows import CorpusSummary
 from tasks.report_text import integer, percent, quoted, signed
 
+VERSION = 1
 REPORT = "report.html"
+RECEIPT = "report.json"
 CORPUS_TABLES = {"documents", "rejects", "tokens"}
 GRAPH_TABLES = {"token_degree", "coverage", "graph_summary"}
 NO_GRAPH = (
     "The graph’s tables are not published yet. Give the configuration an [[sae]] entry for each layer, then run "
     "“functok run CONFIG”; this section appears when its last stage, report, has finished."
+)
+NO_EDGES = (
+    "No token activated a feature at any layer. Look at the dictionaries below: do they fit this model and "
+    "these layers?"
 )
 
 
@@ -50,10 +57,22 @@ def write_report(storage: Storage, resources: DuckDb | None = None, progress: Pr
         ConfigError: if no corpus tables are published under this root.
         StorageError: if the tables cannot be read or the report cannot be written.
     """
+    key = _report_key(storage)
     with closing(connect(storage, resources)) as connection:
         html = build_report(connection, storage, progress)
     storage.write_bytes(REPORT, html.encode("utf-8"))
+    storage.write_json(RECEIPT, {"key": key})
     return storage.url(REPORT)
+
+
+def is_report_current(storage: Storage) -> bool:
+    """Whether the report is there and of the tables that are published now."""
+    receipt = storage.read_json(RECEIPT)
+    return bool(receipt) and receipt.get("key") == _report_key(storage) and storage.exists(REPORT)
+
+
+def _report_key(storage: Storage) -> str:
+    return content_key(catalog=storage.read_json(CATALOG), version=VERSION)
 
 
 def build_report(connection: Any, storage: Storage, progress: Progress = silent) -> str:
@@ -74,6 +93,10 @@ def build_report(connection: Any, storage: Storage, progress: Progress = silent)
         raise ConfigError(
             f"the corpus under {storage.root} has no token", hint="see the table rejects", stage="report"
         )
+    has_edges = (
+        tables >= GRAPH_TABLES
+        and connection.execute("SELECT count(*) FROM graph_summary WHERE n_edges > 0").fetchone()[0] > 0
+    )
     builders: list[Callable[[], Section]] = [
         lambda: _zipf(connection, summary),
         lambda: _document_coverage(connection, summary),
@@ -84,8 +107,8 @@ def build_report(connection: Any, storage: Storage, progress: Progress = silent)
                 lambda: _coverage(connection, summary),
                 lambda: _rarefied(connection),
             ]
-            if tables >= GRAPH_TABLES
-            else [_no_graph]
+            if has_edges
+            else [lambda: _no_graph(tables)]
         ),
         lambda: _run(connection, tables),
     ]
@@ -140,7 +163,7 @@ def _document_coverage(connection: Any, summary: CorpusSummary) -> Section:
         shows="The share of the documents that a token is in, against its frequency rank: medians of neighbouring "
         "ranks, and a band from their 5th to their 95th percentile.",
         picture=picture(
-            figures.document_coverage(document_shares(connection)),
+            figures.document_coverage(document_shares(connection), summary.n_function or None),
             "Line plot: the share of documents that hold a token falls with frequency rank; median "
             f"{percent(summary.function_doc_share)} for function and "
             f"{percent(summary.content_doc_share, 3)} for content tokens.",
@@ -245,8 +268,12 @@ def _rarefied(connection: Any) -> Section:
     )
 
 
-def _no_graph() -> Section:
-    return Section(key="graph", title="Token-feature graph: degree and coverage", missing=NO_GRAPH)
+def _no_graph(tables: set[str]) -> Section:
+    return Section(
+        key="graph",
+        title="Token-feature graph: degree and coverage",
+        missing=NO_EDGES if tables >= GRAPH_TABLES else NO_GRAPH,
+    )
 
 
 def _run(connection: Any, tables: set[str]) -> Section:

@@ -1,82 +1,22 @@
-"""The report against the tables it was made from, against hostile tokens, and in a browser."""
+"""The report's page against the tables it was made from, and against hostile tokens."""
 
 from __future__ import annotations
 
-import base64
-import os
 import re
-import shutil
-import subprocess
-from collections import Counter
-from contextlib import closing
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
-import duckdb
-import numpy as np
+import pyarrow as pa
 import pytest
 import report_catalogue
-from hypothesis import given
-from hypothesis import strategies as st
+from report_reading import Page, read, svgs
 
-from infra.duck import connect
 from infra.errors import ConfigError
 from infra.storage import Storage
 from schemas.config import DuckDb
-from tasks import figures, report_corpus, report_findings, report_graph
-from tasks.figures_style import svg
+from schemas.tables import TABLES
 from tasks.report import REPORT, write_report
-from tasks.report_rows import DegreeFit, LayerCoverage, LineFit, Spread
-from tasks.report_text import integer, listed, percent, visible
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-
-
-class Page(HTMLParser):
-    """The report's elements, tables (by caption), images and text."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: Counter[str] = Counter()
-        self.attributes: list[tuple[str, str, str]] = []
-        self.tables: dict[str, list[list[str]]] = {}
-        self.images: list[dict[str, str]] = []
-        self.text: list[str] = []
-        self._cells: list[list[str]] = []
-        self._caption = ""
-        self._inside: list[str] = []
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags[tag] += 1
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-        if tag == "img":
-            self.images.append({name: value or "" for name, value in attrs})
-        elif tag in {"meta", "br"}:
-            return
-        if tag != "img":
-            self._inside.append(tag)
-        if tag == "table":
-            self._cells, self._caption = [], ""
-        elif tag == "tr":
-            self._cells.append([])
-        elif tag in {"td", "th"}:
-            self._cells[-1].append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._inside.pop() == tag, f"unbalanced {tag}"
-        if tag == "table":
-            self.tables[self._caption] = self._cells
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-        if "caption" in self._inside:
-            self._caption += data
-        elif {"td", "th"} & set(self._inside):
-            self._cells[-1][-1] += data
+from tasks.report_text import integer, percent, visible
 
 
 @pytest.fixture(scope="module")
@@ -89,16 +29,6 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> report_catalogue.Publ
 @pytest.fixture(scope="module")
 def page(published: report_catalogue.Published) -> Page:
     return Page(read(published.storage))
-
-
-def read(storage: Storage) -> str:
-    return storage.read_bytes(REPORT).decode("utf-8")
-
-
-def svgs(page: Page) -> list[str]:
-    prefix = "data:image/svg+xml;base64,"
-    assert all(image["src"].startswith(prefix) for image in page.images)
-    return [base64.b64decode(image["src"][len(prefix) :]).decode("utf-8") for image in page.images]
 
 
 def test_coverage_table_has_the_papers_shape_and_the_tables_numbers(
@@ -142,98 +72,6 @@ def test_run_tables_hold_gate_expectations_rejects_and_settings(page: Page) -> N
         ["broken JSON <script>", "1", "1", "data/<b>a</b>.jsonl", "7"],
     ]
     assert ["model", "tiny & random"] in page.tables["Run"]
-
-
-def test_fits_equal_numpy_on_the_same_tokens(published: report_catalogue.Published) -> None:
-    with closing(connect(published.storage)) as connection:
-        fits = report_graph.degree_fits(connection)
-    assert [fit.layer for fit in fits] == list(report_catalogue.LAYERS)
-    for fit in fits:
-        pairs = [(rank, d) for (layer, rank), d in published.degrees.items() if layer == fit.layer and d > 0]
-        x, y = np.log(np.array(pairs, dtype=float)).T
-        slope, intercept = np.polyfit(x, y, 1)
-        assert fit.tokens is not None
-        assert fit.line is not None
-        assert fit.tokens.slope == pytest.approx(slope, abs=1e-5)
-        assert fit.tokens.intercept == pytest.approx(intercept, abs=1e-4)
-        assert fit.tokens.r2 == pytest.approx(np.corrcoef(x, y)[0, 1] ** 2, abs=1e-5)
-        assert fit.line.n < fit.tokens.n
-
-
-def test_rarefaction_equals_scipy(published: report_catalogue.Published) -> None:
-    from scipy.stats import spearmanr
-
-    with closing(connect(published.storage)) as connection:
-        rows = connection.execute(
-            "SELECT layer, is_function, count, degree, rarefied_degree FROM token_degree "
-            "WHERE rarefied_degree IS NOT NULL"
-        ).fetchall()
-        for found in report_graph.rarefactions(connection):
-            mine = [row for row in rows if row[0] == found.layer]
-            assert found.n_function + found.n_content == len(mine)
-            assert found.function_median == pytest.approx(np.median([row[4] for row in mine if row[1]]))
-            assert found.content_median == pytest.approx(np.median([row[4] for row in mine if not row[1]]))
-            counts = [row[2] for row in mine]
-            assert found.raw_correlation == pytest.approx(spearmanr(counts, [row[3] for row in mine])[0])
-            assert found.rarefied_correlation == pytest.approx(spearmanr(counts, [row[4] for row in mine])[0])
-
-
-def test_coverage_by_ten_and_by_function_tokens(published: report_catalogue.Published) -> None:
-    with closing(connect(published.storage)) as connection:
-        layers = report_graph.layer_coverage(connection)
-        points = report_graph.coverage_points(connection)
-    last = max(int(str(row["rank"])) for row in published.tokens if row["is_function"])
-    for layer in layers:
-        assert layer.top10 == published.coverage[layer.layer, 10]
-        assert layer.function == published.coverage[layer.layer, last]
-    for point in points:
-        assert point.coverage == published.coverage[point.layer, point.rank]
-    assert {point.rank for point in points} >= {1, 2, 10, len(published.tokens)}
-
-
-def test_spread_finds_the_burst_and_counts_it(published: report_catalogue.Published) -> None:
-    with closing(connect(published.storage)) as connection:
-        function, content = report_corpus.spread_pair(connection)
-        for spread in (function, content):
-            per_document = dict(
-                connection.execute(
-                    "SELECT doc_id, count(*) FROM occurrences JOIN tokens USING (token_id) WHERE token = ? GROUP BY 1",
-                    [spread.token],
-                ).fetchall()
-            )
-            assert spread.width == 1
-            assert list(spread.means) == [per_document.get(doc, 0) for doc in range(spread.n_documents)]
-            assert spread.most == max(per_document.values())
-            assert spread.top_share == pytest.approx(max(per_document.values()) / spread.count)
-    assert function.token == " the"
-    assert max(range(150), key=lambda doc: content.means[doc]) in range(40, 45)
-
-
-def test_neighbouring_documents_share_a_bin(monkeypatch: pytest.MonkeyPatch, published: Any) -> None:
-    monkeypatch.setattr(report_corpus, "SPREAD_BINS", 40)
-    with closing(connect(published.storage)) as connection:
-        function, _ = report_corpus.spread_pair(connection)
-    assert function.width == 4
-    assert len(function.means) == 38
-    widths = [4] * 37 + [2]
-    assert sum(mean * width for mean, width in zip(function.means, widths, strict=True)) == pytest.approx(
-        function.count
-    )
-
-
-def test_large_vocabularies_are_thinned_in_sql() -> None:
-    connection = duckdb.connect()
-    connection.execute(
-        "CREATE TABLE tokens AS SELECT i + 1 AS rank, 1000000000 // (i + 1) AS count, i < 100 AS is_function, "
-        "1.0 / (i + 1) AS doc_share FROM range(300000) AS r(i)"
-    )
-    points = report_corpus.frequency_points(connection)
-    assert len(points) < 600
-    assert [point.rank for point in points[:100]] == list(range(1, 101))
-    assert all(point.count == 10**9 // point.rank for point in points)
-    bins = report_corpus.document_shares(connection)
-    assert len(bins) < 400
-    assert sum(row.n for row in bins) == 300_000
 
 
 def test_same_tables_give_the_same_bytes(tmp_path: Path, published: report_catalogue.Published) -> None:
@@ -299,160 +137,26 @@ def test_a_counting_run_says_that_it_has_no_positions(tmp_path: Path) -> None:
     assert len(page.images) == 2
 
 
+def test_a_graph_without_edges_is_said_to_have_none(tmp_path: Path) -> None:
+    made = report_catalogue.publish(Storage(str(tmp_path)))
+    for table in ("token_degree", "coverage", "graph_summary"):
+        rows = made.storage.read_parquet(f"tables/{table}.parquet").to_pylist()
+        kept = (
+            [row | {"n_edges": 0, "activated_features": 0} for row in rows]
+            if table == "graph_summary"
+            else []
+        )
+        made.storage.write_parquet(
+            f"tables/{table}.parquet", pa.Table.from_pylist(kept, schema=TABLES[table])
+        )
+    write_report(made.storage)
+    page = Page(read(made.storage))
+    assert "No token activated a feature" in "".join(page.text)
+    assert len(page.images) == 3
+
+
 def test_nothing_published_is_an_error_with_a_way_out(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no tables are published") as caught:
         write_report(Storage(str(tmp_path)))
     assert "functok run" in caught.value.hint
     assert not (tmp_path / REPORT).exists()
-
-
-@pytest.mark.parametrize(
-    ("token", "shown"),
-    [
-        ("\n", r"\n"),
-        (" the", "␣the"),
-        ("\u202e\x00", r"\u{202e}\u{0}"),
-        ("\u0301x", "◌\u0301x"),
-        ("\ud800", r"\u{d800}"),
-        ("東京", "東京"),
-        ("a" * 70, "a" * 60 + "…"),
-        (None, "–"),
-    ],
-)
-def test_tokens_are_shown_with_nothing_hidden(token: str | None, shown: str) -> None:
-    assert visible(token) == shown
-
-
-@given(st.text(st.characters(exclude_categories=())))
-def test_any_token_can_stand_in_a_figure(token: str) -> None:
-    shown = visible(token, 1000)
-    assert shown.isprintable()
-    assert " " not in shown
-    element = ElementTree.Element("text")
-    element.text = shown
-    assert ElementTree.fromstring(ElementTree.tostring(element)).text == (shown or None)
-
-
-def test_a_hostile_token_in_a_figure_is_text() -> None:
-    spread = {
-        "rank": 1,
-        "count": 3,
-        "doc_count": 2,
-        "doc_share": 0.5,
-        "n_documents": 4,
-        "most": 2,
-        "top_share": 0.5,
-    }
-    rows = [
-        Spread(token="</text><script>x</script>", is_function=True, width=1, means=[1, 2, 0, 0], **spread),
-        Spread(token="$\\frac$ ]]>&", is_function=False, width=1, means=[0, 0, 1, 2], **spread),
-    ]
-    root = ElementTree.fromstring(svg(figures.token_spread(rows)))
-    text = "".join(root.itertext())
-    assert "</text><script>x</scrip" in text
-    assert r"$\frac$␣]]>&" in text
-    assert not [element for element in root.iter() if element.tag.endswith("script")]
-
-
-def test_findings_that_do_not_hold_say_so() -> None:
-    line = LineFit(n=10, slope=-0.5, intercept=3.0, r2=0.60)
-    bent = report_findings.degree_rank(
-        [DegreeFit(layer=4, line=line, tokens=line, alpha=2.0, xmin=1.0, ks=0.1)]
-    )
-    assert bent.verdict == "differs"
-    assert "0.600" in bent.text
-    assert "does not hold at layer 4" in bent.text
-    common = {"layer": 4, "activated_features": 900, "dictionary_size": 1000, "half_rank": None}
-    low = report_findings.coverage([LayerCoverage(top10=0.31, function=0.45, **common)])
-    assert low.verdict == "differs"
-    assert "31.00 %" in low.text
-    assert "at no layer" in low.text
-    high = report_findings.coverage([LayerCoverage(top10=0.61, function=0.75, **common)])
-    assert high.verdict == "holds"
-    assert "fills up early" not in high.text
-
-
-def test_single_figures_can_be_had_as_files(tmp_path: Path, published: report_catalogue.Published) -> None:
-    with closing(connect(published.storage)) as connection:
-        figure = figures.coverage_curves(report_graph.coverage_points(connection), cut=7)
-    figure.savefig(tmp_path / "coverage.png")
-    assert (tmp_path / "coverage.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_lists_read_as_sentences() -> None:
-    assert [listed([]), listed(["a"]), listed(["a", "b"]), listed(["a", "b", "c"])] == [
-        "",
-        "a",
-        "a and b",
-        "a, b and c",
-    ]
-
-
-def browser() -> str:
-    """The first Chromium on the path.
-
-    A machine without one fails, so that CI cannot quietly stop looking at the page.
-    """
-    if os.environ.get("FUNCTOK_SKIP_CHROMIUM") == "1":
-        pytest.skip("FUNCTOK_SKIP_CHROMIUM=1")
-    for name in BROWSERS:
-        if found := shutil.which(name):
-            return found
-    pytest.fail(
-        f"none of {', '.join(BROWSERS)} is installed: `apt-get install chromium`, or set FUNCTOK_SKIP_CHROMIUM=1"
-    )
-
-
-def chromium(page: Path, profile: Path, *options: str) -> str:
-    command = [
-        browser(),
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--disable-dev-shm-usage",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--hide-scrollbars",
-        f"--user-data-dir={profile}",
-        *options,
-        page.as_uri(),
-    ]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
-
-
-@pytest.mark.chromium
-def test_report_opens_in_chromium(tmp_path: Path, published: report_catalogue.Published) -> None:
-    html = read(published.storage)
-    # The probe counts what decoded and how much text was laid out. The policy that forbids scripts is taken
-    # out for it, so that hostile tokens have nothing but their escaping between them and execution.
-    probe = (
-        "<script>addEventListener('load', () => {"
-        "const d = document, all = [...d.images];"
-        "d.body.dataset.images = all.filter(i => i.complete && i.naturalWidth > 0).length;"
-        "d.body.dataset.wide = d.documentElement.scrollWidth <= innerWidth;"
-        "d.body.dataset.requests = performance.getEntriesByType('resource')"
-        ".filter(e => !e.name.startsWith('data:')).length;"
-        "d.body.dataset.shown = d.title;"
-        "})</script>"
-    )
-    page = tmp_path / "probe.html"
-    without_policy = re.sub(r"<meta http-equiv=\"Content-Security-Policy\"[^>]*>", "", html)
-    page.write_text(without_policy.replace("</body>", probe + "</body>"), encoding="utf-8")
-    dom = chromium(page, tmp_path / "profile-1", "--window-size=1200,900", "--dump-dom")
-    found = dict(re.findall(r"data-(images|wide|requests|shown)=\"([^\"]*)\"", dom))
-    assert found == {"images": "6", "wide": "true", "requests": "0", "shown": "functok report"}
-
-    original, shot = tmp_path / "report.html", tmp_path / "report.png"
-    original.write_text(html, encoding="utf-8")
-    chromium(original, tmp_path / "profile-2", "--window-size=1200,2400", f"--screenshot={shot}")
-    from matplotlib.image import imread
-
-    pixels = imread(shot)
-    assert pixels.shape[:2] == (2400, 1200)
-    for colour in (figures.FUNCTION, figures.CONTENT):
-        wanted = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
-        drawn = np.abs(pixels[..., :3] - wanted).max(axis=-1) < 0.03
-        assert drawn.sum() > 200, f"the figures' colour {colour} is not on the page"
