@@ -149,9 +149,8 @@ def catalog(
     debug: DebugOption = False,
 ) -> None:
     """Write a DuckDB file whose views are the tables, so that any DuckDB client can open it."""
-    from tasks.tables import write_catalog_file
-
     from schemas.config import DuckDb
+    from tasks.tables import write_catalog_file
 
     write_catalog_file(_published(root, endpoint_url), str(path), DuckDb())
     typer.echo(f"{path}: open it with any DuckDB client")
@@ -160,9 +159,8 @@ def catalog(
 @app.command()
 def report(root: RootOption = None, endpoint_url: EndpointOption = None, debug: DebugOption = False) -> None:
     """(Re)write the HTML report from the tables."""
-    from tasks.report import write_report
-
     from schemas.config import DuckDb
+    from tasks.report import write_report
 
     typer.echo(write_report(_published(root, endpoint_url), DuckDb()))
 

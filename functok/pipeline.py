@@ -10,7 +10,7 @@ from infra.errors import FunctokError
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.work import Stage
-from tasks.plan import REPORT, is_up_to_date, plan_run, stages_of
+from tasks.plan import is_up_to_date, plan_run, stages_of
 
 TOP_RANKS = 10
 
@@ -47,8 +47,8 @@ def show_results(config: Config, storage: Storage, seconds: float) -> None:
     console.print(
         f"\nfinished in {seconds:.1f} s; everything is under {storage.root}", markup=False, highlight=False
     )
-    if storage.exists(REPORT):
-        console.print(f"report:  {storage.url(REPORT)}", markup=False, highlight=False)
+    if storage.exists("report.html"):
+        console.print(f"report:  {storage.url('report.html')}", markup=False, highlight=False)
     if catalog.tables:
         example = (
             "SELECT * FROM coverage LIMIT 10"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,6 +69,8 @@ def _local(workers: int, environment: dict[str, str]) -> Iterator[Any]:
     import dask
     from distributed import Client, LocalCluster
 
+    # Prefect turns every logger on; the cluster's chatter is nobody's news.
+    logging.getLogger("distributed").setLevel(logging.ERROR)
     quiet = {"logging.distributed": "error", "distributed.worker.memory.terminate": False}
     with (
         dask.config.set(quiet),

@@ -92,11 +92,13 @@ def compute_features(
         for batch in plan:
             kept = batch.token[batch.token >= 0]
             mask = torch.from_numpy(batch.token >= 0).to(device)
-            model.forward(
-                torch.from_numpy(batch.input_ids),
-                to_run,
-                lambda layer, hidden, mask=mask, kept=kept: encode(layer, hidden[mask], kept),
-            )
+
+            def receive(
+                layer: int, hidden: torch.Tensor, mask: torch.Tensor = mask, kept: npt.NDArray[np.int64] = kept
+            ) -> None:
+                encode(layer, hidden[mask], kept)
+
+            model.forward(torch.from_numpy(batch.input_ids), to_run, receive)
     return tokens, {layer: _in_order(gathered.pop(layer)) for layer in layers}
 
 

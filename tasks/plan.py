@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from infra.duck import CATALOG
-from infra.manifest import content_key
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.work import STAGES, CorpusShards, Dictionary, FeatureShard, Stage, StagePlan
-
-REPORT = "report.html"
-REPORT_RECEIPT = "report.json"
 
 
 def stages_of(
@@ -43,14 +38,6 @@ def plan_run(config: Config, storage: Storage) -> list[StagePlan]:
 def is_up_to_date(plans: Sequence[StagePlan], stages: Sequence[Stage]) -> bool:
     """Whether none of `stages` has anything to do."""
     return all(plan.missing == 0 for plan in plans if plan.stage in stages)
-
-
-def report_key(storage: Storage) -> str | None:
-    """What the report is made from: the published catalogue, or None where nothing is published."""
-    catalog = storage.read_json(CATALOG)
-    from tasks.report import VERSION
-
-    return None if catalog is None else content_key(catalog=catalog, version=VERSION)
 
 
 def _plan_tokenize(config: Config, storage: Storage, plans: list[StagePlan]) -> CorpusShards | None:
@@ -144,6 +131,7 @@ def _plan_tables(
     dictionaries: list[Dictionary] | None,
     plans: list[StagePlan],
 ) -> None:
+    from tasks.report import is_report_current
     from tasks.tables import find_tables
 
     if shards is None:
@@ -164,7 +152,6 @@ def _plan_tables(
     if not is_current:
         plans.append(StagePlan(stage="report", done=0, missing=1, reason="the tables will change"))
         return
-    receipt = storage.read_json(REPORT_RECEIPT)
-    is_written = bool(receipt) and receipt.get("key") == report_key(storage) and storage.exists(REPORT)
+    is_written = is_report_current(storage)
     reason = "the report is of these tables" if is_written else "the report is missing or of other tables"
     plans.append(StagePlan(stage="report", done=int(is_written), missing=int(not is_written), reason=reason))

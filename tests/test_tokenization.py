@@ -124,7 +124,7 @@ def test_max_tokens_ends_before_the_document_that_does_not_fit(
     lengths = [len(document) for document in reference.tokenize(tokenizer_folder, documents)[0]]
     limit = int(sum(lengths) * share)
     files = {"a": documents[:25], "b": documents[25:]}
-    shards, storage = run(make(tmp_path, tokenizer_folder, files, max_tokens=limit))
+    shards, _ = run(make(tmp_path, tokenizer_folder, files, max_tokens=limit))
     fitting = next((n for n in range(41) if sum(lengths[: n + 1]) > limit or n == 40), 40)
     assert (shards.n_documents, shards.n_tokens) == (fitting, sum(lengths[:fitting]))
     # Another limit, or none, over the same storage gives what a fresh run gives.
