@@ -100,15 +100,17 @@ def open_duckdb(storage: Storage, resources: DuckDb | None = None, database: str
     """A DuckDB connection with limits set and the storage's filesystem registered; no views."""
     resources = resources or DuckDb()
     connection = duckdb.connect(database)
+    spill = resources.temp_directory or os.path.join(tempfile.gettempdir(), "functok-duckdb")
     try:
+        # Processes may share it: DuckDB names its files by process, and removes those of dead ones.
+        os.makedirs(spill, exist_ok=True)
         connection.execute("SET memory_limit = ?", [resources.memory_limit])
         if resources.threads:
             connection.execute("SET threads = ?", [resources.threads])
-        spill = resources.temp_directory or os.path.join(tempfile.gettempdir(), "functok-duckdb")
         connection.execute("SET temp_directory = ?", [spill])
         connection.execute("SET preserve_insertion_order = false")
         connection.execute("SET enable_progress_bar = false")
-    except duckdb.Error as error:
+    except (duckdb.Error, OSError) as error:
         raise ConfigError(
             f"DuckDB refused its settings: {error}", hint="see [duckdb] in the configuration"
         ) from error
@@ -124,18 +126,21 @@ def connect(storage: Storage, resources: DuckDb | None = None) -> Any:
     return connection
 
 
-def create_views(connection: Any, storage: Storage, catalog: Catalog) -> None:
+def create_views(
+    connection: Any, storage: Storage, catalog: Catalog, shards_schema: str | None = None
+) -> None:
     """Create one view for each published table.
 
     A table kept by shard gets its global `doc_id` (and `source`, `layer`) from the small table
-    `_shards_<table>`, so that a shard's file does not change when other files join the corpus.
+    `_shards_<table>` (in `shards_schema`, where given), so that a shard's file does not change when other
+    files join the corpus.
     """
     for table, name in catalog.tables.items():
         connection.execute(
             f"CREATE OR REPLACE VIEW {table} AS SELECT * FROM read_parquet({_text(storage.url(name))})"
         )
     for table, files in catalog.sharded.items():
-        view_of_shards(connection, storage, table, files)
+        view_of_shards(connection, storage, table, files, shards_schema)
 
 
 SHARDED_SELECT = {
@@ -143,6 +148,8 @@ SHARDED_SELECT = {
     "rejects": "s.source, f.line, f.reason",
     "occurrences": "s.doc_offset + f.doc AS doc_id, f.position, f.token_id",
     "activations": "s.layer, s.doc_offset + f.doc AS doc_id, f.position, f.token_id, f.feature_id, f.activation",
+    # one file a layer, made by the table stage
+    "edges": "f.layer, f.token_id, f.feature_id, f.n, f.max_activation, f.sum_activation",
     # inputs of the table stage, not published
     "shard_token_counts": "f.token_id, f.count, f.doc_count",
     "shard_edges": "s.layer, f.token_id, f.feature_id, f.n",
@@ -150,7 +157,13 @@ SHARDED_SELECT = {
 }
 
 
-def view_of_shards(connection: Any, storage: Storage, table: str, files: list[ShardFile]) -> None:
+def view_of_shards(
+    connection: Any,
+    storage: Storage,
+    table: str,
+    files: list[ShardFile],
+    shards_schema: str | None = None,
+) -> None:
     """Create the view `table` over its shards' files."""
     import pyarrow as pa
 
@@ -165,14 +178,15 @@ def view_of_shards(connection: Any, storage: Storage, table: str, files: list[Sh
             "layer": pa.array([file.layer for file in files], pa.int32()),
         }
     )
+    shards = f"{shards_schema}._shards_{table}" if shards_schema else f"_shards_{table}"
     connection.register("_rows", rows)
-    connection.execute(f"CREATE OR REPLACE TABLE _shards_{table} AS SELECT * FROM _rows")
+    connection.execute(f"CREATE OR REPLACE TABLE {shards} AS SELECT * FROM _rows")
     connection.unregister("_rows")
     # Files of equal content share a shard: each is read once and joined with every place it stands in.
     listed = ", ".join(_text(url) for url in dict.fromkeys(urls))
     connection.execute(
         f"CREATE OR REPLACE VIEW {table} AS SELECT {SHARDED_SELECT[table]} "
-        f"FROM read_parquet([{listed}], filename = true) AS f JOIN _shards_{table} AS s ON s.url = f.filename"
+        f"FROM read_parquet([{listed}], filename = true) AS f JOIN {shards} AS s ON s.url = f.filename"
     )
 
 

@@ -57,7 +57,10 @@ class Storage:
         return Storage, (self.root, self.endpoint_url)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Storage) and (self.root, self.endpoint_url) == (other.root, other.endpoint_url)
+        return isinstance(other, Storage) and (self.root, self.endpoint_url) == (
+            other.root,
+            other.endpoint_url,
+        )
 
     def __hash__(self) -> int:
         return hash((self.root, self.endpoint_url))
@@ -153,6 +156,24 @@ class Storage:
                     file.closed = True
                     raise
                 file.close()
+
+    @contextmanager
+    def write_by_url(self, name: str) -> Iterator[str]:
+        """An address for another writer (DuckDB's COPY); what it wrote becomes `name` when the block ends well."""
+        if not self.is_local:
+            yield self.url(name)
+            return
+        target = Path(self.full(name))
+        aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+        with self._explained(name):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                yield str(aside)
+                with open(aside, "rb+") as file:
+                    os.fsync(file.fileno())
+                os.replace(aside, target)
+            finally:
+                aside.unlink(missing_ok=True)
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write `name` whole."""

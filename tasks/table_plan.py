@@ -1,0 +1,193 @@
+"""Which tables there would be, and under which names: known before any of them is made.
+
+A group of tables has a key of everything that determines it, and every file lies in a folder named by such
+a key, so two plans are equal exactly where their tables are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from functok import __version__
+from infra.duck import Catalog, ShardFile
+from infra.errors import ConfigError
+from infra.manifest import content_key
+from schemas.config import Config
+from schemas.work import CorpusShards, Dictionary, FeatureShard
+from tasks import powerlaw_fit
+from tasks.run_info import without_credentials
+
+VERSION = 1
+"""Raise when the SQL or what runs it changes what is in a table."""
+
+CORPUS_TABLES = ("tokens", "run_info")
+GRAPH_TABLES = ("dictionaries", "token_degree", "feature_degree", "coverage", "graph_summary")
+"""In the order in which they are made."""
+
+MEMBERS: dict[str, tuple[str, ...]] = {
+    "corpus": (*CORPUS_TABLES, "documents", "rejects", "occurrences"),
+    "graph": (*GRAPH_TABLES, "activations", "edges"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """A group of tables as it would be published.
+
+    Attributes:
+        name: `corpus` or `graph`.
+        key: Content key of the whole group.
+        key_parts: What the key is made of, readable.
+        tables: Table to its file.
+        sharded: Table to its shards' files.
+        inputs: What its SQL reads that is not published.
+    """
+
+    name: str
+    key: str
+    key_parts: Mapping[str, Any]
+    tables: dict[str, str]
+    sharded: dict[str, list[ShardFile]]
+    inputs: Catalog
+
+    @property
+    def made(self) -> list[str]:
+        """The files that the table stage makes, the shards' own left out."""
+        return [*self.tables.values(), *(file.name for file in self.sharded.get("edges", []))]
+
+
+def corpus_group(config: Config, shards: CorpusShards) -> Group:
+    """The tables that counting gives."""
+    parts: dict[str, Any] = {
+        "group": "corpus",
+        "version": VERSION,
+        "shards": [
+            [s.folder, without_credentials(s.source), s.doc_offset, s.n_documents] for s in shards.shards
+        ],
+        "tokenizer": shards.tokenizer_key,
+        "vocabulary": shards.vocabulary,
+        "share": config.function_tokens.share,
+        "occurrences": config.corpus.keep_occurrences,
+    }
+    key = content_key(**parts)
+    info = content_key(corpus=key, functok=__version__, shown=_shown(config))
+
+    def files(name: str) -> list[ShardFile]:
+        return [
+            ShardFile(name=f"{shard.folder}/{name}.parquet", doc_offset=shard.doc_offset, source=shard.source)
+            for shard in shards.shards
+        ]
+
+    published = ["documents", "rejects"] + ["occurrences"] * config.corpus.keep_occurrences
+    return Group(
+        name="corpus",
+        key=key,
+        key_parts=parts,
+        tables={
+            "tokens": f"tables/corpus-{key}/tokens.parquet",
+            "run_info": f"tables/run_info-{info}/run_info.parquet",
+        },
+        sharded={table: files(table) for table in published},
+        inputs=Catalog(
+            tables={"vocabulary": shards.vocabulary},
+            sharded={"shard_token_counts": files("token_counts"), "documents": files("documents")},
+        ),
+    )
+
+
+def graph_group(
+    config: Config,
+    shards: CorpusShards,
+    features: Sequence[FeatureShard],
+    dictionaries: Sequence[Dictionary],
+) -> Group:
+    """The tables of the token-feature graph.
+
+    Raises:
+        ConfigError: if there is nothing to make them from, or a layer has shards and no dictionary or the
+            reverse.
+    """
+    layers = layers_of(features)
+    if not layers or layers != sorted(dictionary.layer for dictionary in dictionaries):
+        raise ConfigError(
+            f"feature shards are of the layers {layers}, dictionaries of the layers "
+            f"{sorted(dictionary.layer for dictionary in dictionaries)}",
+            hint="the graph needs both for each layer: run the stages before it",
+        )
+    ordered = sorted(features, key=lambda feature: (feature.layer, feature.part.shard.doc_offset))
+    parts: dict[str, Any] = {
+        "group": "graph",
+        "version": [VERSION, powerlaw_fit.VERSION],
+        "corpus": corpus_group(config, shards).key,
+        "features": [[f.layer, f.folder, f.part.shard.doc_offset, f.part.n_documents] for f in ordered],
+        "dictionaries": sorted([d.layer, d.key, d.d_sae, d.source, d.quality] for d in dictionaries),
+        "m": config.graph.rarefaction_m,
+    }
+    key = content_key(**parts)
+
+    def files(name: str) -> list[ShardFile]:
+        return [
+            ShardFile(
+                name=f"{feature.folder}/{name}.parquet",
+                doc_offset=feature.part.shard.doc_offset,
+                source=feature.part.shard.source,
+                layer=feature.layer,
+            )
+            for feature in ordered
+        ]
+
+    edges = [ShardFile(name=f"{edge_folder(n, features)[0]}/edges.parquet", layer=n) for n in layers]
+    return Group(
+        name="graph",
+        key=key,
+        key_parts=parts,
+        tables={table: f"tables/graph-{key}/{table}.parquet" for table in GRAPH_TABLES},
+        sharded={"activations": files("activations"), "edges": edges},
+        inputs=Catalog(sharded={"shard_edges": files("edges"), "shard_graph_counts": files("counts")}),
+    )
+
+
+def edge_folder(layer: int, features: Sequence[FeatureShard]) -> tuple[str, dict[str, Any]]:
+    """The folder of one layer's edges, and what its key is made of: the shards, in no order."""
+    folders = sorted(feature.folder for feature in features if feature.layer == layer)
+    parts = {"group": "edges", "version": VERSION, "layer": layer, "features": folders}
+    return f"tables/edges-{content_key(**parts)}", parts
+
+
+def layers_of(features: Sequence[FeatureShard]) -> list[int]:
+    """The layers of the shards, ascending."""
+    return sorted({feature.layer for feature in features})
+
+
+def merged(published: Catalog, *groups: Group) -> Catalog:
+    """The published catalogue with `groups` in place of those of the same names.
+
+    A graph that was made from another corpus goes with the old corpus; `expectations` goes always, as it
+    is written again when the candidate is published.
+    """
+    replaced = {group.name for group in groups}
+    corpus = next((group.key for group in groups if group.name == "corpus"), None)
+    if corpus is not None and published.lineage.get("corpus") != corpus:
+        replaced.add("graph")
+    gone = {"expectations", *(table for group in replaced for table in MEMBERS[group])}
+    tables = {table: name for table, name in published.tables.items() if table not in gone}
+    sharded = {table: files for table, files in published.sharded.items() if table not in gone}
+    lineage = {group: key for group, key in published.lineage.items() if group not in replaced}
+    for group in groups:
+        tables |= group.tables
+        sharded |= group.sharded
+        lineage[group.name] = group.key
+    return Catalog(tables=tables, sharded=sharded, lineage=lineage)
+
+
+def _shown(config: Config) -> list[Any]:
+    return [
+        config.model.model_dump(),
+        config.corpus.model_dump(),
+        config.windows.model_dump(),
+        config.activations.model_dump(),
+        config.graph.model_dump(),
+        [entry.layer for entry in config.sae],
+    ]

@@ -1,0 +1,337 @@
+"""The table stage: from committed shards to the contract's tables, by the SQL in `sql/`.
+
+Two groups of tables: `corpus` (counts alone, PAPER 1.1) and `graph` (PAPER 1.2). Each table is one COPY of
+`sql/<table>.sql` into a folder named by what determines it; edges, the costly ones, have a folder a layer.
+DuckDB spills above `duckdb.memory_limit`, so edges may be many times larger than memory. All sums are sums
+of integers: sharding, order and threads cannot change a bit.
+
+Building publishes nothing: it returns a candidate catalogue, which `publish` makes the readers' own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+
+from infra.duck import CATALOG, Catalog, create_views, open_duckdb, read_catalog
+from infra.errors import ConfigError, ExpectationError, StorageError
+from infra.manifest import Manifest, commit, content_key, load, load_all
+from infra.progress import Progress, silent
+from infra.storage import Storage
+from schemas.config import Config, DuckDb
+from schemas.tables import TABLES
+from schemas.work import CorpusShards, Dictionary, FeatureShard
+from sql import read_sql
+from tasks.catalog_file import write_catalog_file
+from tasks.powerlaw_fit import fit_power_law
+from tasks.run_info import run_info_rows
+from tasks.table_plan import (
+    GRAPH_TABLES,
+    Group,
+    corpus_group,
+    edge_folder,
+    graph_group,
+    layers_of,
+    merged,
+)
+
+__all__ = [
+    "build_corpus_tables",
+    "build_graph_tables",
+    "find_tables",
+    "publish",
+    "write_catalog_file",
+    "write_table",
+]
+
+POWER_LAW = pa.schema(
+    [("layer", pa.int32()), ("alpha", pa.float64()), ("xmin", pa.float64()), ("ks", pa.float64())]
+)
+
+
+def build_corpus_tables(
+    config: Config, storage: Storage, shards: CorpusShards, progress: Progress = silent
+) -> Catalog:
+    """Make the corpus group: `tokens` and `run_info`, and views of documents, rejects and occurrences.
+
+    Returns:
+        The candidate catalogue: what is published, with this group in place of the old one. A graph that
+        was made from another corpus is left out.
+
+    Raises:
+        ConfigError: if DuckDB cannot work within its limits.
+        StorageError: if a file cannot be read or written.
+    """
+    group = corpus_group(config, shards)
+    _build_corpus(config, storage, shards, group, progress)
+    return merged(read_catalog(storage), group)
+
+
+def build_graph_tables(
+    config: Config,
+    storage: Storage,
+    shards: CorpusShards,
+    features: Sequence[FeatureShard],
+    dictionaries: Sequence[Dictionary],
+    progress: Progress = silent,
+) -> Catalog:
+    """Make the graph group (and the corpus group, where it is missing).
+
+    Returns:
+        The candidate catalogue, with both groups.
+
+    Raises:
+        ConfigError: if a layer has shards and no dictionary or the reverse, or DuckDB cannot work within
+            its limits.
+        ExpectationError: if an activation is not a finite number.
+        StorageError: if a file cannot be read or written.
+    """
+    corpus = corpus_group(config, shards)
+    graph = graph_group(config, shards, features, dictionaries)
+    _build_corpus(config, storage, shards, corpus, silent)
+    _build_graph(config, storage, corpus, graph, features, dictionaries, progress)
+    return merged(read_catalog(storage), corpus, graph)
+
+
+def find_tables(
+    config: Config,
+    storage: Storage,
+    shards: CorpusShards,
+    features: Sequence[FeatureShard] | None,
+    dictionaries: Sequence[Dictionary] | None,
+) -> bool:
+    """Whether the published tables are those that a run would make now, and all of their files are there."""
+    groups = [corpus_group(config, shards)]
+    if config.sae:
+        if not features or not dictionaries:
+            return False
+        groups.append(graph_group(config, shards, features, dictionaries))
+    published = read_catalog(storage)
+    for group in groups:
+        if published.lineage.get(group.name) != group.key:
+            return False
+        if any(published.tables.get(table) != name for table, name in group.tables.items()):
+            return False
+        if any(published.sharded.get(table) != files for table, files in group.sharded.items()):
+            return False
+    folders = {name.rsplit("/", 1)[0] for group in groups for name in group.made}
+    return folders == set(load_all(storage, sorted(folders)))
+
+
+def publish(storage: Storage, catalog: Catalog) -> None:
+    """Make a candidate catalogue the one that readers see, with the table `expectations` as it stands now."""
+    from tasks.validation import expectations_table
+
+    rows = expectations_table(storage)
+    name = f"tables/expectations-{content_key(rows=rows.to_pylist())}/expectations.parquet"
+    if not storage.exists(name):
+        storage.write_parquet(name, rows)
+    published = Catalog(
+        tables={**catalog.tables, "expectations": name},
+        sharded=catalog.sharded,
+        lineage=catalog.lineage,
+    )
+    storage.write_json(CATALOG, published.to_json())
+
+
+def write_table(
+    resources: DuckDb,
+    storage: Storage,
+    table: str,
+    name: str,
+    inputs: Catalog,
+    relations: Mapping[str, pa.Table] | None = None,
+    **parameters: Any,
+) -> None:
+    """Run `sql/<table>.sql` into the Parquet file `name`.
+
+    Args:
+        resources: Limits of DuckDB.
+        storage: Where inputs and output are.
+        table: Which table.
+        name: The file to write; it appears whole or not at all.
+        inputs: The upstream tables, as views.
+        relations: Small upstream tables that are in no file.
+        parameters: Values bound to the SQL's `$names`; those it does not name are not bound.
+
+    Raises:
+        ConfigError: if DuckDB cannot work within its limits.
+        StorageError: if a file cannot be read or written.
+    """
+    query = read_sql(table)
+    with open_duckdb(storage, resources) as connection:
+        (statement,) = connection.extract_statements(query)
+        bound = {key: value for key, value in parameters.items() if key in statement.named_parameters}
+        try:
+            create_views(connection, storage, inputs)
+            for view, rows in (relations or {}).items():
+                connection.register(view, rows)
+            with storage.write_by_url(name) as url:
+                target = url.replace("'", "''")
+                connection.execute(f"COPY ({query}) TO '{target}' (FORMAT parquet, COMPRESSION zstd)", bound)
+        except duckdb.OutOfMemoryException as error:
+            raise ConfigError(
+                f"the table {table} cannot be made with duckdb.memory_limit = {resources.memory_limit}: {error}",
+                hint="raise duckdb.memory_limit, lower duckdb.threads, or give duckdb.temp_directory more space",
+            ) from error
+        except duckdb.IOException as error:
+            raise StorageError(
+                f"the table {table} cannot be written to {storage.url(name)}: {error}",
+                hint="check space, permissions and network, then run again: finished work is kept",
+            ) from error
+
+
+def _build_corpus(
+    config: Config, storage: Storage, shards: CorpusShards, group: Group, progress: Progress
+) -> None:
+    tokens, info = group.tables["tokens"], group.tables["run_info"]
+
+    def make_tokens() -> None:
+        share = config.function_tokens.share
+        write_table(config.duckdb, storage, "tokens", tokens, group.inputs, share=share)
+
+    def make_info() -> None:
+        with open_duckdb(storage, config.duckdb) as connection:
+            create_views(connection, storage, Catalog(tables={"tokens": tokens}))
+            counted = "SELECT count(*), count(*) FILTER (is_function) FROM tokens"
+            distinct, function = connection.execute(counted).fetchone()
+        rows = run_info_rows(config, storage, shards, distinct_tokens=distinct, function_tokens=function)
+        storage.write_parquet(info, pa.Table.from_pylist(rows, schema=TABLES["run_info"]))
+
+    progress(0, 2, "corpus tables")
+    _ensure(storage, [tokens], group.key_parts, make_tokens)
+    progress(1, 2, "corpus tables")
+    _ensure(storage, [info], {"run_info": info, "corpus": group.key}, make_info)
+    progress(2, 2, "corpus tables")
+
+
+def _build_graph(
+    config: Config,
+    storage: Storage,
+    corpus: Group,
+    graph: Group,
+    features: Sequence[FeatureShard],
+    dictionaries: Sequence[Dictionary],
+    progress: Progress,
+) -> None:
+    layers = layers_of(features)
+    total, done = len(layers) + len(GRAPH_TABLES), 0
+
+    def advance(what: str) -> None:
+        nonlocal done
+        done += 1
+        progress(done, total, what)
+
+    progress(0, total, "graph tables")
+    for layer in layers:
+        folder, parts = edge_folder(layer, features)
+        inputs = Catalog(
+            sharded={
+                view: [file for file in files if file.layer == layer]
+                for view, files in {**graph.inputs.sharded, **graph.sharded}.items()
+                if view in ("shard_edges", "activations")
+            }
+        )
+        _ensure(
+            storage, [f"{folder}/edges.parquet"], parts, _edge_maker(config, storage, folder, layer, inputs)
+        )
+        advance(f"edges of layer {layer}")
+
+    def make() -> None:
+        storage.write_parquet(graph.tables["dictionaries"], _dictionary_rows(dictionaries))
+        inputs = Catalog(
+            tables={**corpus.tables, **graph.tables},
+            sharded={**graph.inputs.sharded, "edges": graph.sharded["edges"]},
+        )
+        relations: dict[str, pa.Table] = {}
+        for table in GRAPH_TABLES:
+            if table == "graph_summary":
+                relations["power_law_fits"] = _power_law_fits(storage, graph.tables["token_degree"])
+            if table != "dictionaries":
+                known = Catalog(
+                    tables={view: name for view, name in inputs.tables.items() if view in UPSTREAM[table]},
+                    sharded={
+                        view: files for view, files in inputs.sharded.items() if view in UPSTREAM[table]
+                    },
+                )
+                m = config.graph.rarefaction_m
+                write_table(config.duckdb, storage, table, graph.tables[table], known, relations, m=m)
+            advance(table.replace("_", " "))
+
+    _ensure(storage, [graph.tables[table] for table in GRAPH_TABLES], graph.key_parts, make)
+    progress(total, total, "graph tables")
+
+
+UPSTREAM: dict[str, tuple[str, ...]] = {
+    "token_degree": ("edges", "shard_graph_counts", "tokens"),
+    "feature_degree": ("edges", "shard_graph_counts"),
+    "coverage": ("edges", "token_degree", "dictionaries"),
+    "graph_summary": ("token_degree", "feature_degree", "dictionaries"),
+}
+"""What each SQL of the graph reads: a view over a file that is not there yet cannot be made."""
+
+
+def _ensure(
+    storage: Storage, names: Sequence[str], inputs: Mapping[str, Any], make: Callable[[], None]
+) -> None:
+    folder = names[0].rsplit("/", 1)[0]
+    if load(storage, folder) is None:
+        make()
+        files = {name.rsplit("/", 1)[1]: 0 for name in names}
+        commit(storage, folder, Manifest(stage="tables", inputs=dict(inputs), files=files))
+
+
+def _edge_maker(
+    config: Config, storage: Storage, folder: str, layer: int, inputs: Catalog
+) -> Callable[[], None]:
+    def make() -> None:
+        unit = _fixed_point(config, storage, layer, inputs)
+        name = f"{folder}/edges.parquet"
+        write_table(config.duckdb, storage, "edges", name, inputs, layer=layer, unit=unit)
+
+    return make
+
+
+def _fixed_point(config: Config, storage: Storage, layer: int, inputs: Catalog) -> float:
+    """Units per 1.0 in which a layer's activations are added: 2^32, less where they would leave 63 bits."""
+    with open_duckdb(storage, config.duckdb) as connection:
+        create_views(connection, storage, inputs)
+        (largest,) = connection.execute("SELECT max(activation) FROM activations").fetchone()
+    # NaN is the greatest of all in DuckDB's order.
+    if largest is not None and not math.isfinite(largest):
+        raise ExpectationError(
+            f"layer {layer} has an activation that is {largest}",
+            hint="the model or its dictionary overflows: set model.dtype = float32, and delete the layer's features",
+        )
+    exponent = math.frexp(largest or 1.0)[1]
+    return math.ldexp(1.0, min(32, 62 - exponent))
+
+
+def _dictionary_rows(dictionaries: Sequence[Dictionary]) -> pa.Table:
+    schema = TABLES["dictionaries"]
+    rows = [
+        {
+            **{name: (dictionary.quality or {}).get(name) for name in schema.names},
+            "layer": dictionary.layer,
+            "dictionary_size": dictionary.d_sae,
+            "source": dictionary.source,
+        }
+        for dictionary in sorted(dictionaries, key=lambda dictionary: dictionary.layer)
+    ]
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
+def _power_law_fits(storage: Storage, token_degree: str) -> pa.Table:
+    found = storage.read_parquet(token_degree, columns=["layer", "degree"])
+    layers, degrees = found["layer"].to_numpy(), found["degree"].to_numpy()
+    rows = []
+    for layer in np.unique(layers):
+        fit = fit_power_law(degrees[layers == layer])
+        if fit is not None:
+            rows.append({"layer": int(layer), "alpha": fit.alpha, "xmin": fit.xmin, "ks": fit.ks})
+    return pa.Table.from_pylist(rows, schema=POWER_LAW)
