@@ -241,7 +241,8 @@ GRAPH: tuple[Expectation, ...] = (
         offenders="""SELECT * FROM (SELECT layer, rank, token_id, new_features, cumulative_features, coverage,
                 dictionary_coverage, sum(new_features) OVER (PARTITION BY layer ORDER BY rank) AS expected_features,
                 lag(coverage, 1, 0) OVER (PARTITION BY layer ORDER BY rank) AS coverage_before FROM coverage)
-            WHERE (new_features >= 0 AND cumulative_features = expected_features AND coverage >= coverage_before
+            WHERE (new_features >= 0 AND cumulative_features = expected_features
+                AND (coverage >= coverage_before OR (coverage IS NULL AND cumulative_features = 0))
                 AND dictionary_coverage BETWEEN 0 AND 1) IS NOT TRUE""",
     ),
     Query(
@@ -263,7 +264,7 @@ GRAPH: tuple[Expectation, ...] = (
         meaning="coverage is of the activated features, dictionary_coverage of the dictionary.",
         offenders="""SELECT layer, rank, cumulative_features, coverage, activated_features, dictionary_coverage,
                 dictionary_size FROM coverage LEFT JOIN graph_summary USING (layer)
-            WHERE (abs(coverage - cumulative_features / activated_features) <= 1e-12
+            WHERE activated_features > 0 AND (abs(coverage - cumulative_features / activated_features) <= 1e-12
                 AND abs(dictionary_coverage - cumulative_features / dictionary_size) <= 1e-12) IS NOT TRUE""",
     ),
     Keys(
@@ -296,7 +297,7 @@ GRAPH: tuple[Expectation, ...] = (
         meaning="The tokens of a layer's degrees are the tokens of the graph.",
         offenders="""SELECT layer, n_tokens, counted FROM graph_summary LEFT JOIN
             (SELECT layer, sum(count) AS counted FROM token_degree GROUP BY layer) USING (layer)
-            WHERE counted > n_tokens""",
+            WHERE counted IS DISTINCT FROM n_tokens""",
     ),
     Query(
         name="dictionaries are the layers'",

@@ -7,6 +7,7 @@ Tests of what reads a finished run change a frame (`run.documents[0]`, `run.tabl
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -239,7 +240,7 @@ def _tables(run: SmallRun) -> dict[str, pd.DataFrame]:
     }
 
 
-def resize(run: SmallRun, place: int, **changes: int) -> None:
+def resize(run: SmallRun, place: int, **changes: Any) -> None:
     """Change what the work values say of a token shard."""
     shards = list(run.shards.shards)
     shards[place] = replace(shards[place], **changes)
