@@ -9,7 +9,11 @@ from typing import Any
 
 import torch
 
-WORDS = ["the", "of", "and", "to", "in", "a", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he", "his", "but", "at", "are", "this", "have", "from", "or", "had", "an", "they", "which", "one", "you", "were", "her", "all", "she", "there", "would", "their", "we", "him", "been", "has", "when", "who", "will", "more", "no", "if", "out", "so", "said", "what", "Tokyo", "Russia", "Moscow", "London", "river", "mountain", "quick", "brown", "fox", "jumps", "lazy", "dog", "naïve", "café", "Zürich", "日本", "東京", "emoji", "🙂"]
+WORDS = """
+the of and to in a is that for it as was with be by on not he his but at are this have from or had an they which one
+you were her all she there would their we him been has when who will more no if out so said what Tokyo Russia Moscow
+London river mountain quick brown fox jumps lazy dog naïve café Zürich 日本 東京 emoji 🙂
+""".split()
 
 ARCHITECTURES = ("llama", "gemma2", "gpt_neox")
 D_MODEL = 32

@@ -1,0 +1,86 @@
+"""The pipeline without Prefect: the stages' functions, one after another, as the flows call them.
+
+As a program, `python tests/plain.py CONFIG PREFIX NTH` runs it and kills itself with SIGKILL in the middle of the
+NTH write of a file whose name begins with PREFIX.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any
+
+from infra.storage import Storage
+from schemas.config import Config, load_config
+
+
+class InThisProcess:
+    """Stands in for the tokenization's Dask client: runs file jobs here."""
+
+    def __init__(self, *_: Any) -> None: ...
+    def __enter__(self) -> InThisProcess:
+        return self
+
+    def __exit__(self, *_: Any) -> None: ...
+    def run(self, jobs: Any) -> Any:
+        from tasks.token_shards import tokenize_file
+
+        return [tokenize_file(job) for job in jobs]
+
+
+def run_plain(config: Config, storage: Storage | None = None, *, checked: bool = True) -> Storage:
+    """Every stage of a configuration; returns the storage.
+
+    Args:
+        config: The configuration.
+        storage: Where; default: its own root.
+        checked: Also validate at the stage boundaries.
+    """
+    from tasks import dictionaries, features, report, tables, tokenization, validation
+
+    storage = storage or Storage(config.storage.root, config.storage.endpoint_url)
+    shards = tokenization.tokenize_corpus(config, storage)
+    if checked:
+        validation.check_tokenize(config, storage, shards)
+    catalog = tables.build_corpus_tables(config, storage, shards)
+    if config.sae:
+        made = dictionaries.prepare_dictionaries(config, storage, shards)
+        if checked:
+            validation.check_dictionaries(config, storage, made)
+        activated = features.extract_features(config, storage, shards, made)
+        if checked:
+            validation.check_features(config, storage, activated, made)
+        catalog = tables.build_graph_tables(config, storage, shards, activated, made)
+    if checked:
+        validation.check_tables(config, storage, catalog)
+    tables.publish(storage, catalog)
+    report.write_report(storage, config.duckdb)
+    return storage
+
+
+def _killing(prefix: str, nth: int) -> None:
+    write, count = Storage.write, [0]
+
+    @contextmanager
+    def deadly(self: Storage, name: str) -> Iterator[IO[bytes]]:
+        with write(self, name) as file:
+            if name.startswith(prefix):
+                count[0] += 1
+                if count[0] == nth:
+                    file.write(b"half a file")
+                    file.flush()
+                    os.kill(os.getpid(), signal.SIGKILL)
+            yield file
+
+    Storage.write = deadly  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    from tasks import tokenization
+
+    tokenization._Watched = InThisProcess  # type: ignore[misc, assignment]
+    _killing(sys.argv[2], int(sys.argv[3]))
+    run_plain(load_config(sys.argv[1]), checked=False)
