@@ -34,9 +34,10 @@ _BUFFER_BYTES = 256 << 20
 _DENSE_ENTRIES = 1 << 26
 _STEPS_A_REPORT = 10
 _WARM_UP_SHARE = 0.1
-_DEAD_AFTER_SAMPLES = 20_000
-"""A latent that has not fired on as many is helped by the auxiliary loss. Short trainings need it early: at 78,000
-samples (SAELens' default of 1,000 steps, too) a fifth of 4,608 latents stayed dead, at 20,000 under 1 % did."""
+_DEAD_AFTER_SAMPLES = 10_000
+"""A latent that has not fired on as many is helped by the auxiliary loss. Short trainings need it early: of 4,096
+latents (block 7, 100,000 samples) 3.3 % stayed silent on held-out tokens, with 20,000 instead 7.8 %. SAELens'
+default of 1,000 steps would never help them."""
 
 
 @dataclass(frozen=True, kw_only=True)
