@@ -8,6 +8,7 @@ and columns of the contract, over Parquet files that any tool can read. What is 
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,9 @@ from infra.storage import Storage
 from schemas.config import DuckDb
 
 CATALOG = "catalog.json"
+
+BYTES_PER_THREAD = 125_000_000
+"""Memory a thread gets at least: DuckDB cannot spill below about 35 MB each, and advises this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +109,7 @@ def open_duckdb(storage: Storage, resources: DuckDb | None = None, database: str
         # Processes may share it: DuckDB names its files by process, and removes those of dead ones.
         os.makedirs(spill, exist_ok=True)
         connection.execute("SET memory_limit = ?", [resources.memory_limit])
-        if resources.threads:
-            connection.execute("SET threads = ?", [resources.threads])
+        connection.execute("SET threads = ?", [resources.threads or _threads(resources.memory_limit)])
         connection.execute("SET temp_directory = ?", [spill])
         connection.execute("SET preserve_insertion_order = false")
         connection.execute("SET enable_progress_bar = false")
@@ -117,6 +120,20 @@ def open_duckdb(storage: Storage, resources: DuckDb | None = None, database: str
     if not storage.is_local:
         connection.register_filesystem(storage.fs)
     return connection
+
+
+def memory_bytes(limit: str) -> int:
+    """Bytes of a DuckDB memory limit, as the configuration allows it (`3GB`, `512 MiB`)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s?([KMGT])(i?)B", limit)
+    if match is None:
+        raise ValueError(f"{limit!r} is no memory limit")
+    number, prefix, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(prefix) + 1))
+
+
+def _threads(memory_limit: str) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, memory_bytes(memory_limit) // BYTES_PER_THREAD))
 
 
 def connect(storage: Storage, resources: DuckDb | None = None) -> Any:
@@ -137,7 +154,7 @@ def create_views(
     """
     for table, name in catalog.tables.items():
         connection.execute(
-            f"CREATE OR REPLACE VIEW {table} AS SELECT * FROM read_parquet({_text(storage.url(name))})"
+            f"CREATE OR REPLACE VIEW {table} AS SELECT * FROM read_parquet({_text(storage.url(name))}, hive_partitioning = false)"
         )
     for table, files in catalog.sharded.items():
         view_of_shards(connection, storage, table, files, shards_schema)
@@ -186,7 +203,8 @@ def view_of_shards(
     listed = ", ".join(_text(url) for url in dict.fromkeys(urls))
     connection.execute(
         f"CREATE OR REPLACE VIEW {table} AS SELECT {SHARDED_SELECT[table]} "
-        f"FROM read_parquet([{listed}], filename = true) AS f JOIN {shards} AS s ON s.url = f.filename"
+        f"FROM read_parquet([{listed}], filename = true, hive_partitioning = false) AS f "
+        f"JOIN {shards} AS s ON s.url = f.filename"
     )
 
 

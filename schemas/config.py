@@ -162,7 +162,7 @@ class DuckDb(Section):
         pattern=r"^\d+(\.\d+)?\s?[KMGT]i?B$",
         description="DuckDB spills above it; the process needs about 200 MB more.",
     )
-    threads: int = Field(0, ge=0, description="0: all cores.")
+    threads: int = Field(0, ge=0, description="0: all cores, as far as the memory goes.")
     temp_directory: str | None = Field(None, description="Where DuckDB spills; default: a temporary folder.")
 
 

@@ -102,20 +102,9 @@ def graph_group(
     shards: CorpusShards,
     features: Sequence[FeatureShard],
     dictionaries: Sequence[Dictionary],
+    edges: Sequence[ShardFile],
 ) -> Group:
-    """The tables of the token-feature graph.
-
-    Raises:
-        ConfigError: if there is nothing to make them from, or a layer has shards and no dictionary or the
-            reverse.
-    """
-    layers = layers_of(features)
-    if not layers or layers != sorted(dictionary.layer for dictionary in dictionaries):
-        raise ConfigError(
-            f"feature shards are of the layers {layers}, dictionaries of the layers "
-            f"{sorted(dictionary.layer for dictionary in dictionaries)}",
-            hint="the graph needs both for each layer: run the stages before it",
-        )
+    """The tables of the token-feature graph, of which `edges` are there already."""
     ordered = sorted(features, key=lambda feature: (feature.layer, feature.part.shard.doc_offset))
     parts: dict[str, Any] = {
         "group": "graph",
@@ -127,8 +116,23 @@ def graph_group(
     }
     key = content_key(**parts)
 
-    def files(name: str) -> list[ShardFile]:
-        return [
+    inputs = graph_inputs(features)
+    return Group(
+        name="graph",
+        key=key,
+        key_parts=parts,
+        tables={table: f"tables/graph-{key}/{table}.parquet" for table in GRAPH_TABLES},
+        sharded={"activations": inputs["activations"], "edges": list(edges)},
+        inputs=Catalog(sharded={"shard_graph_counts": inputs["shard_graph_counts"]}),
+    )
+
+
+def graph_inputs(features: Sequence[FeatureShard], layer: int | None = None) -> dict[str, list[ShardFile]]:
+    """The shards' files that the graph is made of, in corpus order, of one layer or of all."""
+    ordered = sorted(features, key=lambda feature: (feature.layer, feature.part.shard.doc_offset))
+    views = {"activations": "activations", "shard_edges": "edges", "shard_graph_counts": "counts"}
+    return {
+        view: [
             ShardFile(
                 name=f"{feature.folder}/{name}.parquet",
                 doc_offset=feature.part.shard.doc_offset,
@@ -136,29 +140,26 @@ def graph_group(
                 layer=feature.layer,
             )
             for feature in ordered
+            if layer in (None, feature.layer)
         ]
-
-    edges = [ShardFile(name=f"{edge_folder(n, features)[0]}/edges.parquet", layer=n) for n in layers]
-    return Group(
-        name="graph",
-        key=key,
-        key_parts=parts,
-        tables={table: f"tables/graph-{key}/{table}.parquet" for table in GRAPH_TABLES},
-        sharded={"activations": files("activations"), "edges": edges},
-        inputs=Catalog(sharded={"shard_edges": files("edges"), "shard_graph_counts": files("counts")}),
-    )
+        for view, name in views.items()
+    }
 
 
-def edge_folder(layer: int, features: Sequence[FeatureShard]) -> tuple[str, dict[str, Any]]:
-    """The folder of one layer's edges, and what its key is made of: the shards, in no order."""
-    folders = sorted(feature.folder for feature in features if feature.layer == layer)
-    parts = {"group": "edges", "version": VERSION, "layer": layer, "features": folders}
-    return f"tables/edges-{content_key(**parts)}", parts
+def checked_layers(features: Sequence[FeatureShard], dictionaries: Sequence[Dictionary]) -> list[int]:
+    """The graph's layers, ascending.
 
-
-def layers_of(features: Sequence[FeatureShard]) -> list[int]:
-    """The layers of the shards, ascending."""
-    return sorted({feature.layer for feature in features})
+    Raises:
+        ConfigError: if there is none, or a layer has shards and no dictionary or the reverse.
+    """
+    layers = sorted({feature.layer for feature in features})
+    known = sorted(dictionary.layer for dictionary in dictionaries)
+    if not layers or layers != known:
+        raise ConfigError(
+            f"feature shards are of the layers {layers}, dictionaries of the layers {known}",
+            hint="the graph needs both for each layer: run the stages before it",
+        )
+    return layers
 
 
 def merged(published: Catalog, *groups: Group) -> Catalog:

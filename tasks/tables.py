@@ -1,44 +1,43 @@
 """The table stage: from committed shards to the contract's tables, by the SQL in `sql/`.
 
 Two groups of tables: `corpus` (counts alone, PAPER 1.1) and `graph` (PAPER 1.2). Each table is one COPY of
-`sql/<table>.sql` into a folder named by what determines it; edges, the costly ones, have a folder a layer.
-DuckDB spills above `duckdb.memory_limit`, so edges may be many times larger than memory. All sums are sums
-of integers: sharding, order and threads cannot change a bit.
+`sql/<table>.sql` into a folder named by what determines it; edges, the costly ones, have a folder a layer and
+are made in as many passes as `duckdb.memory_limit` wants, so they may be many times larger than memory. All
+sums are sums of integers: sharding, order and threads cannot change a bit.
 
 Building publishes nothing: it returns a candidate catalogue, which `publish` makes the readers' own.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 
 from infra.duck import CATALOG, Catalog, create_views, open_duckdb, read_catalog
-from infra.errors import ConfigError, ExpectationError, StorageError
+from infra.errors import StorageError
 from infra.manifest import Manifest, commit, content_key, load, load_all
 from infra.progress import Progress, silent
 from infra.storage import Storage
-from schemas.config import Config, DuckDb
+from schemas.config import Config
 from schemas.tables import TABLES
 from schemas.work import CorpusShards, Dictionary, FeatureShard
-from sql import read_sql
 from tasks.catalog_file import write_catalog_file
 from tasks.powerlaw_fit import fit_power_law
 from tasks.run_info import run_info_rows
+from tasks.table_edges import edge_files, ensure_edges
 from tasks.table_plan import (
     GRAPH_TABLES,
     Group,
+    checked_layers,
     corpus_group,
-    edge_folder,
     graph_group,
-    layers_of,
+    graph_inputs,
     merged,
 )
+from tasks.table_sql import write_table
 
 __all__ = [
     "build_corpus_tables",
@@ -91,10 +90,30 @@ def build_graph_tables(
         ExpectationError: if an activation is not a finite number.
         StorageError: if a file cannot be read or written.
     """
+    layers = checked_layers(features, dictionaries)
     corpus = corpus_group(config, shards)
-    graph = graph_group(config, shards, features, dictionaries)
+    total, done = len(layers) + len(GRAPH_TABLES), 0
+
+    def advance(what: str) -> None:
+        nonlocal done
+        done += 1
+        progress(done, total, what)
+
+    progress(0, total, "corpus tables")
     _build_corpus(config, storage, shards, corpus, silent)
-    _build_graph(config, storage, corpus, graph, features, dictionaries, progress)
+    for layer in layers:
+        inputs = graph_inputs(features, layer)
+        wanted = Catalog(sharded={view: inputs[view] for view in ("shard_edges", "activations")})
+        ensure_edges(config.duckdb, storage, layer, features, wanted)
+        advance(f"edges of layer {layer}")
+    edges = edge_files(storage, features)
+    if edges is None:
+        raise StorageError(
+            f"edges under {storage.url('tables')} vanished while the tables were made", hint="run again"
+        )
+    graph = graph_group(config, shards, features, dictionaries, edges)
+    _build_graph(config, storage, corpus, graph, dictionaries, advance)
+    progress(total, total, "graph tables")
     return merged(read_catalog(storage), corpus, graph)
 
 
@@ -110,7 +129,11 @@ def find_tables(
     if config.sae:
         if not features or not dictionaries:
             return False
-        groups.append(graph_group(config, shards, features, dictionaries))
+        checked_layers(features, dictionaries)
+        edges = edge_files(storage, features)
+        if edges is None:
+            return False
+        groups.append(graph_group(config, shards, features, dictionaries, edges))
     published = read_catalog(storage)
     for group in groups:
         if published.lineage.get(group.name) != group.key:
@@ -137,53 +160,6 @@ def publish(storage: Storage, catalog: Catalog) -> None:
         lineage=catalog.lineage,
     )
     storage.write_json(CATALOG, published.to_json())
-
-
-def write_table(
-    resources: DuckDb,
-    storage: Storage,
-    table: str,
-    name: str,
-    inputs: Catalog,
-    relations: Mapping[str, pa.Table] | None = None,
-    **parameters: Any,
-) -> None:
-    """Run `sql/<table>.sql` into the Parquet file `name`.
-
-    Args:
-        resources: Limits of DuckDB.
-        storage: Where inputs and output are.
-        table: Which table.
-        name: The file to write; it appears whole or not at all.
-        inputs: The upstream tables, as views.
-        relations: Small upstream tables that are in no file.
-        parameters: Values bound to the SQL's `$names`; those it does not name are not bound.
-
-    Raises:
-        ConfigError: if DuckDB cannot work within its limits.
-        StorageError: if a file cannot be read or written.
-    """
-    query = read_sql(table)
-    with open_duckdb(storage, resources) as connection:
-        (statement,) = connection.extract_statements(query)
-        bound = {key: value for key, value in parameters.items() if key in statement.named_parameters}
-        try:
-            create_views(connection, storage, inputs)
-            for view, rows in (relations or {}).items():
-                connection.register(view, rows)
-            with storage.write_by_url(name) as url:
-                target = url.replace("'", "''")
-                connection.execute(f"COPY ({query}) TO '{target}' (FORMAT parquet, COMPRESSION zstd)", bound)
-        except duckdb.OutOfMemoryException as error:
-            raise ConfigError(
-                f"the table {table} cannot be made with duckdb.memory_limit = {resources.memory_limit}: {error}",
-                hint="raise duckdb.memory_limit, lower duckdb.threads, or give duckdb.temp_directory more space",
-            ) from error
-        except duckdb.IOException as error:
-            raise StorageError(
-                f"the table {table} cannot be written to {storage.url(name)}: {error}",
-                hint="check space, permissions and network, then run again: finished work is kept",
-            ) from error
 
 
 def _build_corpus(
@@ -215,33 +191,9 @@ def _build_graph(
     storage: Storage,
     corpus: Group,
     graph: Group,
-    features: Sequence[FeatureShard],
     dictionaries: Sequence[Dictionary],
-    progress: Progress,
+    advance: Callable[[str], None],
 ) -> None:
-    layers = layers_of(features)
-    total, done = len(layers) + len(GRAPH_TABLES), 0
-
-    def advance(what: str) -> None:
-        nonlocal done
-        done += 1
-        progress(done, total, what)
-
-    progress(0, total, "graph tables")
-    for layer in layers:
-        folder, parts = edge_folder(layer, features)
-        inputs = Catalog(
-            sharded={
-                view: [file for file in files if file.layer == layer]
-                for view, files in {**graph.inputs.sharded, **graph.sharded}.items()
-                if view in ("shard_edges", "activations")
-            }
-        )
-        _ensure(
-            storage, [f"{folder}/edges.parquet"], parts, _edge_maker(config, storage, folder, layer, inputs)
-        )
-        advance(f"edges of layer {layer}")
-
     def make() -> None:
         storage.write_parquet(graph.tables["dictionaries"], _dictionary_rows(dictionaries))
         inputs = Catalog(
@@ -264,7 +216,6 @@ def _build_graph(
             advance(table.replace("_", " "))
 
     _ensure(storage, [graph.tables[table] for table in GRAPH_TABLES], graph.key_parts, make)
-    progress(total, total, "graph tables")
 
 
 UPSTREAM: dict[str, tuple[str, ...]] = {
@@ -284,32 +235,6 @@ def _ensure(
         make()
         files = {name.rsplit("/", 1)[1]: 0 for name in names}
         commit(storage, folder, Manifest(stage="tables", inputs=dict(inputs), files=files))
-
-
-def _edge_maker(
-    config: Config, storage: Storage, folder: str, layer: int, inputs: Catalog
-) -> Callable[[], None]:
-    def make() -> None:
-        unit = _fixed_point(config, storage, layer, inputs)
-        name = f"{folder}/edges.parquet"
-        write_table(config.duckdb, storage, "edges", name, inputs, layer=layer, unit=unit)
-
-    return make
-
-
-def _fixed_point(config: Config, storage: Storage, layer: int, inputs: Catalog) -> float:
-    """Units per 1.0 in which a layer's activations are added: 2^32, less where they would leave 63 bits."""
-    with open_duckdb(storage, config.duckdb) as connection:
-        create_views(connection, storage, inputs)
-        (largest,) = connection.execute("SELECT max(activation) FROM activations").fetchone()
-    # NaN is the greatest of all in DuckDB's order.
-    if largest is not None and not math.isfinite(largest):
-        raise ExpectationError(
-            f"layer {layer} has an activation that is {largest}",
-            hint="the model or its dictionary overflows: set model.dtype = float32, and delete the layer's features",
-        )
-    exponent = math.frexp(largest or 1.0)[1]
-    return math.ldexp(1.0, min(32, 62 - exponent))
 
 
 def _dictionary_rows(dictionaries: Sequence[Dictionary]) -> pa.Table:

@@ -31,15 +31,17 @@ from builders import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infra.duck import Catalog, ShardFile, connect, create_views, open_duckdb, read_catalog
+from infra.duck import Catalog, ShardFile, connect, create_views, memory_bytes, open_duckdb, read_catalog
 from infra.errors import ConfigError, ExpectationError, StorageError
 from infra.manifest import load
 from infra.storage import Storage
 from schemas.config import Config, DuckDb
 from schemas.tables import TABLES
-from schemas.work import CorpusShards, FeatureShard
+from schemas.work import CorpusShards, FeatureShard, GraphShard, TokenShard
 from tasks.powerlaw_fit import fit_power_law
 from tasks.run_info import without_credentials
+from tasks.table_edges import edge_files, ensure_edges, token_ranges
+from tasks.table_plan import graph_inputs
 from tasks.tables import (
     build_corpus_tables,
     build_graph_tables,
@@ -221,7 +223,7 @@ def test_tables_have_the_contracts_columns_and_order(storage: Storage) -> None:
 _BASELINES: dict[tuple[int, int], dict[str, list[dict[str, Any]]]] = {}
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 2),
     in_graph=st.sampled_from([13, 30]),
@@ -485,35 +487,61 @@ def test_layers_without_a_dictionary_are_refused(storage: Storage) -> None:
         build_graph_tables(make_config(storage), storage, shards, features, DICTIONARIES[:1])
 
 
-def test_edges_ten_times_larger_than_memory(tmp_path: Path) -> None:
-    """320 MB of edges, 32 bytes each, within 30 MB."""
-    storage, n, shards = Storage(str(tmp_path / "root")), 2_500_000, 4
-    rng = np.random.default_rng(0)
-    for shard in range(shards):
-        token = np.sort(rng.integers(0, 50_000, n)).astype(np.int32)
-        feature = rng.integers(0, 1 << 20, n).astype(np.int32)
-        ones, zeros = np.ones(n, np.int32), np.zeros(n, np.int32)
-        columns = {"token_id": token, "feature_id": feature}
+def test_edges_ten_times_larger_than_memory(storage: Storage) -> None:
+    """10 million edges of 32 bytes, 320 MB, of which DuckDB may hold a tenth; the rows that numpy counts."""
+    rng, n, features, pairs = np.random.default_rng(0), 5_000_000, [], []
+    for index in range(2):
+        token = np.sort((50_000 * rng.random(n) ** 2).astype(np.int32))
+        columns = {"token_id": token, "feature_id": rng.integers(0, 1 << 20, n).astype(np.int32)}
+        zeros, ones = np.zeros(n, np.int32), np.ones(n, np.int32)
         activations = {"doc": zeros, "position": zeros, **columns, "activation": ones.astype(np.float32)}
-        storage.write_parquet(f"{shard}/activations.parquet", pa.table(activations), compression="snappy")
-        storage.write_parquet(
-            f"{shard}/edges.parquet", pa.table({**columns, "n": ones}), compression="snappy"
+        for name, rows in (("activations", activations), ("edges", {**columns, "n": ones})):
+            storage.write_parquet(f"f{index}/{name}.parquet", pa.table(rows), row_group_size=100_000)
+        shard = TokenShard(
+            folder=f"t{index}", source="a", doc_offset=index, n_documents=1, n_tokens=n, n_rejects=0
         )
-    inputs = Catalog(
-        sharded={
-            view: [ShardFile(name=f"{shard}/{file}.parquet", layer=0) for shard in range(shards)]
-            for view, file in (("shard_edges", "edges"), ("activations", "activations"))
-        }
-    )
-    spill = tmp_path / "spill"
-    limits = DuckDb(memory_limit="100MB", threads=1, temp_directory=str(spill))
-    write_table(limits, storage, "edges", "edges.parquet", inputs, layer=0, unit=2.0**32)
-    with open_duckdb(storage) as connection:
-        create_views(connection, storage, Catalog(tables={"edges": "edges.parquet"}))
-        found = "SELECT count(*), sum(n), sum(sum_activation) FROM edges"
-        distinct, occurrences, total = connection.execute(found).fetchone()
-    assert occurrences == total == n * shards
-    assert distinct > 0.99 * n * shards
+        part = GraphShard(shard=shard, n_documents=1, n_tokens=n)
+        features.append(FeatureShard(layer=3, folder=f"f{index}", part=part, n_activations=n))
+        pairs.append(token.astype(np.int64) << 20 | columns["feature_id"])
+    inputs = graph_inputs(features, 3)
+    wanted = Catalog(sharded={view: inputs[view] for view in ("shard_edges", "activations")})
+    ensure_edges(DuckDb(memory_limit="32MB", threads=1), storage, 3, features, wanted)
+    files = edge_files(storage, features)
+    assert files is not None
+    assert len(files) > 10
+    found = pa.concat_tables([storage.read_parquet(file.name) for file in files])
+    expected, counts = np.unique(np.concatenate(pairs), return_counts=True)
+    ours = found["token_id"].to_numpy().astype(np.int64) << 20 | found["feature_id"].to_numpy()
+    assert np.array_equal(ours, expected)
+    assert np.array_equal(found["n"].to_numpy(), counts)
+    assert np.array_equal(found["sum_activation"].to_numpy(), counts)
+
+
+@given(
+    rows=st.lists(
+        st.tuples(st.integers(0, 2**31 - 1), st.integers(1, 50)), max_size=30, unique_by=lambda row: row[0]
+    ),
+    rows_per_pass=st.integers(1, 200),
+)
+def test_token_ranges_hold_every_token_once(rows: list[tuple[int, int]], rows_per_pass: int) -> None:
+    tokens = np.array(sorted(token for token, _ in rows), np.int32)
+    counts = np.array([count for _, count in rows], np.int64)
+    ranges = token_ranges(tokens, counts, rows_per_pass)
+    assert (ranges[0][0], ranges[-1][1]) == (-(2**31), 2**31 - 1)
+    assert all(last + 1 == first for (_, last), (first, _) in pairwise(ranges))
+    largest = max(counts, default=0)
+    for first, last in ranges:
+        inside = counts[(tokens >= first) & (tokens <= last)]
+        assert inside.sum() <= rows_per_pass + largest
+
+
+def test_memory_limits_are_read_as_duckdb_reads_them() -> None:
+    for limit in ("64MB", "0.5GB", "512 MiB", "2GiB", "1TB"):
+        with duckdb.connect() as connection:
+            connection.execute("SET memory_limit = ?", [limit])
+            (theirs,) = connection.execute("SELECT current_setting('memory_limit')").fetchone() or ("",)
+        number, unit = theirs.split()
+        assert memory_bytes(f"{number} {unit}") == pytest.approx(memory_bytes(limit), rel=0.06)
 
 
 def test_too_little_memory_says_which_setting_to_raise(storage: Storage) -> None:
