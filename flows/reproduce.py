@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterator
+from importlib import import_module
+from types import ModuleType
 
 from prefect import flow
 
@@ -13,13 +15,19 @@ from flows.support import refuse_secrets, watching
 from flows.tables import tables
 from flows.tokenize import tokenize
 from infra.errors import ConfigError
+from infra.prefect_api import note_process
 from infra.prefect_server import run_api
 from infra.terminal import terminal_progress
 from schemas.config import Config
 from schemas.work import Stage
 
 
-@flow(name="reproduce", flow_run_name="reproduce with {config.model.name}", persist_result=False)
+@flow(
+    name="reproduce",
+    flow_run_name="reproduce with {config.model.name}",
+    persist_result=False,
+    on_running=[note_process],
+)
 def reproduce(config: Config, only: Stage | None = None, start_from: Stage | None = None) -> None:
     """Run every stage that the configuration asks for; each does what is missing.
 
@@ -77,24 +85,22 @@ def run(
     refuse_secrets(config)
     stages = stages_to_run(config, only, start_from)
     with (
-        run_api(debug=debug, meanwhile=partial(import_libraries, stages)),
+        run_api(debug=debug, meanwhile=imports(stages)),
         terminal_progress(plain=debug) as progress,
         watching(progress),
     ):
         reproduce(config, only=only, start_from=start_from)
 
 
-def import_libraries(stages: tuple[Stage, ...]) -> None:
-    """Import what the stages will use: seconds that overlap with the start of Prefect's temporary server."""
-    from importlib import import_module
-
+def imports(stages: tuple[Stage, ...]) -> Iterator[ModuleType]:
+    """Import what the stages will use, one library at a time."""
     libraries: dict[Stage, tuple[str, ...]] = {
         "tokenize": ("transformers", "tasks.tokenization", "tasks.validation"),
-        "dictionaries": ("torch", "sae_lens", "tasks.dictionaries", "tasks.validation"),
-        "features": ("torch", "sae_lens", "tasks.features", "tasks.validation"),
-        "tables": ("tasks.tables", "tasks.validation", "great_expectations"),
+        "dictionaries": ("torch", "tasks.dictionaries", "sae_lens"),
+        "features": ("tasks.features",),
+        "tables": ("tasks.tables", "great_expectations"),
         "report": ("tasks.report",),
     }
     for stage in stages:
         for library in libraries[stage]:
-            import_module(library)
+            yield import_module(library)

@@ -8,18 +8,20 @@ does so for runs of this machine whose process is gone.
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 if TYPE_CHECKING:
     from uuid import UUID
 
+    from prefect import Flow
     from prefect.client.orchestration import PrefectClient
-    from prefect.client.schemas.objects import FlowRun
+    from prefect.client.schemas.objects import FlowRun, State
     from prefect.events.schemas.automations import AutomationCore
 
 AUTOMATION = "functok: crash runs whose heartbeat stopped"
@@ -27,12 +29,12 @@ MISSED_SECONDS = 90
 """Silence after which a run counts as crashed: three heartbeats."""
 
 
-def health(api_url: str) -> bool:
-    """Whether the API answers."""
+def health(api_url: str, seconds: float = 2.0) -> bool:
+    """Whether the API answers within some seconds."""
     import httpx
 
     try:
-        return httpx.get(f"{api_url}/health", timeout=2).status_code == 200
+        return httpx.get(f"{api_url}/health", timeout=seconds).status_code == 200
     except httpx.HTTPError:
         return False
 
@@ -66,12 +68,13 @@ def crash_dead_runs(api_url: str, reason: str) -> list[str]:
     return asyncio.run(settle())
 
 
-def mark_process(flow_run_id: UUID, pid: int) -> None:
-    """Note where a run without a worker lives, as workers do for theirs, so that its death can be seen."""
-    from prefect.client.orchestration import get_client
+def note_process(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """A hook of flows: note where a run without a worker lives, as workers do for theirs, so its death is seen."""
+    if flow_run.deployment_id is None and flow_run.parent_task_run_id is None:
+        from prefect.client.orchestration import get_client
 
-    with get_client(sync_client=True) as client:
-        client.update_flow_run(flow_run_id, infrastructure_pid=f"{socket.gethostname()}:{pid}")
+        with get_client(sync_client=True) as client:
+            client.update_flow_run(flow_run.id, infrastructure_pid=f"{socket.gethostname()}:{os.getpid()}")
 
 
 async def _prepare(api_url: str, pools: Sequence[str]) -> list[str]:

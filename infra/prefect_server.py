@@ -1,23 +1,19 @@
 """Prefect, private and on this machine: its settings, the API of a single run, and `functok up`.
 
-A run without a server (`functok run`) uses Prefect's own temporary API: a subprocess on 127.0.0.1 that needs
-5 s to start, 15 s the first time, on two cores. It starts here beside the imports that the stages need anyway,
-so that little of it is waited for.
+A run without a server (`functok run`) has a temporary one (`infra.temporary_server`), which needs 5 s to start
+on two cores, 15 s the first time. It starts beside the imports that the stages need anyway, so that little of
+it is waited for.
 """
 
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from infra.errors import ConfigError, FunctokError
-
-if TYPE_CHECKING:
-    from prefect.server.api.server import SubprocessASGIServer
 
 PROJECT = Path(__file__).resolve().parent.parent
 """Where `prefect.yaml` lies."""
@@ -36,13 +32,11 @@ _PRIVATE = {
     "PREFECT_SERVER_UI_V2_ENABLED": "false",
     "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
     "PREFECT_RESULTS_PERSIST_BY_DEFAULT": "false",
-    # on a slow machine the first start (a new database) takes longer than Prefect's 20 s
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
 }
 
 
 def prefect_environment() -> dict[str, str]:
-    """Set, where the user has not, what keeps Prefect private, offline and patient; return the settings.
+    """Set, where the user has not, what keeps Prefect private and offline; return the settings.
 
     Prefect reads its settings when it is imported, so this comes first: importing `flows` does it.
     """
@@ -52,73 +46,68 @@ def prefect_environment() -> dict[str, str]:
 
 
 @contextmanager
-def run_api(*, debug: bool = False, meanwhile: Callable[[], object] | None = None) -> Iterator[None]:
+def run_api(*, debug: bool = False, meanwhile: Iterable[object] = ()) -> Iterator[None]:
     """An API for the flows in this block: the one that PREFECT_API_URL names, or a temporary one.
 
     Args:
         debug: Let Prefect log to the terminal; without it only libraries other than Prefect do.
-        meanwhile: Work that may overlap with the server's start, such as slow imports.
+        meanwhile: Steps of work that may overlap with a server's start, such as slow imports; they are
+            taken while the server is not ready, and the rest is left.
 
     Raises:
-        FunctokError: if the API cannot be reached or started (retryable).
+        FunctokError: if the API cannot be reached or started.
     """
     prefect_environment()
-    if not debug:
-        os.environ.setdefault("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
-    from prefect.settings import (
-        PREFECT_API_URL,
-        PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
-        PREFECT_SERVER_ALLOW_EPHEMERAL_MODE,
-        temporary_settings,
-    )
+    from prefect.settings import PREFECT_API_URL
 
     if not debug:
         _quiet_terminal()
-    with ExitStack() as stack:
-        if PREFECT_API_URL.value():
-            if meanwhile is not None:
-                meanwhile()
-            _reachable(PREFECT_API_URL.value())
-        else:
-            # Nobody watches for the heartbeats of a temporary server, and each flow waits 1 s for their end.
-            stack.enter_context(
-                temporary_settings(
-                    {PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: True, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
-                )
-            )
-            server = _temporary_server(meanwhile)
-            stack.callback(server.stop)
+    if PREFECT_API_URL.value():
+        _reachable(PREFECT_API_URL.value())
         yield
+    else:
+        with _temporary_api(debug, meanwhile):
+            yield
 
 
-def _temporary_server(meanwhile: Callable[[], object] | None) -> SubprocessASGIServer:
-    from contextvars import copy_context
+@contextmanager
+def _temporary_api(debug: bool, meanwhile: Iterable[object]) -> Iterator[None]:
+    from prefect.settings import (
+        PREFECT_API_URL,
+        PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+        get_current_settings,
+        temporary_settings,
+    )
 
-    from prefect.server.api.server import SubprocessASGIServer
+    from infra.temporary_server import TemporaryServer
 
-    server = SubprocessASGIServer()
-    failures: list[Exception] = []
-
-    def start() -> None:
-        try:
-            server.start()
-        except Exception as error:
-            failures.append(error)
-
-    starting = threading.Thread(target=copy_context().run, args=(start,), daemon=True)
-    starting.start()
+    environment = dict(os.environ) | get_current_settings().to_environment_variables(exclude_unset=True)
+    environment["PREFECT_SERVER_UI_ENABLED"] = "false"
+    if not debug:
+        environment["PREFECT_SERVER_LOGGING_LEVEL"] = "CRITICAL"
+    server = TemporaryServer(environment)
     try:
-        if meanwhile is not None:
-            meanwhile()
+        for _ in meanwhile:
+            if server.is_ready():
+                break
+        server.wait_until_ready()
+        # Nobody watches the heartbeats of this server, and each flow would wait a second for the end of its own.
+        with temporary_settings({PREFECT_API_URL: server.api_url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+            try:
+                yield
+            finally:
+                _deliver()
     finally:
-        starting.join()
-    if failures:
         server.stop()
-        raise FunctokError(
-            f"Prefect's temporary server did not start: {failures[0]}",
-            hint="look with --debug; PREFECT_API_URL=… uses a running server",
-        ) from failures[0]
-    return server
+
+
+def _deliver() -> None:
+    """Send what Prefect still has to tell its server: logs, and the events that become task runs."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogHandler
+
+    APILogHandler().flush()
+    EventsWorker.drain_all(timeout=10)
 
 
 def _reachable(api_url: str) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pyarrow as pa
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
@@ -490,11 +494,9 @@ def test_run_calls_the_flow_on_the_api_that_is_set(
     config: Config,
     stages: StandIn,
     capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from flows import reproduce
 
-    monkeypatch.setattr(reproduce, "import_libraries", lambda stages: None)
     stages.fail["features"] = ConfigError("no such layer")
     with pytest.raises(ConfigError, match="no such layer"):
         reproduce.run(config, start_from="tokenize")
@@ -504,14 +506,11 @@ def test_run_calls_the_flow_on_the_api_that_is_set(
     assert "Traceback" not in shown.err
 
 
-def test_an_api_that_does_not_answer_is_an_error_of_ours(
-    config: Config, stages: StandIn, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_api_that_does_not_answer_is_an_error_of_ours(config: Config, stages: StandIn) -> None:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     from flows import reproduce
 
-    monkeypatch.setattr(reproduce, "import_libraries", lambda stages: None)
     with (
         temporary_settings({PREFECT_API_URL: "http://someone:hunter2@127.0.0.1:9/api"}),
         pytest.raises(FunctokError, match="does not answer") as caught,
@@ -520,3 +519,66 @@ def test_an_api_that_does_not_answer_is_an_error_of_ours(
     assert "functok up" in str(caught.value)
     assert "hunter2" not in str(caught.value)
     assert stages.journal == []
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_runs_whose_process_is_gone_are_marked_as_crashed_with_their_subflows() -> None:
+    from prefect import flow, task
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL
+    from prefect.states import Running
+
+    from infra.prefect_api import crash_dead_runs
+
+    @flow
+    def killed() -> None: ...
+
+    @task
+    def calling() -> None: ...
+
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    here = socket.gethostname()
+    with get_client(sync_client=True) as client:
+        runs = {
+            pid: client.create_flow_run(killed, state=Running())
+            for pid in (f"{here}:{gone.pid}", f"{here}:{os.getpid()}", f"elsewhere:{gone.pid}")
+        }
+        for pid, run in runs.items():
+            client.update_flow_run(run.id, infrastructure_pid=pid)
+        dead, alive, elsewhere = runs.values()
+        call = client.create_task_run(calling, flow_run_id=dead.id, dynamic_key="0")
+        subflow = client.create_flow_run(killed, state=Running(), parent_task_run_id=call.id)
+
+        marked = crash_dead_runs(str(PREFECT_API_URL.value()), "the power went")
+
+        assert set(marked) == {dead.name, subflow.name}
+        states = [client.read_flow_run(run.id).state_name for run in (dead, subflow, alive, elsewhere)]
+        assert states == ["Crashed", "Crashed", "Running", "Running"]
+        state = client.read_flow_run(dead.id).state
+        assert state is not None
+        assert state.message == "the power went"
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_a_run_without_a_worker_says_where_it_lives(counting: Config, stages: StandIn) -> None:
+    from flows.reproduce import reproduce
+
+    reproduce(counting)
+    [run, *_] = [run for run in last_runs("flow_runs") if run["name"] == "reproduce with tiny"]
+    assert run["infrastructure_pid"] == f"{socket.gethostname()}:{os.getpid()}"
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_the_watch_and_the_pools_are_made_once() -> None:
+    from prefect.settings import PREFECT_API_URL
+
+    from infra.prefect_api import prepare
+
+    api = str(PREFECT_API_URL.value())
+    assert prepare(api, ["functok-test"]) == ["created the work pool functok-test"]
+    assert prepare(api, ["functok-test"]) == []
+    response = httpx.post(f"{api}/automations/filter", json={}).raise_for_status()
+    [watch] = response.json()
+    assert watch["trigger"]["within"] == 90
+    assert watch["actions"][0]["state"] == "CRASHED"
