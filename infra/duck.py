@@ -152,9 +152,11 @@ def create_views(
     `_shards_<table>` (in `shards_schema`, where given), so that a shard's file does not change when other
     files join the corpus.
     """
+    # A folder above the root that is called layer=7 is no column of ours: no hive partitioning.
     for table, name in catalog.tables.items():
         connection.execute(
-            f"CREATE OR REPLACE VIEW {table} AS SELECT * FROM read_parquet({_text(storage.url(name))}, hive_partitioning = false)"
+            f"CREATE OR REPLACE VIEW {table} AS SELECT * "
+            f"FROM read_parquet({_text(storage.url(name))}, hive_partitioning = false)"
         )
     for table, files in catalog.sharded.items():
         view_of_shards(connection, storage, table, files, shards_schema)

@@ -46,8 +46,11 @@ def content_key(**parts: Any) -> str:
 def commit(storage: Storage, folder: str, manifest: Manifest) -> Manifest:
     """Record the files now in `folder` as its finished content; the manifest is written last.
 
+    Where the manifest names `files`, those alone are recorded, and each must have arrived; a size that is
+    given (not 0) must be the size that is found.
+
     Raises:
-        StorageError: if a file that the manifest names (`files` given) did not arrive whole.
+        StorageError: if a file that the manifest names did not arrive whole.
     """
     found = {
         name[len(folder) + 1 :]: size
@@ -58,6 +61,10 @@ def commit(storage: Storage, folder: str, manifest: Manifest) -> Manifest:
     for name in wanted:
         if name not in found:
             raise StorageError(f"{storage.url(folder)}/{name} was written but is not there")
+        if wanted[name] not in (0, found[name]):
+            raise StorageError(
+                f"{storage.url(folder)}/{name} has {found[name]} bytes, of {wanted[name]} that were written"
+            )
     done = Manifest(
         stage=manifest.stage,
         inputs=manifest.inputs,

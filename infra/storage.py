@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,9 +24,10 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra.errors import StorageError
+from infra.errors import ConfigError, StorageError
 
 LOCAL_CACHE = Path(os.environ.get("FUNCTOK_CACHE", Path.home() / ".cache" / "functok"))
+_AT_ONCE = 16
 
 
 class Storage:
@@ -33,9 +36,14 @@ class Storage:
     Args:
         root: A local path or any fsspec URL, `s3://bucket/prefix` among them.
         endpoint_url: S3 endpoint if not AWS; `AWS_ENDPOINT_URL` does the same.
+
+    Raises:
+        ConfigError: if the address holds credentials or characters that readers take for patterns.
+        StorageError: if nothing knows how to open it.
     """
 
     def __init__(self, root: str, endpoint_url: str | None = None) -> None:
+        _check_address(root, endpoint_url)
         self.endpoint_url = endpoint_url
         options: dict[str, Any] = {}
         if root.startswith("s3://"):
@@ -52,6 +60,10 @@ class Storage:
         self.is_local = bool(self.fs.async_impl is False and "file" in _protocols(self.fs))
         self.path: str = os.path.abspath(path) if self.is_local else path.rstrip("/")
         self.root: str = self.path if self.is_local else str(self.fs.unstrip_protocol(self.path))
+        if set(self.root) & set("*?["):
+            raise ConfigError(
+                f"the storage {self.root} would be read as a pattern", hint="use a place without *, ? and ["
+            )
 
     def __reduce__(self) -> tuple[type[Storage], tuple[str, str | None]]:
         return Storage, (self.root, self.endpoint_url)
@@ -76,7 +88,11 @@ class Storage:
     def exists(self, name: str) -> bool:
         """Whether the file `name` is there."""
         with self._explained(name):
-            return bool(self.fs.isfile(self.full(name)))
+            # fsspec's own isfile says no where the answer is that it could not ask.
+            try:
+                return bool(self.fs.info(self.full(name))["type"] == "file")
+            except FileNotFoundError:
+                return False
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Every file under `prefix`, one listing: relative name to size in bytes."""
@@ -105,18 +121,17 @@ class Storage:
         """The contents of those of `names` that exist, fetched together."""
         if not names:
             return {}
-        paths = {self.full(name): name for name in names}
-        with self._explained(names[0]):
-            contents = self.fs.cat(list(paths), on_error="return", recursive=False)
-        if isinstance(contents, bytes):
-            contents = {next(iter(paths)): contents}
-        found: dict[str, bytes] = {}
-        for path, content in contents.items():
-            if isinstance(content, bytes):
-                found[paths[path]] = content
-            elif not isinstance(content, FileNotFoundError):
-                raise StorageError(f"cannot read {path}: {content}")
-        return found
+
+        def read(name: str) -> bytes | None:
+            try:
+                return self.read_bytes(name)
+            except FileNotFoundError:
+                return None
+
+        # Not fs.cat: it takes names with brackets for patterns.
+        with ThreadPoolExecutor(min(_AT_ONCE, len(names))) as pool:
+            contents = list(pool.map(read, names))
+        return {name: content for name, content in zip(names, contents, strict=True) if content is not None}
 
     def read_json(self, name: str) -> Any:
         """The JSON value in `name`, or None where there is none."""
@@ -151,11 +166,16 @@ class Storage:
                 file = self.fs.open(self.full(name), "wb")
                 try:
                     yield file
-                except BaseException:
-                    file.discard() if hasattr(file, "discard") else None
-                    file.closed = True
+                    file.close()
+                except BaseException as error:
+                    _abort(file)
+                    bucket = self.path.split("/", 1)[0]
+                    if isinstance(error, FileNotFoundError) and not self.fs.exists(bucket):
+                        raise StorageError(
+                            f"storage failed at {self.url(name)}: there is no bucket {bucket}",
+                            hint="create it, or check storage.root and the endpoint",
+                        ) from error
                     raise
-                file.close()
 
     @contextmanager
     def write_by_url(self, name: str) -> Iterator[str]:
@@ -209,6 +229,9 @@ class Storage:
         """A local folder with the files under `prefix`: the folder itself, or a copy cached by address.
 
         Prefixes are keyed by content, so a complete copy never goes stale.
+
+        Raises:
+            StorageError: if nothing is there to copy.
         """
         if self.is_local:
             return Path(self.full(prefix))
@@ -218,7 +241,12 @@ class Storage:
             target.parent.mkdir(parents=True, exist_ok=True)
             aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{address}."))
             try:
-                for name in self.sizes(prefix):
+                names = self.sizes(prefix)
+                if not names:
+                    raise StorageError(
+                        f"there is nothing at {self.url(prefix)}", hint="run again: it will be made anew"
+                    )
+                for name in names:
                     destination = aside / name[len(prefix) + 1 :]
                     destination.parent.mkdir(parents=True, exist_ok=True)
                     with self._explained(name):
@@ -234,9 +262,16 @@ class Storage:
 
     def delete(self, prefix: str) -> None:
         """Remove everything under `prefix`, if anything is there."""
+        path = self.full(prefix)
         with self._explained(prefix):
-            if self.fs.exists(self.full(prefix)):
-                self.fs.rm(self.full(prefix), recursive=True)
+            if not self.is_local:
+                # Not fs.rm: it takes names with brackets for patterns.
+                with ThreadPoolExecutor(_AT_ONCE) as pool:
+                    list(pool.map(self.fs.rm_file, self.fs.find(path)))
+            elif os.path.isdir(path):
+                shutil.rmtree(path)
+            else:
+                Path(path).unlink(missing_ok=True)
 
     @contextmanager
     def _explained(self, name: str) -> Iterator[None]:
@@ -256,6 +291,25 @@ class Storage:
                     hint="check the endpoint and the AWS_* environment, then run again",
                 ) from error
             raise
+
+
+def _check_address(*addresses: str | None) -> None:
+    for address in addresses:
+        if address and re.search(r"://[^/]*@", address):
+            place = re.sub(r"://[^/]*@", "://…@", address)
+            raise ConfigError(
+                f"{place} holds credentials",
+                hint="take them out of it: they come from the environment (AWS_*)",
+            )
+
+
+def _abort(file: Any) -> None:
+    # A file that is not closed would upload what it has when it is collected.
+    file.closed = True
+    # The error that led here is the one to tell.
+    with suppress(Exception):
+        if hasattr(file, "discard"):
+            file.discard()
 
 
 def _protocols(fs: Any) -> tuple[str, ...]:

@@ -99,7 +99,7 @@ def find_in_units(
                     )
                     cursor.execute(
                         f"CREATE OR REPLACE TEMP VIEW {view} AS SELECT *{constants} "
-                        f"FROM read_parquet({_literal(storage.url(name))})"
+                        f"FROM read_parquet({_literal(storage.url(name))}, hive_partitioning = false)"
                     )
                 return _ask(cursor, asked, {view: totals[view] for view in totals if view in unit.files})
 
