@@ -139,7 +139,8 @@ def _quiet_terminal() -> None:
 
 
 def _not_prefect(record: Any) -> bool:
-    return not str(record.name).startswith("prefect")
+    # the workers that deliver logs and events have loggers of their own
+    return not str(record.name).startswith(("prefect", "APILogWorker", "EventsWorker"))
 
 
 def deployment_parameters(config: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,6 @@ import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
 from distributed import KilledWorker
 
-import flows  # sets Prefect's environment before prefect is imported
 import tasks
 from infra.duck import CATALOG, Catalog
 from infra.errors import ConfigError, CorpusError, ExpectationError, FunctokError, StorageError
@@ -29,20 +28,6 @@ from schemas.work import CorpusShards, Dictionary, FeatureShard, GraphShard, Tok
 
 SHARD = TokenShard(folder="tokens/k/0", source="a.txt", doc_offset=0, n_documents=3, n_tokens=40, n_rejects=1)
 SHARDS = CorpusShards(shards=(SHARD,), tokenizer_key="t", vocabulary="tokenizers/t/vocabulary.parquet")
-
-
-@pytest.fixture(scope="session")
-def prefect_api() -> Iterator[None]:
-    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
-    from prefect.testing.utilities import prefect_test_harness
-
-    assert flows.__name__ == "flows"
-    # as `functok run` does: each flow would wait a second for the end of its heartbeat
-    with (
-        prefect_test_harness(server_startup_timeout=120),
-        temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}),
-    ):
-        yield
 
 
 @pytest.fixture
@@ -490,7 +475,7 @@ def test_parameters_render_as_a_form() -> None:
 
 
 def test_run_calls_the_flow_on_the_api_that_is_set(
-    prefect_api: None,
+    prefect_api: str,
     config: Config,
     stages: StandIn,
     capfd: pytest.CaptureFixture[str],
@@ -521,11 +506,9 @@ def test_an_api_that_does_not_answer_is_an_error_of_ours(config: Config, stages:
     assert stages.journal == []
 
 
-@pytest.mark.usefixtures("prefect_api")
-def test_runs_whose_process_is_gone_are_marked_as_crashed_with_their_subflows() -> None:
+def test_runs_whose_process_is_gone_are_marked_as_crashed_with_their_subflows(prefect_api: str) -> None:
     from prefect import flow, task
     from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_API_URL
     from prefect.states import Running
 
     from infra.prefect_api import crash_dead_runs
@@ -550,7 +533,7 @@ def test_runs_whose_process_is_gone_are_marked_as_crashed_with_their_subflows() 
         call = client.create_task_run(calling, flow_run_id=dead.id, dynamic_key="0")
         subflow = client.create_flow_run(killed, state=Running(), parent_task_run_id=call.id)
 
-        marked = crash_dead_runs(str(PREFECT_API_URL.value()), "the power went")
+        marked = crash_dead_runs(prefect_api, "the power went")
 
         assert set(marked) == {dead.name, subflow.name}
         states = [client.read_flow_run(run.id).state_name for run in (dead, subflow, alive, elsewhere)]
@@ -569,16 +552,12 @@ def test_a_run_without_a_worker_says_where_it_lives(counting: Config, stages: St
     assert run["infrastructure_pid"] == f"{socket.gethostname()}:{os.getpid()}"
 
 
-@pytest.mark.usefixtures("prefect_api")
-def test_the_watch_and_the_pools_are_made_once() -> None:
-    from prefect.settings import PREFECT_API_URL
-
+def test_the_watch_and_the_pools_are_made_once(prefect_api: str) -> None:
     from infra.prefect_api import prepare
 
-    api = str(PREFECT_API_URL.value())
-    assert prepare(api, ["functok-test"]) == ["created the work pool functok-test"]
-    assert prepare(api, ["functok-test"]) == []
-    response = httpx.post(f"{api}/automations/filter", json={}).raise_for_status()
+    assert prepare(prefect_api, ["functok-test"]) == ["created the work pool functok-test"]
+    assert prepare(prefect_api, ["functok-test"]) == []
+    response = httpx.post(f"{prefect_api}/automations/filter", json={}).raise_for_status()
     [watch] = response.json()
     assert watch["trigger"]["within"] == 90
     assert watch["actions"][0]["state"] == "CRASHED"

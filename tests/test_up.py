@@ -41,7 +41,7 @@ def eventually(ready: Callable[[], Any], seconds: float, what: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def environment(tmp_path_factory: pytest.TempPathFactory, prefect_database: Path) -> dict[str, str]:
     """A Prefect home of its own, and a configuration that needs a tokenizer only."""
     folder = tmp_path_factory.mktemp("up")
     save_tokenizer(folder / "model")
@@ -52,7 +52,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     )
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     return inherited | {
-        "PREFECT_HOME": str(folder / "prefect"),
+        "PREFECT_HOME": str(prefect_database.parent),
         "FUNCTOK_CONFIG": str(folder / "tiny.toml"),
         "FUNCTOK_TEST_ROOT": str(folder / "root"),
     }

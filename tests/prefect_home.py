@@ -1,0 +1,42 @@
+"""A Prefect home and API for the tests, which never touch the user's own."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+for name in [name for name in os.environ if name.startswith("PREFECT_")]:
+    del os.environ[name]
+HOME = Path(tempfile.mkdtemp(prefix="functok-test-prefect-"))
+os.environ["PREFECT_HOME"] = str(HOME)
+atexit.register(shutil.rmtree, HOME, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def prefect_api() -> Iterator[str]:
+    """The URL of an API that flows in this process use: the temporary server of `functok run`."""
+    import flows  # sets Prefect's environment before prefect is imported
+    from infra.prefect_server import run_api
+
+    assert flows.__doc__
+    with run_api(debug=True):
+        from prefect.settings import PREFECT_API_URL
+
+        yield str(PREFECT_API_URL.value())
+
+
+@pytest.fixture(scope="session")
+def prefect_database(prefect_api: str) -> Path:
+    """A copy of a migrated database: making one takes 10 s."""
+    copy = HOME / "copy" / "prefect.db"
+    copy.parent.mkdir()
+    with sqlite3.connect(HOME / "prefect.db") as source, sqlite3.connect(copy) as target:
+        source.backup(target)
+    return copy
