@@ -1,0 +1,240 @@
+"""The command line as a person meets it: every command, its errors, and its exit status."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import plain
+import pyarrow.parquet as pq
+import pytest
+import tiny
+
+from functok import cli
+from infra.errors import ConfigError
+from schemas.config import Config, load_config
+from tasks import extraction
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a configuration (`tiny.toml`) and its finished run (`run`)."""
+    folder = tmp_path_factory.mktemp("finished")
+    tiny.save_model(folder / "model")
+    tiny.save_sae(folder / "sae")
+    tiny.write_jsonl(folder / "corpus.jsonl", tiny.texts(20))
+    (folder / "tiny.toml").write_text(
+        f'[corpus]\nurls = ["{folder}/corpus.jsonl"]\n[model]\nname = "{folder}/model"\n'
+        f'[windows]\ncontext_size = 64\n[[sae]]\nlayer = 1\npath = "{folder}/sae"\n[storage]\nroot = "{folder}/run"\n'
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tasks.tokenization._Watched", plain.InThisProcess)
+        extraction.forget_loaded()
+        plain.run_plain(load_config(folder / "tiny.toml"))
+    return folder
+
+
+class Done:
+    """What a command printed and its exit status."""
+
+    def __init__(self, status: int, out: str, err: str) -> None:
+        self.status, self.out, self.err = status, out, err
+
+
+def functok(capfdbinary: Any, *arguments: object) -> Done:
+    status = 0
+    try:
+        cli.main([str(argument) for argument in arguments])
+    except SystemExit as exit_:
+        status = int(exit_.code or 0)
+    captured = capfdbinary.readouterr()
+    return Done(status, captured.out.decode(errors="replace"), captured.err.decode())
+
+
+def test_every_command_explains_itself(capfdbinary: Any) -> None:
+    overview = functok(capfdbinary, "--help")
+    assert overview.status == 0
+    for command in ("run", "query", "catalog", "report", "status", "up"):
+        assert command in overview.out
+        shown = functok(capfdbinary, command, "--help")
+        assert shown.status == 0
+        assert "--root" in shown.out
+        assert "--debug" in shown.out
+
+
+def test_a_finished_run_has_nothing_to_do_and_shows_its_coverage(finished: Path, capfdbinary: Any) -> None:
+    done = functok(capfdbinary, "run", finished / "tiny.toml")
+    assert done.status == 0, done.err
+    assert "nothing to do" in done.out
+    assert "layer 1" in done.out
+    assert "report.html" in done.out
+
+
+def test_status_says_what_would_run_and_why(finished: Path, capfdbinary: Any, tmp_path: Path) -> None:
+    current = functok(capfdbinary, "status", finished / "tiny.toml")
+    assert current.status == 0
+    assert "all feature shards are there" in " ".join(current.out.split())
+    fresh = functok(capfdbinary, "status", finished / "tiny.toml", "--root", tmp_path)
+    assert "tokenize: tokenize" in fresh.out
+    stale = functok(capfdbinary, "status", finished / "tiny.toml", "--set", "windows.context_size=32")
+    assert "layers 1" in " ".join(stale.out.split())
+
+
+def test_query_in_every_format(finished: Path, capfdbinary: Any, tmp_path: Path) -> None:
+    sql = "SELECT token_id, token, rank FROM tokens ORDER BY rank LIMIT 3"
+    root = ["--root", finished / "run"]
+    as_json = json.loads(functok(capfdbinary, "query", sql, *root, "--format", "json").out)
+    assert [row["rank"] for row in as_json] == [1, 2, 3]
+    as_csv = list(
+        csv.DictReader(io.StringIO(functok(capfdbinary, "query", sql, *root, "--format", "csv").out))
+    )
+    assert [int(row["token_id"]) for row in as_csv] == [row["token_id"] for row in as_json]
+    file = tmp_path / "result.parquet"
+    assert functok(capfdbinary, "query", sql, *root, "--format", "parquet", "-o", file).status == 0
+    assert pq.read_table(file).to_pylist() == as_json
+    assert as_json[0]["token"].strip() in functok(capfdbinary, "query", sql, *root).out
+    assert json.loads(functok(capfdbinary, "query", f"{sql[:-1]}0", *root, "--format", "json").out) == []
+    tables = functok(capfdbinary, "query", "SHOW TABLES", *root, "--format", "csv").out
+    for table in ("documents", "rejects", "tokens", "occurrences", "activations", "edges", "coverage"):
+        assert table in tables
+    doubled = functok(capfdbinary, "query", "SELECT 1 AS a, 2 AS a", *root)
+    assert "1" in doubled.out
+    assert "2" in doubled.out
+
+
+def test_the_prompt_reads_statements_to_their_semicolon(finished: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "functok", "query", "--root", str(finished / "run")],
+        input=".tables\nSELECT count(*) AS n\nFROM documents;\nSELECT nonsense;\n.quit\n",
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+    )
+    assert done.returncode == 0
+    assert "coverage" in done.stdout
+    assert "20" in done.stdout
+    assert "the query failed" in done.stdout
+
+
+def test_catalog_opens_in_any_client(finished: Path, capfdbinary: Any, tmp_path: Path) -> None:
+    path = tmp_path / "here.duckdb"
+    assert functok(capfdbinary, "catalog", path, "--root", finished / "run").status == 0
+    connection = duckdb.connect(str(path), read_only=True)
+    views = {
+        row[0] for row in connection.sql("SELECT view_name FROM duckdb_views() WHERE NOT internal").fetchall()
+    }
+    assert {
+        "documents",
+        "tokens",
+        "occurrences",
+        "activations",
+        "edges",
+        "coverage",
+        "graph_summary",
+    } <= views
+    assert connection.sql("SELECT count(*) FROM documents").fetchall() == [(20,)]
+    assert connection.sql("SELECT sum(n) = (SELECT count(*) FROM activations) FROM edges").fetchall() == [
+        (True,)
+    ]
+
+
+def test_report_is_written_again(finished: Path, capfdbinary: Any) -> None:
+    report = finished / "run" / "report.html"
+    before = report.read_bytes()
+    report.unlink()
+    done = functok(capfdbinary, "report", "--root", finished / "run")
+    assert done.out.strip() == str(report)
+    assert report.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "nowhere.toml"], "cannot read the configuration nowhere.toml"),
+        (["run", "{}/tiny.toml", "--set", "corpus.typo=1"], "corpus.typo"),
+        (["run", "{}/tiny.toml", "--set", "nonsense"], "key.path=value"),
+        (["run", "{}/tiny.toml", "--set", "sae.3.path='x'"], "no index"),
+        (["run", "{}/tiny.toml", "--only", "report", "--from", "tables"], "exclude each other"),
+        (["run", "{}/tiny.toml", "--set", "corpus.urls=['{}/none.jsonl']"], "none.jsonl"),
+        (["run", "{}/tiny.toml", "--set", "model.name='{}/none'"], "none"),
+        (["query", "SELECT 1", "--root", "{}/empty"], "holds no finished tables"),
+        (["query", "SELECT nonsense", "--root", "{}/run"], "the query failed"),
+        (["catalog", "x.duckdb", "--root", "{}/empty"], "holds no finished tables"),
+        (["report", "--root", "{}/empty"], "holds no finished tables"),
+    ],
+)
+def test_errors_are_one_line_on_stderr_with_a_way_out(
+    finished: Path, capfdbinary: Any, arguments: list[str], message: str
+) -> None:
+    done = functok(capfdbinary, *(argument.replace("{}", str(finished)) for argument in arguments))
+    assert done.status == 1
+    assert message in done.err
+    assert "Traceback" not in done.err
+    assert done.err.startswith("error")
+
+
+def test_debug_shows_the_traceback(finished: Path) -> None:
+    with pytest.raises(ConfigError):
+        cli.main(["run", "nowhere.toml", "--debug"])
+
+
+def test_values_of_set_are_toml_or_text(finished: Path) -> None:
+    config = load_config(
+        finished / "tiny.toml",
+        [
+            "graph.rarefaction_m=7",
+            "model.dtype=float32",
+            "corpus.urls=['a.txt']",
+            "sae.0.layer=2",
+            "duckdb.threads=1",
+        ],
+        root="elsewhere",
+    )
+    assert (config.graph.rarefaction_m, config.model.dtype, config.corpus.urls) == (7, "float32", ["a.txt"])
+    assert (config.sae[0].layer, config.duckdb.threads, config.storage.root) == (2, 1, "elsewhere")
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (REPOSITORY / "configs").glob("*.toml")))
+def test_shipped_configurations_are_valid(name: str) -> None:
+    assert isinstance(load_config(REPOSITORY / "configs" / name), Config)
+
+
+@pytest.mark.parametrize(
+    ("sae", "message"),
+    [
+        ([{"layer": 1}], "exactly one"),
+        ([{"layer": 1, "release": "x"}], "go together"),
+        ([{"layer": 1, "path": "a", "train": {"d_sae": 8}}], "exactly one"),
+        ([{"layer": 1, "path": "a"}, {"layer": 1, "path": "b"}], "one entry a layer"),
+    ],
+)
+def test_contradictions_are_refused(sae: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config.model_validate({"corpus": {"urls": ["a.txt"]}, "model": {"name": "m"}, "sae": sae})
+
+
+@pytest.mark.server
+def test_functok_run_needs_no_server(finished: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "functok",
+        "run",
+        str(finished / "tiny.toml"),
+        "--root",
+        str(tmp_path / "run"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    assert "Coverage" in done.stdout
+    assert "distributed" not in done.stderr
+    again = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert "nothing to do" in again.stdout
