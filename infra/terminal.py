@@ -72,12 +72,15 @@ class LiveBars:
     def __init__(self, bars: Bars) -> None:
         self._bars = bars
         self._open: dict[str, tuple[TaskID, float]] = {}
+        self._completed: tuple[str, int] | None = None
         self._lock = threading.Lock()
 
     def __call__(self, done: int, total: int, what: str) -> None:
         """Move the bar `what` to `done` of `total`."""
         amount = f"{done:,} of {total:,}"
         with self._lock:
+            if done >= total and self._completed == (what, total):
+                return
             if what not in self._open:
                 bar = self._bars.add_task(what, total=total, amount=amount)
                 self._open[what] = (bar, time.monotonic())
@@ -85,6 +88,7 @@ class LiveBars:
             self._bars.update(bar, completed=done, total=total, amount=amount)
             if done >= total:
                 del self._open[what]
+                self._completed = (what, total)
                 self._bars.remove_task(bar)
                 line = f"{what}: {total:,} in {duration(time.monotonic() - started)}"
                 self._bars.console.print(line, markup=False, highlight=False)
@@ -107,16 +111,20 @@ class PlainLines:
     ) -> None:
         self._write, self._every, self._clock = write, every, clock
         self._started: dict[str, tuple[float, int]] = {}
+        self._completed: tuple[str, int] | None = None
         self._last = -every
         self._lock = threading.Lock()
 
     def __call__(self, done: int, total: int, what: str) -> None:
         """Say where `what` is, if it is complete or the last line is old enough."""
         with self._lock:
+            if done >= total and self._completed == (what, total):
+                return
             now = self._clock()
             started, at_start = self._started.setdefault(what, (now, done))
             if done >= total:
                 del self._started[what]
+                self._completed = (what, total)
                 self._write(f"{what}: {total:,} in {duration(now - started)}")
             elif now - self._last >= self._every:
                 self._last = now

@@ -39,6 +39,14 @@ def test_an_empty_total_is_complete() -> None:
     assert lines == ["nothing: 0 in 0 s"]
 
 
+def test_completion_is_said_once() -> None:
+    lines: list[str] = []
+    progress = PlainLines(lines.append)
+    for done in (1, 2, 2, 2):
+        progress(done, 2, "files")
+    assert lines == ["files: 1 of 2 (50%)", "files: 2 in 0 s"]
+
+
 def test_no_bar_where_nobody_sees_it() -> None:
     written = io.StringIO()
     with terminal_progress(console=Console(file=written, force_terminal=False)) as progress:
