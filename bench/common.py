@@ -1,0 +1,172 @@
+"""What every bench shares: alternated repetitions, their summary, the machine, and the one JSON object."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from infra.cluster import available_cores
+
+ASSETS = Path("assets")
+MODEL = ASSETS / "SmolLM2-135M-Instruct.Q4_1.gguf"
+CORPUS = f"zip://NewsArticles.csv::{ASSETS}/NewsArticles.zip"
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "sae-lens",
+    "transformer-lens",
+    "prefect",
+    "dask",
+    "duckdb",
+    "pyarrow",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One of the things compared.
+
+    Attributes:
+        name: Its name in the JSON.
+        run: What is timed.
+        prepare: Called before each repetition, not timed.
+    """
+
+    name: str
+    run: Callable[[], object]
+    prepare: Callable[[], object] = lambda: None
+
+
+def say(line: str) -> None:
+    """Progress, on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def alternate(
+    sides: Sequence[Side], rounds: int, cpu: dict[str, list[float]] | None = None
+) -> dict[str, list[float]]:
+    """Seconds of each side, one of each a round (A B C A B C …), so that a slow minute slows all alike.
+
+    Args:
+        sides: What is compared.
+        rounds: How often.
+        cpu: Filled with the CPU seconds of this process and all its threads, which a busy machine disturbs
+            less than the seconds on the clock.
+    """
+    seconds: dict[str, list[float]] = {side.name: [] for side in sides}
+    for index in range(rounds):
+        for side in sides:
+            side.prepare()
+            gc.collect()
+            started, started_cpu = time.perf_counter(), time.process_time()
+            side.run()
+            seconds[side.name].append(time.perf_counter() - started)
+            if cpu is not None:
+                cpu.setdefault(side.name, []).append(time.process_time() - started_cpu)
+            say(f"round {index + 1}/{rounds}  {side.name}: {seconds[side.name][-1]:.2f} s")
+    return seconds
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Median, smallest and largest of some measurements, and how many there were."""
+    return {
+        "median": round(statistics.median(values), 5),
+        "min": round(min(values), 5),
+        "max": round(max(values), 5),
+        "n": len(values),
+    }
+
+
+def ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, Any]:
+    """The spread of `over / under`, round by round: both saw the same minute of the machine."""
+    return spread([a / b for a, b in zip(over, under, strict=True)])
+
+
+def figure(
+    what: str,
+    measured: Mapping[str, Any],
+    comparison: Literal["≥", "≤", ""] = "",
+    target: float | None = None,
+) -> dict[str, Any]:
+    """A row of the table in `bench/README.md`: what, its spread, and the target it has or has not met."""
+    row: dict[str, Any] = {"what": what, **measured}
+    if target is not None:
+        row |= {
+            "target": f"{comparison} {target:g}",
+            "met": measured["median"] >= target if comparison == "≥" else measured["median"] <= target,
+        }
+    return row
+
+
+def machine() -> dict[str, Any]:
+    """CPU model, cores, memory, versions and the date."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.partition(":")[2].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if "model name" in line
+        ]
+        model = names[0] if names else model
+    versions: dict[str, str] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "cpu": model,
+        "cores": available_cores(),
+        "memory_gib": round(memory, 1),
+        "load_at_start": [round(load, 2) for load in _LOAD],
+        "versions": versions,
+        "date": date.today().isoformat(),
+    }
+
+
+# Taken at import, before the bench itself is the load: it tells whether the machine was quiet.
+_LOAD = os.getloadavg()
+
+
+def parser(bench: str, description: str | None) -> argparse.ArgumentParser:
+    """The arguments that every bench has."""
+    made = argparse.ArgumentParser(
+        prog=f"python -m bench.{bench}", description=(description or "").partition("\n")[0]
+    )
+    made.add_argument("--rounds", type=int, default=5, help="repetitions of each side")
+    return made
+
+
+def parser_with_data(bench: str, description: str | None) -> argparse.ArgumentParser:
+    """The arguments of a bench on a model and a corpus; the defaults are the demo's (`make assets`)."""
+    made = parser(bench, description)
+    made.add_argument("--model", default=str(MODEL), help="a local directory or a .gguf file")
+    made.add_argument("--corpus", default=CORPUS, help="fsspec URL of one corpus file")
+    made.add_argument("--text-field", default="text", help="its column or key with the text")
+    return made
+
+
+def emit(bench: str, report: Mapping[str, Any]) -> None:
+    """Print the one JSON object on stdout."""
+    print(
+        json.dumps(
+            {"bench": bench, "command": [f"bench.{bench}", *sys.argv[1:]], "machine": machine(), **report},
+            ensure_ascii=False,
+            indent=2,
+        )
+    )

@@ -1,0 +1,136 @@
+"""Our tokenization against a bare loop of the tokenizer's own batch call, on the same cores.
+
+Ours is the whole of a worker's job, `tokenize_file`: reading the corpus file, tokenizing, counting, and
+writing and committing the shards, in this process with all cores. The bare loop is given the texts in
+memory and keeps nothing: `tokenizer(batch, add_special_tokens=False)["input_ids"]`, transformers' call, over
+batches as large as ours. Beside it, the lower bound of any way: the Rust backend's own `encode_batch_fast`
+over the same batches, whose ids stay in Rust.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from itertools import count
+from typing import Any
+
+from bench.common import Side, alternate, emit, figure, parser_with_data, ratio, say, spread
+
+BATCH_DOCUMENTS = 1024
+
+
+def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
+    """Compare on one corpus file; shards go under `root`."""
+    from infra.cluster import available_cores
+    from infra.storage import Storage
+    from schemas.config import Config
+    from tasks.corpus import corpus_files, read_records
+    from tasks.token_shards import Budget, FileJob, FileShards, tokenize_file
+    from tasks.tokenizers import load_tokenizer
+
+    storage = Storage(root)
+    config = Config.model_validate(
+        {
+            "corpus": {
+                "urls": [arguments.corpus],
+                "text_field": arguments.text_field,
+                "max_documents": arguments.documents,
+            },
+            "model": {"name": arguments.model},
+            "storage": {"root": root},
+        }
+    )
+    say("loading the tokenizer and the texts")
+    tokenizer = load_tokenizer(config.model, storage)
+    storage.write_bytes("tokenizers/bench/tokenizer.json", tokenizer.backend.to_str().encode())
+    storage.write_json("tokenizers/bench/special_ids.json", list(tokenizer.special_ids))
+    (file,) = corpus_files(config)
+    texts: list[str] = []
+    for record in read_records(file, config.corpus, 0):
+        if record.text is not None:
+            texts.append(record.text)
+        if len(texts) == arguments.documents:
+            break
+    batches = [texts[at : at + BATCH_DOCUMENTS] for at in range(0, len(texts), BATCH_DOCUMENTS)]
+    repetition = count()
+    made: list[FileShards] = []
+
+    def ours() -> None:
+        job = FileJob(
+            file=file,
+            folder=f"tokens/{next(repetition)}",
+            corpus=config.corpus,
+            storage=storage,
+            tokenizer_folder="tokenizers/bench",
+            budget=Budget(documents=arguments.documents),
+        )
+        made.append(tokenize_file(job))
+
+    def bare() -> None:
+        for batch in batches:
+            tokenizer.tokenizer(batch, add_special_tokens=False)["input_ids"]
+
+    def backend() -> None:
+        for batch in batches:
+            tokenizer.backend.encode_batch_fast(batch, add_special_tokens=False)
+
+    def reading() -> None:
+        for number, _ in enumerate(read_records(file, config.corpus, 0), 1):
+            if number == arguments.documents:
+                break
+
+    sides = [
+        Side(name="ours", run=ours),
+        Side(name="bare_loop", run=bare),
+        Side(name="backend_alone", run=backend),
+        Side(name="reading_alone", run=reading),
+    ]
+    say("warming up")
+    for side in sides:
+        side.run()
+    cpu: dict[str, list[float]] = {}
+    seconds = alternate(sides, arguments.rounds, cpu)
+    n_tokens = made[-1].n_tokens
+    characters = sum(len(text) for text in texts)
+    against_bare = ratio(seconds["bare_loop"], seconds["ours"])
+    against_backend = ratio(seconds["backend_alone"], seconds["ours"])
+    return {
+        "figures": [
+            figure(
+                "tokenization: speed over a bare loop of the tokenizer's batch call", against_bare, "≥", 0.9
+            ),
+            figure("tokenization: speed over the Rust backend alone, ids left in Rust", against_backend),
+        ],
+        "seconds": {name: spread(values) for name, values in seconds.items()},
+        "cpu_seconds": {name: spread(values) for name, values in cpu.items()},
+        "tokens_per_second": {
+            name: round(n_tokens / spread(values)["median"])
+            for name, values in seconds.items()
+            if name != "reading_alone"
+        },
+        "input": {
+            "documents": len(texts),
+            "characters": characters,
+            "tokens": n_tokens,
+            "batch_documents": BATCH_DOCUMENTS,
+            "tokenizer_threads": int(os.environ.get("RAYON_NUM_THREADS", available_cores())),
+        },
+        "limits": (
+            "the merges of the tokenizer's BPE on all cores (backend_alone); reading the file and making "
+            "arrays of ids overlap with it in another thread but take the same cores, writing follows each shard"
+        ),
+    }
+
+
+def main() -> None:
+    """Command line."""
+    arguments = parser_with_data("tokenization", __doc__)
+    arguments.add_argument("--documents", type=int, default=None, help="first documents only (default: all)")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    with tempfile.TemporaryDirectory(prefix="functok-bench-") as root:
+        emit("tokenization", measure(arguments.parse_args(), root))
+
+
+if __name__ == "__main__":
+    main()
