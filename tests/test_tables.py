@@ -30,6 +30,7 @@ from builders import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from s3 import S3Root
 
 from infra.duck import Catalog, ShardFile, connect, create_views, memory_bytes, open_duckdb, read_catalog
 from infra.errors import ConfigError, ExpectationError, StorageError
@@ -585,6 +586,47 @@ def test_the_catalogue_file_opens_anywhere(storage: Storage, tmp_path: Path) -> 
             "SELECT count(*) FROM duckdb_tables() WHERE schema_name = 'main'"
         ).fetchone()
         assert in_main == (0,)
+
+
+def test_tables_on_s3_are_those_on_disk(storage: Storage, s3_root: S3Root, tmp_path: Path) -> None:
+    cuts = cut_up(random_documents(15, 20), [6], 20)
+    remote = Storage(s3_root.url)
+    publish(storage, built(storage, cuts))
+    publish(remote, built(remote, cuts))
+    tables = [table for table in TABLES if table != "run_info"]
+    with connect(storage) as ours, connect(remote) as theirs:
+        for table in tables:
+            expected = sorted(map(repr, ours.sql(f"FROM {table}").fetchall()))
+            assert sorted(map(repr, theirs.sql(f"FROM {table}").fetchall())) == expected, table
+    assert s3_root.unfinished_uploads() == []
+    # Without a way to S3 of its own, a client still opens the small tables.
+    target = tmp_path / "c.duckdb"
+    write_catalog_file(remote, str(target), DuckDb())
+    with duckdb.connect(str(target), read_only=True) as plain, connect(storage) as ours:
+        for table in ("documents", "tokens", "coverage", "graph_summary"):
+            found = plain.execute(f"FROM {table} ORDER BY ALL").fetchall()
+            assert found == ours.execute(f"FROM {table} ORDER BY ALL").fetchall()
+
+
+def test_the_bench_prints_its_figures(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "bench.tables",
+        "--root",
+        str(tmp_path),
+        "--nonzeros",
+        "5e4",
+        "--threads",
+        "1",
+    ]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    report = json.loads(ran.stdout)
+    memory = report["figures"][0]
+    assert 0.05 < memory["median"] < 4
+    assert memory["met"] is True
+    assert report["built"][0]["nonzeros"] >= 5e4
+    assert 0 < report["built"][0]["edges"] <= report["built"][0]["nonzeros"]
 
 
 def test_no_catalogue_file_of_nothing(storage: Storage, tmp_path: Path) -> None:

@@ -1,0 +1,198 @@
+"""All tables from 100 million synthetic non-zeros, and the memory that takes.
+
+Makes shards of power-law tokens and features for three layers (kept for the next run), then builds the tables
+in a fresh process: `python -m bench.tables`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from bench.common import emit, figure, parser, say, spread
+from infra.manifest import Manifest, commit, content_key, load
+from infra.storage import Storage
+from schemas.config import Config, DuckDb
+from schemas.tables import SHARD_FILES, VOCABULARY
+from schemas.work import CorpusShards, Dictionary, FeatureShard, GraphShard, TokenShard
+from tasks.features import count_edges, round_mantissa
+
+LAYERS = (7, 15, 22)
+VOCABULARY_SIZE = 49_152
+DICTIONARY_SIZE = 1 << 17
+TOKENS_PER_SHARD = 131_072
+DOCUMENT = 500
+L0 = 40
+
+
+def main() -> None:
+    """Make the shards, build the tables in a process of its own, and print what it took."""
+    arguments = parser("tables", __doc__)
+    arguments.set_defaults(rounds=1)
+    arguments.add_argument("--root", default="runs/bench-tables", help="where the shards are made and kept")
+    arguments.add_argument("--nonzeros", type=float, default=100e6, help="activations in all")
+    arguments.add_argument("--memory-limit", default=DuckDb().memory_limit, help="duckdb.memory_limit")
+    arguments.add_argument("--threads", type=int, default=0, help="duckdb.threads")
+    arguments.add_argument("--build", action="store_true", help="only build, in this process")
+    chosen = arguments.parse_args()
+    storage = Storage(chosen.root)
+    if chosen.build:
+        print(json.dumps(build(storage, int(chosen.nonzeros), chosen.memory_limit, chosen.threads)))
+        return
+    make_shards(storage, int(chosen.nonzeros))
+    built = []
+    for _ in range(chosen.rounds):
+        storage.delete("tables")
+        command = [sys.executable, "-m", "bench.tables", *sys.argv[1:], "--build"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        built.append(json.loads(done.stdout))
+        say(f"{built[-1]['seconds']} s, {built[-1]['peak_memory_gb']} GB")
+    what = f"all tables from {built[0]['nonzeros'] / 1e6:.0f} M non-zeros"
+    memory = spread([entry["peak_memory_gb"] for entry in built])
+    seconds = spread([entry["seconds"] for entry in built])
+    figures = [figure(f"{what}: peak memory, GB", memory, "≤", 4), figure(f"{what}: seconds", seconds)]
+    emit("tables", {"figures": figures, "built": built})
+
+
+def build(storage: Storage, nonzeros: int, memory_limit: str, threads: int) -> dict[str, object]:
+    """Build both groups of tables from the shards that are there."""
+    from tasks.tables import build_graph_tables
+
+    shards, features, dictionaries = make_shards(storage, nonzeros)
+    config = Config.model_validate(
+        {
+            "corpus": {"urls": ["synthetic"]},
+            "model": {"name": "synthetic"},
+            "sae": [{"layer": layer, "path": "synthetic"} for layer in LAYERS],
+            "duckdb": {"memory_limit": memory_limit, "threads": threads},
+            "storage": {"root": storage.root},
+        }
+    )
+    steps: dict[str, float] = {}
+    last = started = time.perf_counter()
+
+    def progress(done: int, total: int, what: str) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        steps[what] = round(steps.get(what, 0) + now - last, 1)
+        last = now
+
+    catalog = build_graph_tables(config, storage, shards, features, dictionaries, progress)
+    seconds = time.perf_counter() - started
+    edges = [file.name for file in catalog.sharded["edges"]]
+    return {
+        "nonzeros": sum(feature.n_activations for feature in features),
+        "feature_shards": len(features),
+        "edges": count_rows(storage, edges),
+        "edge_files": len(edges),
+        "memory_limit": memory_limit,
+        "threads": threads,
+        "seconds": round(seconds, 1),
+        "peak_memory_gb": round(peak_gb(), 2),
+        "seconds_of": steps,
+    }
+
+
+def peak_gb() -> float:
+    """Peak resident memory of this process, in GB.
+
+    Read from the process' own address space: `getrusage` would pass on what the parent had before it.
+    """
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024 / 1e9  # type: ignore[index]  # always there
+
+
+def count_rows(storage: Storage, names: list[str]) -> int:
+    """Rows of Parquet files, from their footers."""
+    import pyarrow.parquet as pq
+
+    return sum(pq.read_metadata(storage.full(name)).num_rows for name in names)
+
+
+def make_shards(storage: Storage, nonzeros: int) -> tuple[CorpusShards, list[FeatureShard], list[Dictionary]]:
+    """Shards with at least `nonzeros` activations in all; those that are there are taken as they are."""
+    n_tokens = min(TOKENS_PER_SHARD, max(1, nonzeros // (L0 * len(LAYERS))))
+    per_shard = n_tokens * L0 * len(LAYERS)
+    shards, features = [], []
+    n_documents = -(-n_tokens // DOCUMENT)
+    for index in range(-(-nonzeros // per_shard)):
+        rng = np.random.default_rng(index)
+        token = (VOCABULARY_SIZE ** rng.random(n_tokens)).astype(np.int32) - 1
+        folder = f"tokens/{content_key(bench='tables', shard=index, tokens=n_tokens)}"
+        shard = TokenShard(
+            folder=folder,
+            source="synthetic",
+            doc_offset=index * n_documents,
+            n_documents=n_documents,
+            n_tokens=n_tokens,
+            n_rejects=0,
+        )
+        if load(storage, folder) is None:
+            write_token_shard(storage, folder, token)
+        shards.append(shard)
+        part = GraphShard(shard=shard, n_documents=n_documents, n_tokens=n_tokens)
+        for layer in LAYERS:
+            folder = f"features/{content_key(bench='tables', shard=index, tokens=n_tokens, layer=layer)}"
+            if load(storage, folder) is None:
+                write_feature_shard(storage, folder, token, np.random.default_rng([index, layer]))
+            n = int(load(storage, folder).stats["n"])  # type: ignore[union-attr]  # just written
+            features.append(FeatureShard(layer=layer, folder=folder, part=part, n_activations=n))
+    vocabulary = "vocabulary.parquet"
+    ids = np.arange(VOCABULARY_SIZE)
+    storage.write_parquet(vocabulary, pa.table([ids, ids.astype(str)], schema=VOCABULARY))
+    corpus = CorpusShards(shards=tuple(shards), tokenizer_key="synthetic", vocabulary=vocabulary)
+    dictionaries = [
+        Dictionary(layer=n, folder=f"dictionaries/{n}", key=str(n), d_sae=DICTIONARY_SIZE, source="synthetic")
+        for n in LAYERS
+    ]
+    return corpus, features, dictionaries
+
+
+def write_token_shard(storage: Storage, folder: str, token: np.ndarray) -> None:
+    """One shard of documents of equal length."""
+    row = np.arange(len(token))
+    doc, position = row // DOCUMENT, row % DOCUMENT
+    lengths = np.bincount(doc)
+    seen, counts = np.unique(token, return_counts=True)
+    pairs = np.unique(doc * VOCABULARY_SIZE + token)
+    doc_counts = np.bincount(pairs % VOCABULARY_SIZE, minlength=VOCABULARY_SIZE)[seen]
+    numbers = np.arange(len(lengths))
+    files = {
+        "documents": [numbers, numbers, lengths * 4, lengths],
+        "rejects": [np.empty(0, np.int64), np.empty(0, str)],
+        "token_counts": [seen, counts, doc_counts],
+        "occurrences": [doc, position, token],
+    }
+    for name, columns in files.items():
+        storage.write_parquet(f"{folder}/{name}.parquet", pa.table(columns, schema=SHARD_FILES[name]))
+    commit(storage, folder, Manifest(stage="bench", inputs={}))
+
+
+def write_feature_shard(storage: Storage, folder: str, token: np.ndarray, rng: np.random.Generator) -> None:
+    """About L0 features for each token, half of them the token's own, half of the context; both power laws."""
+    row = np.repeat(np.arange(len(token), dtype=np.int64), L0 + L0 // 8)
+    drawn = (DICTIONARY_SIZE ** rng.random(len(row))).astype(np.int64) - 1
+    own = token[row].astype(np.int64) * 7919 + drawn * 31
+    feature = np.where(rng.random(len(row)) < 0.5, own, drawn * 17) % DICTIONARY_SIZE
+    pairs = np.unique(row * DICTIONARY_SIZE + feature)
+    row, feature = pairs // DICTIONARY_SIZE, (pairs % DICTIONARY_SIZE).astype(np.int32)
+    value = round_mantissa(rng.lognormal(1, 1, len(row)).astype(np.float32), 15)
+    columns = [row // DOCUMENT, row % DOCUMENT, token[row], feature, value]
+    activations = pa.table(columns, schema=SHARD_FILES["activations"])
+    storage.write_parquet(f"{folder}/activations.parquet", activations)
+    storage.write_parquet(f"{folder}/edges.parquet", count_edges(token[row], feature, DICTIONARY_SIZE))
+    seen, counts = np.unique(token, return_counts=True)
+    storage.write_parquet(f"{folder}/counts.parquet", pa.table([seen, counts], schema=SHARD_FILES["counts"]))
+    commit(storage, folder, Manifest(stage="bench", inputs={}, stats={"n": len(row)}))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    main()
