@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from prefect import flow
-
 from flows.artifacts import show_dictionaries
-from flows.support import needed, open_storage, reported_progress, require_layers, step
+from flows.support import needed, open_storage, reported_progress, require_layers, stage_flow, step
 from flows.tokenize import finished_tokens
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.work import CorpusShards, Dictionary
 
 
-@flow(name="dictionaries", flow_run_name="dictionaries for {config.model.name}", persist_result=False)
+@stage_flow("dictionaries", "dictionaries for {config.model.name}")
 def dictionaries(config: Config) -> None:
     """Make the dictionary of every layer ready, and check that it fits the model's residual stream.
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from prefect import flow
-
 from flows.artifacts import show_features
 from flows.dictionaries import finished_dictionaries
-from flows.support import needed, open_storage, reported_progress, require_layers, step
+from flows.support import needed, open_storage, reported_progress, require_layers, stage_flow, step
 from flows.tokenize import finished_tokens
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.work import CorpusShards, Dictionary, FeatureShard
 
 
-@flow(name="features", flow_run_name="features of {config.model.name}", persist_result=False)
+@stage_flow("features", "features of {config.model.name}")
 def features(config: Config) -> None:
     """Read the residual stream after each layer and encode it with that layer's dictionary.
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from prefect import flow
-
 from flows.artifacts import link_of, show_link
-from flows.support import needed, open_storage, reported_progress, step
+from flows.support import needed, open_storage, reported_progress, stage_flow, step
 from infra.duck import CATALOG
 from infra.storage import Storage
 from schemas.config import Config
 
 
-@flow(name="report", flow_run_name="report on {config.model.name}", persist_result=False)
+@stage_flow("report", "report on {config.model.name}")
 def report(config: Config) -> None:
     """Write `report.html`: the paper's figures and tables in one file.
 

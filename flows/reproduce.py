@@ -6,28 +6,20 @@ from collections.abc import Iterator
 from importlib import import_module
 from types import ModuleType
 
-from prefect import flow
-
 from flows.dictionaries import dictionaries
 from flows.features import features
 from flows.report import report
-from flows.support import refuse_secrets, watching
+from flows.support import refuse_secrets, stage_flow, watching
 from flows.tables import tables
 from flows.tokenize import tokenize
 from infra.errors import ConfigError
-from infra.prefect_api import note_process
 from infra.prefect_server import run_api
 from infra.terminal import terminal_progress
 from schemas.config import Config
 from schemas.work import Stage
 
 
-@flow(
-    name="reproduce",
-    flow_run_name="reproduce with {config.model.name}",
-    persist_result=False,
-    on_running=[note_process],
-)
+@stage_flow("reproduce", "reproduce with {config.model.name}")
 def reproduce(config: Config, only: Stage | None = None, start_from: Stage | None = None) -> None:
     """Run every stage that the configuration asks for; each does what is missing.
 

@@ -1,4 +1,4 @@
-"""What the flows share: the shape of a step, what is retried, and where progress goes.
+"""What the flows share: the shape of a flow and of a step, what a stage needs, and where progress goes.
 
 A step is a Prefect task around one function of `tasks/`. Its result stays in memory: the folders' own
 manifests say what is done, so neither Prefect's cache nor its result storage is used.
@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import functools
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
 from urllib.parse import parse_qsl, urlsplit
 
-from prefect import get_run_logger, runtime, task
+from prefect import flow, get_run_logger, runtime, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.tasks import exponential_backoff
 
+from flows.retry import worth_retrying
 from infra.errors import ConfigError, FunctokError
+from infra.prefect_api import note_process
 from infra.progress import Progress
 from infra.storage import Storage
 from infra.terminal import PlainLines
@@ -31,8 +32,7 @@ from schemas.work import Stage
 if TYPE_CHECKING:
     from uuid import UUID
 
-    from prefect import Task
-    from prefect.client.schemas.objects import State, TaskRun
+    from prefect import Flow, Task
 
     from schemas.config import Config
 
@@ -50,6 +50,16 @@ LOG_SECONDS = 30.0
 """How often progress is logged in a run that nobody watches at a terminal."""
 
 _watcher: ContextVar[Progress | None] = ContextVar("functok_watcher", default=None)
+
+
+def stage_flow(name: str, run_name: str) -> Callable[[Callable[P, R]], Flow[P, R]]:
+    """Make a function a Prefect flow.
+
+    Args:
+        name: Name of the flow and of its deployment.
+        run_name: Name of its runs; parameters are filled in.
+    """
+    return flow(name=name, flow_run_name=run_name, persist_result=False, on_running=[note_process])
 
 
 def step(
@@ -95,56 +105,6 @@ def _run_name(stage: Stage, what: str) -> str:
     files = [url.rstrip("/").rsplit("/", 1)[-1] for url in config.corpus.urls]
     corpus = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
     return f"{stage}: {what.format(layers=layers, model=config.model.name, corpus=corpus)}"
-
-
-def worth_retrying(_task: Task[Any, Any], _run: TaskRun, state: State[Any]) -> bool:
-    """Prefect's retry condition: whether the failure is one that another try can mend."""
-    error = state.data if isinstance(state.data, BaseException) else state.result(raise_on_failure=False)
-    return isinstance(error, BaseException) and is_transient(error)
-
-
-def is_transient(error: BaseException) -> bool:
-    """Whether trying again can help.
-
-    It can after lost connections, full disks, killed Dask workers and whatever a `FunctokError` declares
-    retryable; it cannot where a file is missing or forbidden, or the request was refused as wrong.
-    """
-    if isinstance(error, FunctokError):
-        return error.retryable and (error.__cause__ is None or not _is_permanent(error.__cause__))
-    if _is_permanent(error):
-        return False
-    return isinstance(
-        error,
-        (
-            OSError,
-            *_types("distributed", "KilledWorker"),
-            *_types("httpx", "TransportError"),
-            *_types("botocore.exceptions", "BotoCoreError", "ClientError"),
-        ),
-    )
-
-
-def _is_permanent(error: BaseException) -> bool:
-    if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)):
-        return True
-    if isinstance(error, _types("botocore.exceptions", "ClientError")):
-        response: dict[str, Any] = getattr(error, "response", {})
-        status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500))
-        return status < 500 and status not in (408, 429)
-    return isinstance(
-        error,
-        (
-            ValueError,
-            ImportError,
-            *_types("botocore.exceptions", "NoCredentialsError", "ParamValidationError"),
-        ),
-    )
-
-
-def _types(module: str, *names: str) -> tuple[type[BaseException], ...]:
-    """Exception types of a library, if it has been imported: else none of them can have been raised."""
-    loaded = sys.modules.get(module)
-    return tuple(getattr(loaded, name) for name in names) if loaded is not None else ()
 
 
 def open_storage(config: Config) -> Storage:

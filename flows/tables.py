@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from prefect import flow
-
 from flows.artifacts import show_tables
 from flows.dictionaries import finished_dictionaries
 from flows.features import finished_features
-from flows.support import needed, open_storage, reported_progress, step
+from flows.support import needed, open_storage, reported_progress, stage_flow, step
 from flows.tokenize import finished_tokens
 from infra.duck import Catalog
 from infra.storage import Storage
@@ -15,7 +13,7 @@ from schemas.config import Config
 from schemas.work import CorpusShards, Dictionary, FeatureShard
 
 
-@flow(name="tables", flow_run_name="tables of {config.model.name}", persist_result=False)
+@stage_flow("tables", "tables of {config.model.name}")
 def tables(config: Config) -> None:
     """Build the tables from the shards, check them against each other, and publish them as one.
 

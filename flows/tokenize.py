@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from prefect import flow
-
 from flows.artifacts import show_corpus
-from flows.support import open_storage, reported_progress, step
+from flows.support import open_storage, reported_progress, stage_flow, step
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.work import CorpusShards
 
 
-@flow(name="tokenize", flow_run_name="tokenize for {config.model.name}", persist_result=False)
+@stage_flow("tokenize", "tokenize for {config.model.name}")
 def tokenize(config: Config) -> None:
     """Tokenize what is missing of the corpus into shards with counts.
 

@@ -11,7 +11,7 @@ import asyncio
 import os
 import socket
 from collections.abc import Iterable, Sequence
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 AUTOMATION = "functok: crash runs whose heartbeat stopped"
 MISSED_SECONDS = 90
 """Silence after which a run counts as crashed: three heartbeats."""
+
+PENDING_SECONDS = 300
+"""A run that a worker took and that did not start within this time died on the way."""
+
+PROCESS = "functok.process"
+"""The label of a run that names its machine and process."""
 
 
 def health(api_url: str, seconds: float = 2.0) -> bool:
@@ -69,12 +75,15 @@ def crash_dead_runs(api_url: str, reason: str) -> list[str]:
 
 
 def note_process(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """A hook of flows: note where a run without a worker lives, as workers do for theirs, so its death is seen."""
-    if flow_run.deployment_id is None and flow_run.parent_task_run_id is None:
+    """A hook of flows: note machine and process on the run, so that its death can be seen.
+
+    Prefect's process workers note a number without its machine, and nobody notes it for a run without a worker.
+    """
+    if flow_run.parent_task_run_id is None:
         from prefect.client.orchestration import get_client
 
         with get_client(sync_client=True) as client:
-            client.update_flow_run(flow_run.id, infrastructure_pid=f"{socket.gethostname()}:{os.getpid()}")
+            client.update_flow_run_labels(flow_run.id, {PROCESS: f"{socket.gethostname()}:{os.getpid()}"})
 
 
 async def _prepare(api_url: str, pools: Sequence[str]) -> list[str]:
@@ -177,14 +186,22 @@ async def _parents(client: PrefectClient, runs: Sequence[FlowRun]) -> dict[UUID,
 
 
 def _died_here(run: FlowRun) -> bool:
-    """Whether the run's process was on this machine and is gone; another one may have its number since."""
-    host, separator, pid = (run.infrastructure_pid or "").rpartition(":")
-    if not separator or host != socket.gethostname() or not pid.isdigit():
-        return False
+    """Whether the run's process was on this machine and is gone, or never came to life."""
+    host, separator, pid = str(run.labels.get(PROCESS, "")).rpartition(":")
+    if separator:
+        return host == socket.gethostname() and not _lives(int(pid), run)
+    pid = run.infrastructure_pid or ""
+    waited = run.state.timestamp if run.state is not None and run.state.is_pending() else None
+    is_overdue = waited is not None and (datetime.now(UTC) - waited).total_seconds() > PENDING_SECONDS
+    return is_overdue and pid.isdigit() and not _lives(int(pid), run)
+
+
+def _lives(pid: int, run: FlowRun) -> bool:
+    """Whether the process runs; another one may have its number since."""
     try:
-        born = psutil.Process(int(pid)).create_time()
+        born = psutil.Process(pid).create_time()
     except psutil.NoSuchProcess:
-        return True
-    except psutil.AccessDenied:
         return False
-    return run.start_time is not None and born > run.start_time.timestamp()
+    except psutil.AccessDenied:
+        return True
+    return run.start_time is None or born <= run.start_time.timestamp()

@@ -347,7 +347,7 @@ def caused(error: FunctokError, cause: BaseException) -> FunctokError:
     ids=repr,
 )
 def test_what_is_worth_retrying(error: BaseException, again: bool) -> None:
-    from flows.support import is_transient
+    from flows.retry import is_transient
 
     assert is_transient(error) is again
 
@@ -511,7 +511,7 @@ def test_runs_whose_process_is_gone_are_marked_as_crashed_with_their_subflows(pr
     from prefect.client.orchestration import get_client
     from prefect.states import Running
 
-    from infra.prefect_api import crash_dead_runs
+    from infra.prefect_api import PROCESS, crash_dead_runs
 
     @flow
     def killed() -> None: ...
@@ -528,7 +528,7 @@ def test_runs_whose_process_is_gone_are_marked_as_crashed_with_their_subflows(pr
             for pid in (f"{here}:{gone.pid}", f"{here}:{os.getpid()}", f"elsewhere:{gone.pid}")
         }
         for pid, run in runs.items():
-            client.update_flow_run(run.id, infrastructure_pid=pid)
+            client.update_flow_run_labels(run.id, {PROCESS: pid})
         dead, alive, elsewhere = runs.values()
         call = client.create_task_run(calling, flow_run_id=dead.id, dynamic_key="0")
         subflow = client.create_flow_run(killed, state=Running(), parent_task_run_id=call.id)
@@ -544,12 +544,13 @@ def test_runs_whose_process_is_gone_are_marked_as_crashed_with_their_subflows(pr
 
 
 @pytest.mark.usefixtures("prefect_api")
-def test_a_run_without_a_worker_says_where_it_lives(counting: Config, stages: StandIn) -> None:
+def test_a_run_says_where_it_lives(counting: Config, stages: StandIn) -> None:
     from flows.reproduce import reproduce
+    from infra.prefect_api import PROCESS
 
     reproduce(counting)
     [run, *_] = [run for run in last_runs("flow_runs") if run["name"] == "reproduce with tiny"]
-    assert run["infrastructure_pid"] == f"{socket.gethostname()}:{os.getpid()}"
+    assert run["labels"][PROCESS] == f"{socket.gethostname()}:{os.getpid()}"
 
 
 def test_the_watch_and_the_pools_are_made_once(prefect_api: str) -> None:
