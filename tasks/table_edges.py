@@ -15,7 +15,7 @@ from infra.manifest import Manifest, commit, content_key, load, load_all
 from infra.storage import Storage
 from schemas.config import DuckDb
 from schemas.work import FeatureShard
-from tasks.table_sql import write_table
+from tasks.table_sql import explained, write_table
 
 VERSION = 1
 """Raise when what is in an edges file changes."""
@@ -68,7 +68,8 @@ def ensure_edges(
     folder, parts = edge_folder(layer, features)
     if load(storage, folder) is not None:
         return
-    with open_duckdb(storage, resources) as connection:
+    what = f"the edges of layer {layer}"
+    with open_duckdb(storage, resources) as connection, explained(what, resources, storage):
         create_views(connection, storage, inputs)
         (largest,) = connection.execute("SELECT max(activation) FROM activations").fetchone()
         rows = connection.execute(

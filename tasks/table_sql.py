@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import duckdb
@@ -43,20 +44,40 @@ def write_table(
     with open_duckdb(storage, resources) as connection:
         (statement,) = connection.extract_statements(query)
         bound = {key: value for key, value in parameters.items() if key in statement.named_parameters}
-        try:
+        with explained(f"the table {table}", resources, storage):
             create_views(connection, storage, inputs)
             for view, rows in (relations or {}).items():
                 connection.register(view, rows)
             with storage.write_by_url(name) as url:
                 target = url.replace("'", "''")
                 connection.execute(f"COPY ({query}) TO '{target}' (FORMAT parquet, COMPRESSION zstd)", bound)
-        except duckdb.OutOfMemoryException as error:
-            raise ConfigError(
-                f"the table {table} cannot be made with duckdb.memory_limit = {resources.memory_limit}: {error}",
-                hint="raise duckdb.memory_limit, lower duckdb.threads, or give duckdb.temp_directory more space",
-            ) from error
-        except duckdb.IOException as error:
-            raise StorageError(
-                f"the table {table} cannot be written to {storage.url(name)}: {error}",
-                hint="check space, permissions and network, then run again: finished work is kept",
-            ) from error
+
+
+@contextmanager
+def explained(what: str, resources: DuckDb, storage: Storage) -> Iterator[None]:
+    """Turn DuckDB's errors about memory, disk and network into errors that say the way out.
+
+    Raises:
+        ConfigError: if DuckDB cannot work within its limits.
+        StorageError: if a file cannot be read or written.
+    """
+    try:
+        yield
+    except duckdb.OutOfMemoryException as error:
+        raise ConfigError(
+            f"{what} cannot be made with duckdb.memory_limit = {resources.memory_limit}: {_first_line(error)}",
+            hint="raise duckdb.memory_limit, lower duckdb.threads, or give duckdb.temp_directory more space",
+        ) from error
+    except duckdb.Error as error:
+        # What an fsspec filesystem raises comes out as a bare Error that quotes a traceback.
+        if not isinstance(error, duckdb.IOException) and type(error) is not duckdb.Error:
+            raise
+        raise StorageError(
+            f"{what} cannot be made under {storage.root}: {_first_line(error)}",
+            hint="check space, permissions and network, then run again: finished work is kept",
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1] if lines[0].startswith("Traceback") else lines[0]

@@ -37,7 +37,7 @@ from tasks.table_plan import (
     graph_inputs,
     merged,
 )
-from tasks.table_sql import write_table
+from tasks.table_sql import explained, write_table
 
 __all__ = [
     "build_corpus_tables",
@@ -172,7 +172,10 @@ def _build_corpus(
         write_table(config.duckdb, storage, "tokens", tokens, group.inputs, share=share)
 
     def make_info() -> None:
-        with open_duckdb(storage, config.duckdb) as connection:
+        with (
+            open_duckdb(storage, config.duckdb) as connection,
+            explained("the table run_info", config.duckdb, storage),
+        ):
             create_views(connection, storage, Catalog(tables={"tokens": tokens}))
             counted = "SELECT count(*), count(*) FILTER (is_function) FROM tokens"
             distinct, function = connection.execute(counted).fetchone()

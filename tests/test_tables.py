@@ -475,8 +475,14 @@ def test_a_shard_that_is_gone_is_a_clear_error(storage: Storage) -> None:
     cuts = cut_up(random_documents(11, 8), [], 8)
     shards = write_corpus(storage, cuts)
     storage.delete(f"{shards.shards[0].folder}/token_counts.parquet")
-    with pytest.raises(StorageError, match="tokens"):
+    with pytest.raises(StorageError, match=r"tokens.*token_counts\.parquet"):
         build_corpus_tables(make_config(storage), storage, shards)
+    features = write_features(storage, cuts, shards, DICTIONARIES)
+    storage.delete(f"{features[0].folder}/edges.parquet")
+    layer = features[0].layer
+    wanted = {view: graph_inputs(features, layer)[view] for view in ("shard_edges", "activations")}
+    with pytest.raises(StorageError, match=rf"layer {layer}.*edges\.parquet"):
+        ensure_edges(DuckDb(), storage, layer, features, Catalog(sharded=wanted))
     assert not [name for name in storage.sizes("tables") if name.endswith("manifest.json")]
 
 
@@ -599,6 +605,16 @@ def test_tables_on_s3_are_those_on_disk(storage: Storage, s3_root: S3Root, tmp_p
             expected = sorted(map(repr, ours.sql(f"FROM {table}").fetchall()))
             assert sorted(map(repr, theirs.sql(f"FROM {table}").fetchall())) == expected, table
     assert s3_root.unfinished_uploads() == []
+    table = pa.table({"token_id": [1], "count": [1], "doc_count": [1], "token": ["a"]})
+    same = {
+        "shard_token_counts": table,
+        "documents": table,
+        "vocabulary": table.select(["token_id", "token"]),
+    }
+    with pytest.raises(StorageError, match="the table tokens"):
+        write_table(
+            DuckDb(), Storage("s3://no-such-bucket/x"), "tokens", "t.parquet", Catalog(), same, share=0.4
+        )
     # Without a way to S3 of its own, a client still opens the small tables.
     target = tmp_path / "c.duckdb"
     write_catalog_file(remote, str(target), DuckDb())
