@@ -20,11 +20,12 @@ RUN_STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-for-tests
 SYSTEM_STAMP := $(VENV)/.system-packages
 
-.PHONY: help venv venv-tests system assets demo test lint format clean
+.PHONY: help venv venv-tests system assets demo bench test lint format clean
 
 help:
 	@echo "make demo    environment, assets, and the whole pipeline on a real model and corpus"
 	@echo "make test    everything the tests need, then the tests"
+	@echo "make bench   how fast, side by side: the table of bench/README.md (half an hour)"
 	@echo "make lint    ruff and strict mypy"
 	@echo "make venv    the environment alone, in $(VENV)"
 	@echo "make clean   remove the environment, caches, assets and the demo's run"
@@ -64,6 +65,9 @@ assets: $(RUN_STAMP)
 
 demo: assets
 	$(BIN)/functok run configs/demo.toml $(DEMO_OPTIONS)
+
+bench: assets
+	$(BIN)/python -m bench.run_all
 
 test: $(TEST_STAMP) $(SYSTEM_STAMP)
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS)

@@ -10,12 +10,16 @@ over the same batches, whose ids stay in Rust.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import tempfile
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 from bench.common import Side, alternate, emit, figure, parser_with_data, ratio, say, spread
+from schemas.config import Config
+from tasks.corpus import CorpusFile
 
 BATCH_DOCUMENTS = 1024
 
@@ -24,9 +28,8 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
     """Compare on one corpus file; shards go under `root`."""
     from infra.cluster import available_cores
     from infra.storage import Storage
-    from schemas.config import Config
     from tasks.corpus import corpus_files, read_records
-    from tasks.token_shards import Budget, FileJob, FileShards, tokenize_file
+    from tasks.token_shards import FileJob, FileShards, tokenize_file
     from tasks.tokenizers import load_tokenizer
 
     storage = Storage(root)
@@ -35,7 +38,6 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
             "corpus": {
                 "urls": [arguments.corpus],
                 "text_field": arguments.text_field,
-                "max_documents": arguments.documents,
             },
             "model": {"name": arguments.model},
             "storage": {"root": root},
@@ -51,6 +53,8 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
         if record.text is not None:
             texts.append(record.text)
         if len(texts) == arguments.documents:
+            # A corpus of its own: under a limit, ours would tokenize ahead what it then leaves.
+            config, file = _first(texts, config, root)
             break
     batches = [texts[at : at + BATCH_DOCUMENTS] for at in range(0, len(texts), BATCH_DOCUMENTS)]
     repetition = count()
@@ -63,7 +67,6 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
             corpus=config.corpus,
             storage=storage,
             tokenizer_folder="tokenizers/bench",
-            budget=Budget(documents=arguments.documents),
         )
         made.append(tokenize_file(job))
 
@@ -76,9 +79,8 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
             tokenizer.backend.encode_batch_fast(batch, add_special_tokens=False)
 
     def reading() -> None:
-        for number, _ in enumerate(read_records(file, config.corpus, 0), 1):
-            if number == arguments.documents:
-                break
+        for _ in read_records(file, config.corpus, 0):
+            continue
 
     sides = [
         Side(name="ours", run=ours),
@@ -121,6 +123,17 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
             "arrays of ids overlap with it in another thread but take the same cores, writing follows each shard"
         ),
     }
+
+
+def _first(texts: list[str], config: Config, root: str) -> tuple[Config, CorpusFile]:
+    """A corpus of these texts alone, as one JSON Lines file."""
+    from tasks.corpus import corpus_files
+
+    path = Path(root, "first.jsonl")
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    values = config.model_dump() | {"corpus": {"urls": [str(path)]}}
+    made = Config.model_validate(values)
+    return made, corpus_files(made)[0]
 
 
 def main() -> None:
