@@ -224,7 +224,7 @@ def test_tables_have_the_contracts_columns_and_order(storage: Storage) -> None:
 _BASELINES: dict[tuple[int, int], dict[str, list[dict[str, Any]]]] = {}
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     seed=st.integers(0, 2),
     in_graph=st.sampled_from([13, 30]),
