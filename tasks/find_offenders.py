@@ -33,11 +33,14 @@ class Unit:
         folder: The folder, for messages.
         files: View name to its Parquet file in the storage.
         columns: Constant columns that each view has besides the file's own.
+        small: Those of the views that are read once and kept while the folder is checked; the others are
+            read by each question, so that they need not fit into memory.
     """
 
     folder: str
     files: Mapping[str, str]
     columns: Mapping[str, str | int | None] = field(default_factory=dict)
+    small: frozenset[str] = frozenset()
 
 
 def find_in_views(
@@ -98,7 +101,7 @@ def find_in_units(
                         f", {_literal(value)} AS {column}" for column, value in unit.columns.items()
                     )
                     cursor.execute(
-                        f"CREATE OR REPLACE TEMP VIEW {view} AS SELECT *{constants} "
+                        f"CREATE TEMP {'TABLE' if view in unit.small else 'VIEW'} {view} AS SELECT *{constants} "
                         f"FROM read_parquet({_literal(storage.url(name))}, hive_partitioning = false)"
                     )
                 return _ask(cursor, asked, {view: totals[view] for view in totals if view in unit.files})

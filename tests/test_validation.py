@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from builders import Cut, make_config, make_dictionary, random_documents, write_corpus, write_features
+from s3 import S3Root
 from small_run import SmallRun, resize, small_run
 
 from infra.duck import Catalog, read_catalog
@@ -411,3 +412,15 @@ def test_a_broken_file_is_a_storage_error(storage: Storage) -> None:
     storage.write_bytes("features/0-0/edges.parquet", b"PAR1 nothing PAR1")
     with pytest.raises(StorageError, match="features/0-0"):
         check_features(run.config, storage, run.features, run.dictionaries)
+
+
+def test_checks_and_data_docs_on_s3(s3_root: S3Root) -> None:
+    storage, run = Storage(s3_root.url), small_run()
+    catalog = run.write(storage)
+    for stage in ("features", "tables"):
+        check(stage, run, storage, catalog)
+    assert all(row["success"] for row in expectations_table(storage).to_pylist())
+    index = storage.read_bytes("data_docs/index.html").decode()
+    assert "validations/features/" in index
+    assert "validations/tables/" in index
+    assert storage.exists("data_docs/static/styles/data_docs_default_styles.css")
