@@ -169,6 +169,12 @@ def report(root: RootOption = None, endpoint_url: EndpointOption = None, debug: 
 def up(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port of the Prefect UI and API.")] = 4200,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", help="Configuration whose values fill the forms.", show_default="the demo's"
+        ),
+    ] = None,
     root: RootOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -178,7 +184,7 @@ def up(
     """
     from infra.prefect_server import up as bring_up
 
-    bring_up(host=host, port=port, root=root)
+    bring_up(root, host=host, port=port, config=None if config is None else str(config))
 
 
 def _open(path: Path, assignments: list[str] | None, root: str | None) -> tuple[Any, Storage]:
@@ -219,7 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
         if debug:
             raise
         _complain(error.stage, error.message, error.hint)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         _complain(
             "", "interrupted", "run the same command again to continue: finished work is kept", status=130
         )

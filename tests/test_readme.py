@@ -1,0 +1,100 @@
+"""Every command of the README runs, on a tiny finished run in the place of the demo's."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import plain
+import pytest
+import tiny
+
+from schemas.config import Config, load_config
+from tasks import extraction
+
+REPOSITORY = Path(__file__).parent.parent
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[str]:
+    """The command lines of all bash blocks, comments left out."""
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    return [
+        " ".join(shlex.split(line, comments=True)) and line
+        for line in lines
+        if shlex.split(line, comments=True)
+    ]
+
+
+FUNCTOK = [line for line in commands() if "functok " in line and " up" not in line.split("#")[0]]
+MAKE = [line for line in commands() if line.startswith("make ")]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder laid out as the README's reader has it: `my.toml`, and a finished run in `runs/demo`."""
+    folder = tmp_path_factory.mktemp("readme")
+    tiny.save_model(folder / "model")
+    tiny.save_sae(folder / "sae")
+    tiny.write_jsonl(folder / "corpus.jsonl", tiny.texts(12))
+    (folder / "my.toml").write_text(
+        f'[corpus]\nurls = ["{folder}/corpus.jsonl"]\n[model]\nname = "{folder}/model"\n[windows]\n'
+        f'context_size = 64\n[[sae]]\nlayer = 1\npath = "{folder}/sae"\n[storage]\nroot = "{folder}/runs/demo"\n'
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tasks.tokenization._Watched", plain.InThisProcess)
+        extraction.forget_loaded()
+        plain.run_plain(load_config(folder / "my.toml"))
+    return folder
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("line", FUNCTOK)
+def test_a_command_of_the_readme_runs(place: Path, line: str) -> None:
+    _, *arguments = shlex.split(line.replace("layer = 15", "layer = 1"), comments=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "functok", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_the_readme_shows_the_commands_that_there_are() -> None:
+    assert len(FUNCTOK) >= 8
+    assert MAKE
+    shown = {shlex.split(line, comments=True)[1] for line in FUNCTOK}
+    assert shown == {"run", "status", "query", "catalog", "report"}
+    assert "functok up" in README
+
+
+@pytest.mark.parametrize("line", MAKE)
+def test_a_make_target_of_the_readme_exists(line: str) -> None:
+    make = shutil.which("make")
+    assert make, "the tests are started by make"
+    target = shlex.split(line, comments=True)[1]
+    done = subprocess.run([make, "-n", target], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_configuration_of_the_readme_is_valid() -> None:
+    (text,) = blocks("toml")
+    assert len(Config.model_validate(tomllib.loads(text)).sae) == 3
+
+
+def test_files_that_the_readme_points_to_exist() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (REPOSITORY / target).exists(), target
