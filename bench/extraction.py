@@ -14,6 +14,8 @@ everything is loaded before the clock starts.
 
 `HookedSAETransformer` itself takes only TransformerLens' list of official model names, where a local
 model has no place.
+
+Over 300 lines: the three ways that are compared stand side by side.
 """
 
 from __future__ import annotations

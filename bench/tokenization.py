@@ -28,8 +28,10 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
     """Compare on one corpus file; shards go under `root`."""
     from infra.cluster import available_cores
     from infra.storage import Storage
-    from tasks.corpus import corpus_files, read_records
-    from tasks.token_shards import FileJob, FileShards, tokenize_file
+    from tasks.corpus import corpus_files
+    from tasks.file_jobs import FileJob, FileShards
+    from tasks.records import read_records
+    from tasks.token_shards import tokenize_file
     from tasks.tokenizers import load_tokenizer
 
     storage = Storage(root)

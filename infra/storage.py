@@ -3,6 +3,8 @@
 Nothing outside this module asks what kind of storage it is. A file written through it appears whole or not
 at all: on a local disk it is written aside, synced and renamed; on S3 an object appears when its upload is
 completed, and an upload that fails is aborted.
+
+The module is over 300 lines because everything that knows storage is here, and nowhere else.
 """
 
 from __future__ import annotations

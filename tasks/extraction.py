@@ -94,7 +94,10 @@ def compute_features(
             mask = torch.from_numpy(batch.token >= 0).to(device)
 
             def receive(
-                layer: int, hidden: torch.Tensor, mask: torch.Tensor = mask, kept: npt.NDArray[np.int64] = kept
+                layer: int,
+                hidden: torch.Tensor,
+                mask: torch.Tensor = mask,
+                kept: npt.NDArray[np.int64] = kept,
             ) -> None:
                 encode(layer, hidden[mask], kept)
 

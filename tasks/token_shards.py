@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import lru_cache
 from typing import Any
 
@@ -21,94 +21,12 @@ import pyarrow as pa
 
 from infra.manifest import Manifest, commit, load
 from infra.storage import Storage
-from schemas.config import Corpus
 from schemas.tables import SHARD_FILES
-from tasks.corpus import CorpusFile, Record, read_records
+from tasks.file_jobs import Budget, FileJob, FileShards, ShardEntry
+from tasks.records import Record, read_records
 
 _BATCH_DOCUMENTS = 1024
 _BATCH_CHARACTERS = 2_000_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """Documents and tokens that may still be taken; None is no limit."""
-
-    documents: int | None = None
-    tokens: int | None = None
-
-    @property
-    def is_open(self) -> bool:
-        """Whether there is no limit at all."""
-        return self.documents is None and self.tokens is None
-
-    @property
-    def is_spent(self) -> bool:
-        """Whether a limit is reached."""
-        return self.documents == 0 or self.tokens == 0
-
-    def allows(self, documents: int, tokens: int) -> bool:
-        """Whether that many fit."""
-        return (self.documents is None or documents <= self.documents) and (
-            self.tokens is None or tokens <= self.tokens
-        )
-
-    def after(self, shards: FileShards) -> Budget:
-        """What a file leaves of it."""
-        return Budget(
-            documents=None if self.documents is None else self.documents - shards.n_documents,
-            tokens=None if self.tokens is None else self.tokens - shards.n_tokens,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardEntry:
-    """One finished shard of a file.
-
-    Attributes:
-        n_records: Records of the file that it covers: documents and rejects.
-        files: Its files' sizes, to notice damage with one listing.
-    """
-
-    folder: str
-    n_documents: int
-    n_tokens: int
-    n_rejects: int
-    n_records: int
-    files: dict[str, int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileShards:
-    """The shards of one file; `is_cut` where a limit ended it before the file did."""
-
-    shards: tuple[ShardEntry, ...]
-    is_cut: bool
-
-    @property
-    def n_documents(self) -> int:
-        """Documents taken of the file."""
-        return sum(shard.n_documents for shard in self.shards)
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens taken of the file."""
-        return sum(shard.n_tokens for shard in self.shards)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileJob:
-    """What a worker needs to tokenize one file."""
-
-    file: CorpusFile
-    folder: str
-    corpus: Corpus
-    storage: Storage
-    tokenizer_folder: str
-    budget: Budget = field(default_factory=Budget)
-
-    def within(self, budget: Budget) -> FileJob:
-        """The same job under a limit."""
-        return replace(self, budget=budget)
 
 
 def _list_names(job: FileJob, budget: Budget) -> list[str]:

@@ -29,7 +29,8 @@ from schemas.config import Config
 from schemas.tables import VOCABULARY
 from schemas.work import CorpusShards, TokenShard
 from tasks.corpus import CorpusFile, corpus_files
-from tasks.token_shards import Budget, FileJob, FileShards, find_file_shards, tokenize_file
+from tasks.file_jobs import Budget, FileJob, FileShards
+from tasks.token_shards import find_file_shards, tokenize_file
 from tasks.tokenizers import LoadedTokenizer, load_tokenizer
 
 VERSION = 1

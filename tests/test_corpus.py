@@ -15,8 +15,8 @@ import zstandard
 
 from infra.errors import ConfigError, CorpusError
 from schemas.config import Config
-from tasks import corpus as corpus_module
-from tasks.corpus import Record, corpus_files, read_records
+from tasks.corpus import corpus_files
+from tasks.records import Record, read_records
 
 
 def config_for(*urls: str, **corpus: Any) -> Config:
@@ -198,8 +198,9 @@ def test_a_damaged_row_group_loses_only_its_rows(tmp_path: Path) -> None:
 def test_a_record_beyond_the_limit_is_rejected_and_the_next_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus_module, "MAX_RECORD_BYTES", 1 << 20)
-    monkeypatch.setattr(corpus_module, "_CHUNK", 1 << 16)
+    for module in ("tasks.lines", "tasks.records"):
+        monkeypatch.setattr(f"{module}.MAX_RECORD_BYTES", 1 << 20)
+    monkeypatch.setattr("tasks.lines._CHUNK", 1 << 16)
     (tmp_path / "c.jsonl").write_bytes(jsonl("a") + jsonl("x" * (3 << 20)) + jsonl("b"))
     assert shown(read(tmp_path / "c.jsonl")) == [
         (1, "a", ""),

@@ -15,7 +15,7 @@ from infra.storage import Storage
 from schemas.config import Config
 from schemas.work import CorpusShards
 from tasks import token_shards
-from tasks.token_shards import Budget
+from tasks.file_jobs import Budget, FileJob, FileShards
 from tasks.tokenization import _plan, find_corpus_shards, missing_files, tokenize_corpus
 
 
@@ -38,7 +38,7 @@ def _no_cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
             return self
 
         def __exit__(self, *_: Any) -> None: ...
-        def run(self, jobs: list[token_shards.FileJob]) -> list[token_shards.FileShards]:
+        def run(self, jobs: list[FileJob]) -> list[FileShards]:
             return [token_shards.tokenize_file(job) for job in jobs]
 
     monkeypatch.setattr("tasks.tokenization._Watched", Here)
