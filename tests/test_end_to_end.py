@@ -14,6 +14,7 @@ import plain
 import pytest
 import reference
 import tiny
+from s3 import S3Root
 
 from infra.duck import connect
 from infra.storage import Storage
@@ -273,16 +274,16 @@ def test_workers_of_a_running_scheduler_give_the_same_tables(
 
 
 @pytest.mark.s3
-def test_a_run_on_s3_gives_the_same_tables(parts: Path, s3_root: str, fresh_tables: dict[str, Any]) -> None:
-    corpus = Storage(f"{s3_root}/corpus files")
+def test_a_run_on_s3_gives_the_same_tables(parts: Path, s3_root: S3Root, fresh_tables: dict[str, Any]) -> None:
+    corpus = Storage(f"{s3_root.url}/corpus files")
     for name in "ab":
         corpus.write_bytes(f"{name}.jsonl", (parts / "corpus" / f"{name}.jsonl").read_bytes())
-    values = values_for(parts, f"{s3_root}/run")
-    values["corpus"]["urls"] = [f"{s3_root}/corpus files/*.jsonl"]
+    values = values_for(parts, f"{s3_root.url}/run")
+    values["corpus"]["urls"] = [f"{s3_root.url}/corpus files/*.jsonl"]
     storage = plain.run_plain(Config.model_validate(values))
     found = contents(storage)
     sources = {row[1] for row in found["documents"]}
-    assert sources == {f"{s3_root}/corpus files/{name}.jsonl" for name in "ab"}
+    assert sources == {f"{s3_root.url}/corpus files/{name}.jsonl" for name in "ab"}
     local = {**fresh_tables, "documents": sorted((r[0], *r[2:]) for r in fresh_tables["documents"])}
     assert {**found, "documents": sorted((r[0], *r[2:]) for r in found["documents"])} == local
 
