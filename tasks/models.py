@@ -209,7 +209,19 @@ def is_gguf(model: Model) -> bool:
 def _location(model: Model, storage: Storage) -> tuple[str]:
     if is_gguf(model):
         return (str(converted_gguf(model, storage)),)
+    refuse_missing_folder(model.name, "model.name")
     return (model.name,)
+
+
+def refuse_missing_folder(name: str, key: str) -> None:
+    """Whether a name that can only be a path leads somewhere; a hub would be asked in vain, and for long.
+
+    Raises:
+        ModelError: if it does not.
+    """
+    is_path = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
+    if is_path and not Path(name).is_dir():
+        raise ModelError(f"{key} = {name}: no such directory", hint="check the path, or give a hub id")
 
 
 def _revision(model: Model) -> dict[str, str]:

@@ -47,7 +47,7 @@ def load_tokenizer(model: Model, storage: Storage) -> LoadedTokenizer:
     """
     from transformers import AutoTokenizer
 
-    from tasks.models import converted_gguf, is_gguf
+    from tasks.models import converted_gguf, is_gguf, refuse_missing_folder
 
     name = model.tokenizer or (str(converted_gguf(model, storage)) if is_gguf(model) else model.name)
     revision = (
@@ -55,6 +55,7 @@ def load_tokenizer(model: Model, storage: Storage) -> LoadedTokenizer:
         if model.revision and not model.tokenizer and not Path(name).is_dir()
         else {}
     )
+    refuse_missing_folder(name, "model.tokenizer" if model.tokenizer else "model.name")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True, **revision)
     except (OSError, ValueError, KeyError, ImportError) as error:

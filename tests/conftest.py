@@ -10,6 +10,8 @@ import tempfile
 _CACHE = tempfile.mkdtemp(prefix="functok-test-cache-")
 os.environ["FUNCTOK_CACHE"] = _CACHE
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+# No test asks a hub: without this, a name that is nowhere is retried for most of a minute.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 from hypothesis import HealthCheck, settings  # noqa: E402
 from prefect_home import prefect_api, prefect_database  # noqa: E402

@@ -274,7 +274,9 @@ def test_workers_of_a_running_scheduler_give_the_same_tables(
 
 
 @pytest.mark.s3
-def test_a_run_on_s3_gives_the_same_tables(parts: Path, s3_root: S3Root, fresh_tables: dict[str, Any]) -> None:
+def test_a_run_on_s3_gives_the_same_tables(
+    parts: Path, s3_root: S3Root, fresh_tables: dict[str, Any]
+) -> None:
     corpus = Storage(f"{s3_root.url}/corpus files")
     for name in "ab":
         corpus.write_bytes(f"{name}.jsonl", (parts / "corpus" / f"{name}.jsonl").read_bytes())
