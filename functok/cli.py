@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from enum import StrEnum
@@ -219,12 +220,18 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if not debug:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         app(arguments, standalone_mode=True)
     except FunctokError as error:
         if debug:
             raise
-        _complain(error.stage, error.message, error.hint)
+        stage = f"stage {error.stage}" if error.stage else ""
+        _complain(
+            stage or ("the configuration" if isinstance(error, ConfigError) else ""),
+            error.message,
+            error.hint,
+        )
     except (KeyboardInterrupt, typer.Abort):
         _complain(
             "", "interrupted", "run the same command again to continue: finished work is kept", status=130
@@ -239,7 +246,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _complain(stage: str, message: str, hint: str, status: int = 1) -> None:
-    print(f"error{f' in stage {stage}' if stage else ''}: {message}", file=sys.stderr)
+    print(f"error{f' in {stage}' if stage else ''}: {message}", file=sys.stderr)
     if hint:
         print(f"  way out: {hint}", file=sys.stderr)
     raise SystemExit(status)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from typing import Any
 
 from infra.duck import connect, read_catalog
 from infra.errors import FunctokError
 from infra.storage import Storage
+from infra.terminal import printable
 from schemas.config import Config
 from schemas.work import Stage
 from tasks.plan import is_up_to_date, plan_run, stages_of
@@ -56,7 +58,9 @@ def show_results(config: Config, storage: Storage, seconds: float) -> None:
             else "SELECT * FROM tokens LIMIT 10"
         )
         console.print(
-            f'query:   functok query --root {config.storage.root} "{example}"', markup=False, highlight=False
+            f'query:   functok query --root {shlex.quote(config.storage.root)} "{example}"',
+            markup=False,
+            highlight=False,
         )
 
 
@@ -91,4 +95,4 @@ def coverage_table(storage: Storage) -> Any:
 
 def visible(token: str) -> str:
     """A token with its white space shown."""
-    return token.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r").replace(" ", "␣")
+    return printable(token).replace(" ", "␣")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,6 +18,7 @@ import pyarrow as pa
 from infra.duck import connect, read_catalog
 from infra.errors import ConfigError, FunctokError
 from infra.storage import Storage
+from infra.terminal import printable
 
 _ROWS_SHOWN = 1000
 _BATCH = 10_000
@@ -33,9 +36,10 @@ def run_query(storage: Storage, sql: str, format: str, output: Path | None = Non
     Raises:
         FunctokError: if nothing is published, or the SQL is wrong.
     """
-    connection = _connected(storage)
+    if not sql.strip():
+        raise ConfigError("the query is empty", hint='for example `functok query "SHOW TABLES"`')
     with _explained():
-        reader = _reader(connection, sql)
+        reader = _reader(_connected(storage), sql)
         if reader is None:
             return
         if format == "parquet" and output is None and sys.stdout.isatty():
@@ -48,7 +52,8 @@ def prompt(storage: Storage) -> None:
     """Read statements until the end of input; a statement ends with `;`."""
     import readline  # noqa: F401  (gives input() its line editing)
 
-    connection = _connected(storage)
+    with _explained():
+        connection = _connected(storage)
     print(f"functok query on {storage.root}: SQL ending in ';', .tables, or .quit")
     statement = ""
     while True:
@@ -91,13 +96,15 @@ def _connected(storage: Storage) -> Any:
 def _explained() -> Iterator[None]:
     try:
         yield
-    except duckdb.Error as error:
-        raise FunctokError(
-            f"the query failed: {error}", hint='`functok query "SHOW TABLES"` lists the tables'
-        ) from error
     except BrokenPipeError:
         # The reader of our output has seen enough.
         sys.stdout = io.TextIOWrapper(io.BytesIO())
+    except (duckdb.ParserException, duckdb.BinderException, duckdb.CatalogException) as error:
+        hint = '`functok query "SHOW TABLES"` lists the tables, "DESCRIBE tokens" a table\'s columns'
+        raise FunctokError(f"the query failed: {error}", hint=hint) from error
+    except (duckdb.Error, pa.ArrowException, OSError) as error:
+        hint = "if it names a damaged or missing file, `functok run CONFIG` makes it again"
+        raise FunctokError(f"the query failed: {error}", hint=hint) from error
 
 
 def _reader(connection: Any, sql: str) -> pa.RecordBatchReader | None:
@@ -127,9 +134,21 @@ def _write_json(reader: pa.RecordBatchReader, target: IO[bytes]) -> None:
     separator = "[\n"
     for batch in reader:
         for row in batch.to_pylist():
-            target.write(f"{separator}{json.dumps(row, ensure_ascii=False, default=str)}".encode())
+            text = json.dumps(_finite(row), ensure_ascii=False, default=str, allow_nan=False)
+            target.write(f"{separator}{text}".encode())
             separator = ",\n"
     target.write(b"[]\n" if separator == "[\n" else b"\n]\n")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: they become null; decimals become numbers."""
+    if isinstance(value, Decimal):
+        value = float(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list) else value
 
 
 def _write_parquet(reader: pa.RecordBatchReader, target: IO[bytes]) -> None:
@@ -173,7 +192,7 @@ def _cell(value: object) -> str:
         return "NULL"
     if isinstance(value, float):
         return f"{value:.6g}"
-    return str(value).replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
+    return printable(str(value))
 
 
 _WRITERS = {"csv": _write_csv, "json": _write_json, "parquet": _write_parquet, "table": _write_table}

@@ -79,7 +79,7 @@ def _local(workers: int, environment: dict[str, str]) -> Iterator[Any]:
             threads_per_worker=1,
             processes=True,
             host="127.0.0.1",
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",
             env=environment,
             silence_logs="ERROR",
         ) as cluster,

@@ -1,8 +1,9 @@
 """Content hashes of files, cheap to ask for again.
 
-A local file is read whole once; its hash is remembered by path, size, inode and modification time in
-nanoseconds. A remote object is identified by what its store promises changes with the content (an ETag, a
-checksum, a commit); where a store promises nothing, it is read whole.
+A local file is read whole once; its hash is remembered by path, size, device, inode, and its times of
+modification and of change in nanoseconds (the latter cannot be set back), unless it was changed a moment ago.
+A remote object is identified by what its store promises changes with the content (an ETag, a checksum, a
+commit); where a store promises nothing, it is read whole.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import fsspec
 from infra.storage import LOCAL_CACHE
 
 _CHUNK = 8 << 20
+_SETTLED_NS = 2_000_000_000
 _IDENTITY_KEYS = ("ETag", "etag", "blob_id", "sha256", "md5", "md5Hash", "crc32c", "CRC")
 
 
@@ -59,7 +62,7 @@ def storage_options(url: str, endpoint_url: str | None) -> dict[str, Any]:
 def file_hash(path: Path) -> str:
     """SHA-256 of a local file, remembered until the file changes."""
     stat = path.stat()
-    identity = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    identity = _identity(path, stat)
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     remembered = LOCAL_CACHE / "hashes" / name
     try:
@@ -70,8 +73,18 @@ def file_hash(path: Path) -> str:
         known = ""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    _remember(remembered, digest)
+    # Within a clock tick of a change, another one could leave the same times.
+    is_settled = time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > _SETTLED_NS
+    if is_settled and _identity(path, path.stat()) == identity:
+        _remember(remembered, digest)
     return digest
+
+
+def _identity(path: Path, stat: os.stat_result) -> list[str | int]:
+    return [
+        str(path.resolve()),
+        *(stat.st_size, stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns),
+    ]
 
 
 def folder_hash(folder: Path, suffixes: tuple[str, ...]) -> str:

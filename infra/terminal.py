@@ -144,3 +144,19 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def printable(text: str) -> str:
+    """A text for one line of a terminal: line ends as \\n, \\r and \\t, other control characters as symbols.
+
+    Tokens come from a corpus, and a corpus may hold the sequences that command a terminal.
+    """
+    named = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
+    return "".join(named.get(sign) or _symbol(sign) for sign in text)
+
+
+def _symbol(sign: str) -> str:
+    code = ord(sign)
+    if code < 0x20:
+        return chr(0x2400 + code)
+    return "\ufffd" if 0x7F <= code < 0xA0 else sign

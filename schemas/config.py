@@ -6,6 +6,7 @@ content key depends on, so that changing an unrelated setting recomputes nothing
 
 from __future__ import annotations
 
+import difflib
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -40,7 +41,8 @@ class Corpus(Section):
         0.01, ge=0, le=1, description="Fail the run if more than this share of the records read is unusable."
     )
     txt_records: Literal["line", "file"] = Field(
-        "line", description="What one document is in a .txt file: a line, or the whole file."
+        "line",
+        description="What one document is in a .txt file: a line (a blank one is a reject), or the whole file.",
     )
     shard_tokens: PositiveInt = Field(
         262_144, description="A shard is closed at the first document that brings it to this many tokens."
@@ -178,7 +180,7 @@ class Dask(Section):
 class StorageSection(Section):
     """Where everything is written."""
 
-    root: str = Field("runs/functok", description="A local path or s3://bucket/prefix.")
+    root: str = Field("runs/functok", min_length=1, description="A local path or s3://bucket/prefix.")
     endpoint_url: str | None = Field(
         None, description="S3 endpoint, if not AWS. Credentials come from the environment, never from here."
     )
@@ -210,6 +212,21 @@ class Config(Section):
         return self
 
 
+_SECTIONS: dict[str, type[Section]] = {
+    "corpus": Corpus,
+    "model": Model,
+    "sae": Sae,
+    "train": Train,
+    "gate": Gate,
+    "windows": Windows,
+    "function_tokens": FunctionTokens,
+    "activations": Activations,
+    "graph": Graph,
+    "duckdb": DuckDb,
+    "dask": Dask,
+    "storage": StorageSection,
+}
+
 Assignment = Annotated[str, "key.path=value"]
 
 
@@ -233,7 +250,7 @@ def load_config(
     try:
         values: dict[str, Any] = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+        raise ConfigError(f"{path} is not valid TOML: {error}", hint="see configs/demo.toml") from error
     for assignment in assignments or []:
         _assign(values, assignment)
     if root is not None:
@@ -242,21 +259,37 @@ def load_config(
         return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(
-            f"{path}: {_explain(error)}", hint="`functok run --help` lists every key"
+            f"{path}: {_explain(error)}",
+            hint="README.md shows every section; schemas/config.py says what each key means",
         ) from error
 
 
 def _explain(error: ValidationError) -> str:
+    items = error.errors(include_url=False, include_input=False)
     return "; ".join(
-        f"{'.'.join(str(part) for part in item['loc']) or 'configuration'}: {item['msg']}"
-        for item in error.errors(include_url=False, include_input=False)
+        f"{'.'.join(str(part) for part in item['loc']) or 'configuration'}: {_message(item)}"
+        for item in items
     )
+
+
+def _message(item: Any) -> str:
+    if item["type"] != "extra_forbidden":
+        return str(item["msg"])
+    section: type[BaseModel] = Config
+    for part in item["loc"][:-1]:
+        section = _SECTIONS.get(part, section)
+    near = difflib.get_close_matches(str(item["loc"][-1]), list(section.model_fields), n=1)
+    meant = f"did you mean {near[0]}? " if near else ""
+    return f"no such key; {meant}known: {', '.join(section.model_fields)}"
 
 
 def _assign(values: dict[str, Any], assignment: Assignment) -> None:
     key, separator, raw = assignment.partition("=")
     if not separator or not key.strip():
-        raise ConfigError(f"--set {assignment!r} is not of the form key.path=value")
+        raise ConfigError(
+            f"--set {assignment!r} is not of the form key.path=value",
+            hint="for example --set windows.context_size=512",
+        )
     try:
         value = tomllib.loads(f"value = {raw}")["value"]
     except tomllib.TOMLDecodeError:

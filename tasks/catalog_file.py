@@ -15,6 +15,8 @@ from schemas.config import DuckDb
 LEFT_IN_PLACE = ("activations", "edges", "occurrences")
 """Views over the Parquet files themselves; every other table is copied, so that it opens without them."""
 
+_DUCKDB_MAGIC = b"DUCK"
+
 STORAGE_VERSION = "v1.5.0"
 """Written in the format of DuckDB 1.5, which clients of 2.0 and of 1.5 read."""
 
@@ -31,7 +33,7 @@ def write_catalog_file(storage: Storage, path: str, resources: DuckDb) -> None:
         resources: Limits of DuckDB.
 
     Raises:
-        ConfigError: if nothing is published, or `path` is a folder.
+        ConfigError: if nothing is published, or `path` is a folder or a file that is no DuckDB database.
         StorageError: if the file cannot be written or a table cannot be read.
     """
     catalog = read_catalog(storage)
@@ -40,6 +42,10 @@ def write_catalog_file(storage: Storage, path: str, resources: DuckDb) -> None:
     target = Path(path).absolute()
     if target.is_dir():
         raise ConfigError(f"{target} is a folder", hint="give the name of a file")
+    if target.exists() and _magic(target) != _DUCKDB_MAGIC:
+        raise ConfigError(
+            f"{target} is there and is no DuckDB file", hint="give another name: it is not overwritten"
+        )
     aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -65,3 +71,8 @@ def write_catalog_file(storage: Storage, path: str, resources: DuckDb) -> None:
     finally:
         for leftover in (aside, aside.with_name(f"{aside.name}.wal")):
             leftover.unlink(missing_ok=True)
+
+
+def _magic(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(12)[8:]

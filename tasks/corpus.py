@@ -83,6 +83,11 @@ def _url_of(asked: str, file: Any) -> str:
 
 
 def _describe(url: str, endpoint: str | None) -> CorpusFile:
+    fs, path = fsspec.core.url_to_fs(url, **storage_options(url, endpoint))
+    if fs.isdir(path):
+        raise ConfigError(
+            f"corpus.urls: {url} is a folder", hint=f"name its files, such as {url.rstrip('/')}/*.jsonl"
+        )
     name = url.partition("::")[0].lower()
     compression = next((kind for suffix, kind in _COMPRESSIONS.items() if name.endswith(suffix)), None)
     stem = name.rsplit(".", 1)[0] if compression else name
@@ -90,9 +95,8 @@ def _describe(url: str, endpoint: str | None) -> CorpusFile:
     if kind is None or (kind == "parquet" and compression):
         raise ConfigError(
             f"corpus.urls: {url} has no known format",
-            hint="known: .jsonl, .csv and .txt (also .gz and .zst), .parquet",
+            hint="known: .jsonl, .csv and .txt (also .gz and .zst), .parquet; a glob such as *.jsonl leaves others out",
         )
-    fs, path = fsspec.core.url_to_fs(url, **storage_options(url, endpoint))
     try:
         size = int(fs.info(path).get("size") or 0)
     except FileNotFoundError as error:

@@ -22,7 +22,7 @@ from schemas.config import Config, Model
 from schemas.work import Dictionary, GraphShard
 from tasks.dictionaries import load_dictionary
 from tasks.encoding import Encoder, build_encoder
-from tasks.models import LoadedModel, choose_device, load_model
+from tasks.models import LoadedModel, check_windows, choose_device, load_model
 from tasks.residuals import ResidualShard, find_residuals, rows_of_tokens, shard_batches
 from tasks.tokenizers import LoadedTokenizer, load_tokenizer
 from tasks.windows import Batch, ShardTokens, read_shard_tokens
@@ -88,7 +88,7 @@ def compute_features(
     to_run = [layer for layer in layers if (part.shard.folder, layer) not in on_disk]
     if to_run:
         model = loaded_model(config.model, storage)
-        check_fits(config, model, to_run)
+        check_windows(config, model.context_length)
         for batch in plan:
             kept = batch.token[batch.token >= 0]
             mask = torch.from_numpy(batch.token >= 0).to(device)
@@ -103,26 +103,6 @@ def compute_features(
 
             model.forward(torch.from_numpy(batch.input_ids), to_run, receive)
     return tokens, {layer: _in_order(gathered.pop(layer)) for layer in layers}
-
-
-def check_fits(config: Config, model: LoadedModel, layers: Sequence[int]) -> None:
-    """Whether the layers exist and a window fits into the model's context.
-
-    Raises:
-        ModelError: if not.
-    """
-    too_deep = [layer for layer in layers if layer >= model.n_layers]
-    if too_deep:
-        raise ModelError(
-            f"layer {too_deep[0]} does not exist: {config.model.name} has {model.n_layers} decoder blocks",
-            hint=f"layers count from 0 to {model.n_layers - 1}",
-        )
-    if model.context_length is not None and config.windows.context_size > model.context_length:
-        raise ModelError(
-            f"windows.context_size = {config.windows.context_size} is more than {config.model.name} was built "
-            f"for ({model.context_length})",
-            hint=f"set windows.context_size to {model.context_length} or less",
-        )
 
 
 def _from_disk(

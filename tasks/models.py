@@ -23,7 +23,7 @@ from infra.errors import ModelError
 from infra.hashing import file_hash, folder_hash
 from infra.manifest import Manifest, commit, content_key, load
 from infra.storage import Storage
-from schemas.config import Model
+from schemas.config import Config, Model
 from tasks.tokenizers import LoadedTokenizer, load_tokenizer
 
 CONVERSION_VERSION = 1
@@ -127,6 +127,26 @@ def model_dimensions(model: Model, storage: Storage) -> tuple[int, int]:
     return int(config.hidden_size), int(config.num_hidden_layers)
 
 
+def context_length(model: Model, storage: Storage) -> int | None:
+    """Positions that the model was built for; None where its configuration says nothing."""
+    positions = getattr(_text_config(load_config_of(model, storage)), "max_position_embeddings", None)
+    return None if positions is None else int(positions)
+
+
+def check_windows(config: Config, positions: int | None) -> None:
+    """Whether a window fits into the model.
+
+    Raises:
+        ModelError: if not.
+    """
+    if positions is not None and config.windows.context_size > positions:
+        raise ModelError(
+            f"windows.context_size = {config.windows.context_size} is more than {config.model.name} was built "
+            f"for ({positions})",
+            hint=f"set windows.context_size to {positions} or less",
+        )
+
+
 def load_config_of(model: Model, storage: Storage) -> Any:
     """The transformers configuration of a model.
 
@@ -183,7 +203,7 @@ def load_model(model: Model, storage: Storage) -> LoadedModel:
         device=device,
         dtype=dtype,
         key=model_key(model, storage),
-        context_length=getattr(config, "max_position_embeddings", None),
+        context_length=context_length(model, storage),
     )
 
 

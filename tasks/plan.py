@@ -22,7 +22,14 @@ def stages_of(
 
 
 def plan_run(config: Config, storage: Storage) -> list[StagePlan]:
-    """One `StagePlan` a stage, in order; stages behind an unfinished one are as far known as they can be."""
+    """One `StagePlan` a stage, in order; stages behind an unfinished one are as far known as they can be.
+
+    Raises:
+        FunctokError: if the configuration does not fit its model or corpus.
+    """
+    from tasks.preflight import check_fit
+
+    check_fit(config, storage)
     plans: list[StagePlan] = []
     shards = _plan_tokenize(config, storage, plans)
     dictionaries: list[Dictionary] | None = None
@@ -115,7 +122,7 @@ def _plan_features(
         for part, layers in missing.items()
     )
     reason = (
-        "shards are new, or their model, windows or dictionary changed"
+        "shards are new or damaged, or their model, windows or dictionary changed"
         if missing
         else "all feature shards are there"
     )

@@ -193,7 +193,12 @@ def _check_usable(config: Config, storage: Storage, corpus: CorpusShards) -> Non
             hint="mend the files, set corpus.text_field, or raise corpus.max_reject_share",
             stage="tokenize",
         )
-    raise CorpusError("the corpus has no document", hint="check corpus.urls and the limits", stage="tokenize")
+    rejected = f": all {read} records read cannot be used; the first: {shown}" if read else ""
+    raise CorpusError(
+        f"the corpus has no document{rejected}",
+        hint="check corpus.text_field" if read else "check corpus.urls and the limits",
+        stage="tokenize",
+    )
 
 
 def _write_tokenizer(storage: Storage, tokenizer: LoadedTokenizer) -> None:

@@ -62,7 +62,7 @@ def load_tokenizer(model: Model, storage: Storage) -> LoadedTokenizer:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"cannot load a tokenizer from {name}: {first_line}",
-            hint="put tokenizer.json beside the model, or set model.tokenizer",
+            hint="is model.name right? It is a directory here, a .gguf file or a hub id; model.tokenizer names another",
         ) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -105,9 +106,24 @@ def test_query_in_every_format(finished: Path, capfdbinary: Any, tmp_path: Path)
     tables = functok(capfdbinary, "query", "SHOW TABLES", *root, "--format", "csv").out
     for table in ("documents", "rejects", "tokens", "occurrences", "activations", "edges", "coverage"):
         assert table in tables
+    odd = functok(capfdbinary, "query", "SELECT 'inf'::DOUBLE AS a, [1.5] AS b", *root, "--format", "json")
+    assert json.loads(odd.out) == [{"a": None, "b": [1.5]}]
+    escape = functok(capfdbinary, "query", "SELECT chr(27) || '[31mred' AS a", *root)
+    assert "\x1b[31mred" not in escape.out
+    assert "␛[31mred" in escape.out
     doubled = functok(capfdbinary, "query", "SELECT 1 AS a, 2 AS a", *root)
     assert "1" in doubled.out
     assert "2" in doubled.out
+
+
+def test_a_damaged_file_is_named_with_the_way_out(finished: Path, capfdbinary: Any, tmp_path: Path) -> None:
+    copy = shutil.copytree(finished / "run", tmp_path / "run")
+    damaged = next(copy.glob("features/*/activations.parquet"))
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    done = functok(capfdbinary, "query", "SELECT sum(activation) FROM activations", "--root", copy)
+    assert done.status == 1
+    assert str(damaged) in done.err
+    assert "functok run" in done.err
 
 
 def test_the_prompt_reads_statements_to_their_semicolon(finished: Path) -> None:
@@ -165,6 +181,13 @@ def test_report_is_written_again(finished: Path, capfdbinary: Any) -> None:
         (["run", "{}/tiny.toml", "--only", "report", "--from", "tables"], "exclude each other"),
         (["run", "{}/tiny.toml", "--set", "corpus.urls=['{}/none.jsonl']"], "none.jsonl"),
         (["run", "{}/tiny.toml", "--set", "model.name='{}/none'"], "none"),
+        (["run", "{}/tiny.toml", "--set", "corpus.text_feild=x"], "did you mean text_field"),
+        (["run", "{}/tiny.toml", "--set", "corpus.urls=['{}/model']"], "is a folder"),
+        (["status", "{}/tiny.toml", "--set", "sae.0.layer=9"], "layer 9"),
+        (["status", "{}/tiny.toml", "--set", "windows.context_size=4096"], "more than"),
+        (["run", "{}/tiny.toml", "--set", "storage.root="], "storage.root"),
+        (["catalog", "{}/tiny.toml", "--root", "{}/run"], "is no DuckDB file"),
+        (["query", " ", "--root", "{}/run"], "the query is empty"),
         (["query", "SELECT 1", "--root", "{}/empty"], "holds no finished tables"),
         (["query", "SELECT nonsense", "--root", "{}/run"], "the query failed"),
         (["catalog", "x.duckdb", "--root", "{}/empty"], "holds no finished tables"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import reference
 import tiny
 
 from infra.errors import CorpusError
+from infra.hashing import file_hash
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.work import CorpusShards
@@ -266,6 +269,18 @@ def test_a_changed_file_and_a_changed_setting_change_the_key(tmp_path: Path, tok
     assert folder(shard_tokens=7) != first
     make(tmp_path, tokenizer_folder, {"a": ["y"]})
     assert folder() != first
+
+
+def test_content_that_changes_behind_the_same_size_and_time_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("one")
+    times = (1_700_000_000_000_000_000, 1_700_000_000_000_000_000)
+    os.utime(path, ns=times)
+    first = file_hash(path)
+    path.write_text("two")
+    os.utime(path, ns=times)
+    assert file_hash(path) != first
+    assert file_hash(path) == hashlib.sha256(b"two").hexdigest()
 
 
 def test_budget_arithmetic() -> None:

@@ -1,0 +1,39 @@
+"""What the configurations of model and dictionaries tell to be wrong, before any work is done."""
+
+from __future__ import annotations
+
+import json
+
+import fsspec
+
+from infra.hashing import storage_options
+from infra.storage import Storage
+from schemas.config import Config
+from tasks.dictionary_checks import check_facts, check_layer, facts_of
+from tasks.models import check_windows, context_length, model_dimensions
+
+
+def check_fit(config: Config, storage: Storage) -> None:
+    """Whether layers, windows and the dictionaries on disk fit the model; reads no weights.
+
+    Raises:
+        ModelError: if a window does not fit, or the model's configuration cannot be read.
+        DictionaryError: if a layer does not exist, or a dictionary on disk does not fit it.
+    """
+    if not config.sae:
+        return
+    d_model, n_layers = model_dimensions(config.model, storage)
+    for entry in config.sae:
+        check_layer(entry, n_layers, config.model.name)
+    check_windows(config, context_length(config.model, storage))
+    for entry in config.sae:
+        if entry.path is None:
+            continue
+        options = storage_options(entry.path, storage.endpoint_url)
+        try:
+            with fsspec.open(f"{entry.path.rstrip('/')}/cfg.json", "rb", **options) as file:
+                facts = facts_of(json.load(file))
+        except (OSError, ValueError, KeyError, TypeError):
+            # The stage that copies it says what is missing or damaged, file by file.
+            continue
+        check_facts(facts, entry, d_model, n_layers)
