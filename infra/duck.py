@@ -15,6 +15,7 @@ from typing import Any
 
 import duckdb
 
+from infra.cluster import available_cores
 from infra.errors import ConfigError
 from infra.storage import Storage
 from schemas.config import DuckDb
@@ -132,8 +133,7 @@ def memory_bytes(limit: str) -> int:
 
 
 def _threads(memory_limit: str) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, memory_bytes(memory_limit) // BYTES_PER_THREAD))
+    return max(1, min(available_cores(), memory_bytes(memory_limit) // BYTES_PER_THREAD))
 
 
 def connect(storage: Storage, resources: DuckDb | None = None) -> Any:

@@ -123,10 +123,11 @@ def extract_features(
         write_residuals(config, storage, graph_shards(config, shards, storage), layers, progress)
     units = _units(config, storage, shards, dictionaries)
     done = load_all(storage, [unit.folder for unit in units])
-    missing: dict[str, list[_Unit]] = {}
-    for unit in units:
-        if unit.folder not in done:
-            missing.setdefault(unit.part.shard.folder, []).append(unit)
+    # Files of equal content share shards: each folder is made once, however often it stands in the corpus.
+    missing: dict[tuple[str, int], list[_Unit]] = {}
+    for folder, unit in {unit.folder: unit for unit in units}.items():
+        if folder not in done:
+            missing.setdefault((unit.part.shard.folder, unit.part.n_documents), []).append(unit)
     total = sum(group[0].part.n_tokens for group in missing.values())
     seen = 0
     if missing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import plain
 import pytest
 import reference
 import tiny
@@ -39,20 +40,8 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.tokenization._Watched", _Here)
+    monkeypatch.setattr("tasks.tokenization._Watched", plain.InThisProcess)
     extraction.forget_loaded()
-
-
-class _Here:
-    def __init__(self, *_: Any) -> None: ...
-    def __enter__(self) -> _Here:
-        return self
-
-    def __exit__(self, *_: Any) -> None: ...
-    def run(self, jobs: Any) -> Any:
-        from tasks.token_shards import tokenize_file
-
-        return [tokenize_file(job) for job in jobs]
 
 
 def config_for(parts: Path, root: Path, architecture: str = "llama", **sections: Any) -> Config:
@@ -280,6 +269,16 @@ def test_a_killed_stage_keeps_its_finished_shards(
     assert set(again).isdisjoint(written)
     fresh = run(config_for(parts, tmp_path / "fresh"))
     assert contents(made, storage) == contents(fresh[0], fresh[2])
+
+
+def test_files_of_equal_content_are_in_the_graph_twice_and_made_once(parts: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        tiny.write_jsonl(tmp_path / "corpus" / f"{name}.jsonl", tiny.texts(3))
+    config = config_for(parts, tmp_path / "run", corpus={"urls": [f"{tmp_path}/corpus/*.jsonl"]})
+    made, _, storage = run(config)
+    found = activated(made, storage)
+    assert {key[1] for key in found} == set(range(6))
+    assert len({shard.folder for shard in made}) * 2 == len(made)
 
 
 def test_a_shard_reads_only_its_graph_documents(parts: Path, tmp_path: Path) -> None:
