@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import plain
 import pytest
 import reference
 import tiny
@@ -18,7 +19,7 @@ from infra.storage import Storage
 from schemas.config import Config
 from schemas.work import CorpusShards
 from tasks import token_shards
-from tasks.file_jobs import Budget, FileJob, FileShards
+from tasks.file_jobs import Budget
 from tasks.tokenization import _plan, find_corpus_shards, missing_files, tokenize_corpus
 
 
@@ -35,16 +36,7 @@ def _no_cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     if "cluster" in request.keywords:
         return
 
-    class Here:
-        def __init__(self, *_: Any) -> None: ...
-        def __enter__(self) -> Here:
-            return self
-
-        def __exit__(self, *_: Any) -> None: ...
-        def run(self, jobs: list[FileJob]) -> list[FileShards]:
-            return [token_shards.tokenize_file(job) for job in jobs]
-
-    monkeypatch.setattr("tasks.tokenization._Watched", Here)
+    monkeypatch.setattr("tasks.tokenization._Watched", plain.InThisProcess)
 
 
 def make(
