@@ -1,7 +1,8 @@
 """The configuration: one TOML file, one frozen pydantic model, which is also the form in the Prefect UI.
 
-Each section is read by named stages only; `stage_key_parts` in `tasks.plan` picks out what a stage's
-content key depends on, so that changing an unrelated setting recomputes nothing.
+Each section is read by named stages only; the stages' content keys pick out what they depend on, so that
+changing an unrelated setting recomputes nothing. `schemas.sections` has the spine's sections,
+`schemas.consolidation` those of PAPER 1.4.
 """
 
 from __future__ import annotations
@@ -9,193 +10,78 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from infra.errors import ConfigError
+from schemas.consolidation import (
+    Consolidation,
+    Generations,
+    Growth,
+    Losses,
+    Pretraining,
+    Revision,
+    Series,
+    Shape,
+)
+from schemas.sections import (
+    Activations,
+    Corpus,
+    Dask,
+    DuckDb,
+    FunctionTokens,
+    Gate,
+    Graph,
+    Model,
+    Sae,
+    Section,
+    StorageSection,
+    Train,
+    Windows,
+)
 
-
-class Section(BaseModel):
-    """Base of all sections: immutable, and unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Corpus(Section):
-    """Which documents are read, and how they are tokenized."""
-
-    urls: list[str] = Field(
-        min_length=1,
-        description="fsspec URLs or globs (file, s3, hf, zip://member::archive) of .jsonl, .parquet, .csv or "
-        ".txt files; .gz and .zst allowed on text formats. File order is list order, globs sorted.",
-    )
-    text_field: str = Field("text", description="Column or key that holds the text (not used by .txt).")
-    max_documents: PositiveInt | None = Field(
-        None, description="Stop after this many documents, in file order."
-    )
-    max_tokens: PositiveInt | None = Field(
-        None, description="Stop before the first document that would bring the total above this many tokens."
-    )
-    max_reject_share: float = Field(
-        0.01, ge=0, le=1, description="Fail the run if more than this share of the records read is unusable."
-    )
-    txt_records: Literal["line", "file"] = Field(
-        "line",
-        description="What one document is in a .txt file: a line (a blank one is a reject), or the whole file.",
-    )
-    shard_tokens: PositiveInt = Field(
-        262_144, description="A shard is closed at the first document that brings it to this many tokens."
-    )
-    keep_occurrences: bool = Field(
-        True, description="Keep every token's position. False counts only, for corpora of any size."
-    )
-
-
-class Model(Section):
-    """The language model whose residual stream is read."""
-
-    name: str = Field(description="A local directory, a Hugging Face id, or a .gguf file.")
-    revision: str | None = Field(None, description="Hub revision: branch, tag or commit.")
-    tokenizer: str | None = Field(None, description="Another directory or id to take the tokenizer from.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: the checkpoint's own dtype on CUDA, float32 on CPU."
-    )
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
-    threads: int = Field(
-        0,
-        ge=0,
-        description="CPU threads of a forward; 0: all cores. Another number may flip activations at the threshold.",
-    )
-
-
-class Gate(Section):
-    """What a dictionary trained here must reach on held-out tokens before it is used."""
-
-    min_explained_variance: float = Field(0.75, le=1, description="1 - squared error / variance.")
-    max_l0_deviation: float = Field(0.10, ge=0, description="Allowed |L0 / k - 1|.")
-    min_alive_share: float = Field(0.90, ge=0, le=1, description="Share of latents that fire at least once.")
-
-
-class Train(Section):
-    """A BatchTopK dictionary trained by SAELens on this corpus' own residuals."""
-
-    d_sae: PositiveInt = Field(description="Number of latents.")
-    k: PositiveInt = Field(32, description="Mean number of active latents per token.")
-    samples: PositiveInt = Field(300_000, description="Residual vectors shown, repeats included.")
-    batch_size: PositiveInt = Field(512, description="Residual vectors per optimizer step.")
-    learning_rate: float = Field(2e-3, gt=0, description="Peak Adam rate, cosine to a tenth of it.")
-    max_tokens: PositiveInt = Field(
-        1_000_000, description="Residuals are sampled from the first graph documents up to this many tokens."
-    )
-    heldout_share: float = Field(0.1, gt=0, lt=1, description="Share of those documents kept for the gate.")
-    outlier_multiple: float = Field(
-        10.0, gt=1, description="Leave out of training what exceeds this multiple of the median norm."
-    )
-    seed: int = Field(0, ge=0, description="Seed of initialization and order.")
-    gate: Gate = Field(default_factory=Gate, description="What it must reach on held-out tokens.")
-
-
-class Sae(Section):
-    """The dictionary of one layer: from the SAELens registry, from disk, or trained here."""
-
-    layer: int = Field(ge=0, description="Decoder block whose output is read, counted from 0.")
-    release: str | None = Field(None, description="SAELens registry release, with sae_id.")
-    sae_id: str | None = Field(None, description="SAELens registry id inside the release.")
-    path: str | None = Field(None, description="Directory (any fsspec URL) saved by SAELens.")
-    train: Train | None = Field(None, description="Train one here.")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Sae:
-        if (self.release is None) != (self.sae_id is None):
-            raise ValueError(f"layer {self.layer}: release and sae_id go together")
-        sources = [self.release is not None, self.path is not None, self.train is not None]
-        if sum(sources) != 1:
-            raise ValueError(
-                f"layer {self.layer}: give exactly one of {{release, sae_id}}, {{path}} and {{train = {{…}}}}"
-            )
-        return self
-
-
-class Windows(Section):
-    """How a document becomes model inputs."""
-
-    context_size: int = Field(1024, ge=2, description="Tokens per window at most, BOS included.")
-    prepend_bos: bool = Field(True, description="Begin every window with BOS (fed, never in a table).")
-
-
-class FunctionTokens(Section):
-    """Which tokens are function tokens (PAPER 1.1)."""
-
-    share: float = Field(
-        0.40, gt=0, le=1, description="Share of all occurrences their ranking prefix reaches."
-    )
-
-
-class Activations(Section):
-    """Extraction and encoding."""
-
-    max_documents: PositiveInt | None = Field(None, description="Documents in the graph, in file order.")
-    max_tokens: PositiveInt | None = Field(
-        None, description="Tokens in the graph: documents in file order while they fit."
-    )
-    batch_tokens: PositiveInt = Field(
-        4096, description="Padded tokens per forward at most (one window at least)."
-    )
-    keep_dense: bool = Field(False, description="Also write the residuals themselves.")
-    mantissa_bits: int = Field(
-        15, ge=7, le=23, description="Mantissa bits kept of a stored activation; 23 keeps float32 whole."
-    )
-
-
-class Graph(Section):
-    """The token-feature graph's statistics."""
-
-    rarefaction_m: PositiveInt = Field(
-        100, description="Occurrences at which the expected (rarefied) degree is computed."
-    )
-
-
-class DuckDb(Section):
-    """Resources of the table stage."""
-
-    memory_limit: str = Field(
-        "3GB",
-        pattern=r"^\d+(\.\d+)?\s?[KMGT]i?B$",
-        description="DuckDB spills above it; the process needs about 200 MB more.",
-    )
-    threads: int = Field(0, ge=0, description="0: all cores, as far as the memory goes.")
-    temp_directory: str | None = Field(None, description="Where DuckDB spills; default: a temporary folder.")
-
-
-class Dask(Section):
-    """Where tokenization (and, on a cluster, extraction) runs."""
-
-    scheduler: str = Field("", description="Address of a running scheduler; empty: a local cluster.")
-    workers: int = Field(
-        0, ge=0, description="Local worker processes; 0: one per core, at most one per file."
-    )
-
-
-class StorageSection(Section):
-    """Where everything is written."""
-
-    root: str = Field("runs/functok", min_length=1, description="A local path or s3://bucket/prefix.")
-    endpoint_url: str | None = Field(
-        None, description="S3 endpoint, if not AWS. Credentials come from the environment, never from here."
-    )
+__all__ = [
+    "Activations",
+    "Config",
+    "Consolidation",
+    "Corpus",
+    "Dask",
+    "DuckDb",
+    "FunctionTokens",
+    "Gate",
+    "Generations",
+    "Graph",
+    "Growth",
+    "Losses",
+    "Model",
+    "Pretraining",
+    "Revision",
+    "Sae",
+    "Section",
+    "Series",
+    "Shape",
+    "StorageSection",
+    "Train",
+    "Windows",
+    "load_config",
+]
 
 
 class Config(Section):
     """Everything a run depends on."""
 
     corpus: Corpus
-    model: Model
+    model: Model = Field(default_factory=lambda: Model(name=""), description="The model, and its tokenizer.")
     sae: list[Sae] = Field(default_factory=list, description="One entry a layer; none counts tokens only.")
     windows: Windows = Field(default_factory=Windows)
     function_tokens: FunctionTokens = Field(default_factory=FunctionTokens)
     activations: Activations = Field(default_factory=Activations)
     graph: Graph = Field(default_factory=Graph)
+    consolidation: Consolidation | None = Field(
+        None, description="Checkpoints of pre-training: losses by token group, and how features grow."
+    )
+    losses: Losses = Field(default_factory=Losses)
     duckdb: DuckDb = Field(default_factory=DuckDb)
     dask: Dask = Field(default_factory=Dask)
     storage: StorageSection = Field(default_factory=StorageSection)
@@ -209,23 +95,17 @@ class Config(Section):
             raise ValueError(
                 "corpus.keep_occurrences = false counts only: remove the sae entries, or keep them"
             )
+        if not self.model.name and (self.sae or not self._has_tokenizer()):
+            raise ValueError("model.name is missing: a directory, a hub id or a .gguf file")
+        if self.consolidation is not None:
+            self.consolidation.check_against(self.model, keeps_occurrences=self.corpus.keep_occurrences)
         return self
 
+    def _has_tokenizer(self) -> bool:
+        return bool(self.model.tokenizer) or (
+            self.consolidation is not None and self.consolidation.trains_tokenizer
+        )
 
-_SECTIONS: dict[str, type[Section]] = {
-    "corpus": Corpus,
-    "model": Model,
-    "sae": Sae,
-    "train": Train,
-    "gate": Gate,
-    "windows": Windows,
-    "function_tokens": FunctionTokens,
-    "activations": Activations,
-    "graph": Graph,
-    "duckdb": DuckDb,
-    "dask": Dask,
-    "storage": StorageSection,
-}
 
 Assignment = Annotated[str, "key.path=value"]
 
@@ -275,12 +155,20 @@ def _explain(error: ValidationError) -> str:
 def _message(item: Any) -> str:
     if item["type"] != "extra_forbidden":
         return str(item["msg"])
-    section: type[BaseModel] = Config
+    section: type[Section] = Config
     for part in item["loc"][:-1]:
-        section = _SECTIONS.get(part, section)
+        if part in section.model_fields:
+            section = _section_in(section.model_fields[part].annotation) or section
     near = difflib.get_close_matches(str(item["loc"][-1]), list(section.model_fields), n=1)
     meant = f"did you mean {near[0]}? " if near else ""
     return f"no such key; {meant}known: {', '.join(section.model_fields)}"
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    """The section that a field holds, itself, optional or in a list."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _section_in(part))), None)
 
 
 def _assign(values: dict[str, Any], assignment: Assignment) -> None:

@@ -5,8 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Stage = Literal["tokenize", "dictionaries", "features", "tables", "report"]
-STAGES: tuple[Stage, ...] = ("tokenize", "dictionaries", "features", "tables", "report")
+from schemas.sections import Model
+
+Stage = Literal[
+    "tokenize",
+    "dictionaries",
+    "features",
+    "checkpoints",
+    "losses",
+    "growth",
+    "generations",
+    "tables",
+    "report",
+]
+STAGES: tuple[Stage, ...] = (
+    "tokenize",
+    "dictionaries",
+    "features",
+    "checkpoints",
+    "losses",
+    "growth",
+    "generations",
+    "tables",
+    "report",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +124,82 @@ class FeatureShard:
     folder: str
     part: GraphShard
     n_activations: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """One checkpoint of a pre-training run, wherever it comes from.
+
+    Attributes:
+        series: Name of the run; the column `model` of the tables.
+        step: Optimizer step that it was saved at.
+        model: How `tasks.models` finds it: a folder of the storage, a local one, or a hub revision.
+        key: Content key of its weights (`tasks.models.model_key`).
+        layer: Block that the series' SAEs read; None where no SAE series is asked for.
+        tokens: Tokens that it was shown, where that is known.
+        parameters: Numbers in its weights, tied ones once, where that is known.
+    """
+
+    series: str
+    step: int
+    model: Model
+    key: str
+    layer: int | None = None
+    tokens: int | None = None
+    parameters: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldoutPart:
+    """Held-out documents of one token shard (`tasks.heldout`).
+
+    Attributes:
+        shard: The token shard.
+        documents: Their numbers inside the shard, ascending.
+        n_tokens: Tokens in them, special tokens not counted.
+    """
+
+    shard: TokenShard
+    documents: tuple[int, ...]
+    n_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossShard:
+    """One checkpoint's losses over one held-out part.
+
+    Its folder holds `document_losses.parquet` and, where kept, `token_losses.parquet`.
+    """
+
+    checkpoint: Checkpoint
+    part: HeldoutPart
+    folder: str
+    n_predictions: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrownSae:
+    """One checkpoint's SAE, judged on held-out text, and its graph.
+
+    Attributes:
+        checkpoint: The checkpoint.
+        dictionary: Its SAE.
+        folder: Folder of `learned.parquet`, one row of the table `learned_features` without model and step.
+        features: The checkpoint's graph, by the spine's own features stage.
+    """
+
+    checkpoint: Checkpoint
+    dictionary: Dictionary
+    folder: str
+    features: tuple[FeatureShard, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratedTexts:
+    """One checkpoint's continuations; its folder holds `generations.parquet`."""
+
+    checkpoint: Checkpoint
+    folder: str
 
 
 @dataclass(frozen=True, kw_only=True)

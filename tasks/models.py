@@ -27,6 +27,9 @@ from schemas.config import Config, Model
 from tasks.tokenizers import LoadedTokenizer, load_tokenizer
 
 CONVERSION_VERSION = 1
+IN_STORAGE = "storage:"
+"""Begins the name of a model that lies in a folder of the storage, named by content: `storage:checkpoints/<key>`."""
+
 _WEIGHT_SUFFIXES = (".json", ".safetensors")
 
 Residuals = Callable[[int, torch.Tensor], None]
@@ -229,8 +232,15 @@ def is_gguf(model: Model) -> bool:
 def _location(model: Model, storage: Storage) -> tuple[str]:
     if is_gguf(model):
         return (str(converted_gguf(model, storage)),)
+    if model.name.startswith(IN_STORAGE):
+        return (str(local_model_folder(model.name, storage)),)
     refuse_missing_folder(model.name, "model.name")
     return (model.name,)
+
+
+def local_model_folder(name: str, storage: Storage) -> Path:
+    """The local folder of a model or tokenizer that lies in the storage (`storage:<folder>`)."""
+    return storage.local_folder(name.removeprefix(IN_STORAGE))
 
 
 def refuse_missing_folder(name: str, key: str) -> None:
@@ -245,13 +255,15 @@ def refuse_missing_folder(name: str, key: str) -> None:
 
 
 def _revision(model: Model) -> dict[str, str]:
-    local = is_gguf(model) or Path(model.name).is_dir()
+    local = is_gguf(model) or model.name.startswith(IN_STORAGE) or Path(model.name).is_dir()
     return {"revision": model.revision} if model.revision and not local else {}
 
 
 def _weights_identity(model: Model, storage: Storage) -> str:
     if is_gguf(model):
         return f"gguf:{_gguf_hash(model)}:{CONVERSION_VERSION}"
+    if model.name.startswith(IN_STORAGE):
+        return model.name
     folder = Path(model.name)
     if folder.is_dir():
         return f"folder:{folder_hash(folder, _WEIGHT_SUFFIXES)}"

@@ -47,9 +47,11 @@ def load_tokenizer(model: Model, storage: Storage) -> LoadedTokenizer:
     """
     from transformers import AutoTokenizer
 
-    from tasks.models import converted_gguf, is_gguf, refuse_missing_folder
+    from tasks.models import IN_STORAGE, converted_gguf, is_gguf, local_model_folder, refuse_missing_folder
 
     name = model.tokenizer or (str(converted_gguf(model, storage)) if is_gguf(model) else model.name)
+    if name.startswith(IN_STORAGE):
+        name = str(local_model_folder(name, storage))
     revision = (
         {"revision": model.revision}
         if model.revision and not model.tokenizer and not Path(name).is_dir()

@@ -1,0 +1,122 @@
+"""Which documents are held out: by a hash of their tokens, so that a document and its copies are on one side.
+
+The hash does not depend on the corpus around a document, so files may come and go. Hashes are kept by token
+shard, 20 bytes a document: whoever asks again reads no token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from infra.errors import CorpusError
+from infra.manifest import Manifest, commit, content_key, load_all
+from infra.storage import Storage
+from schemas.config import Config
+from schemas.tables import SHARD_FILES
+from schemas.work import CorpusShards, GraphShard, HeldoutPart, TokenShard
+from tasks.windows import read_shard_tokens
+
+VERSION = 1
+_HASHES = 2**64
+
+
+def heldout_parts(
+    config: Config, storage: Storage, shards: CorpusShards, max_tokens: int | None
+) -> tuple[HeldoutPart, ...]:
+    """The held-out documents in file order, as far as `max_tokens` allows.
+
+    A document is in whole or not at all; the first one that would bring the total above `max_tokens` ends
+    them. A document without a token is in none.
+
+    Raises:
+        CorpusError: if no document is held out, or not a single one fits.
+    """
+    share = _share(config)
+    left = max_tokens
+    parts: list[HeldoutPart] = []
+    any_heldout = False
+    for shard, (hashes, lengths) in zip(shards.shards, _split(storage, shards.shards), strict=True):
+        (documents,) = np.nonzero(_is_heldout(hashes, share) & (lengths > 0))
+        any_heldout = any_heldout or len(documents) > 0
+        ends = np.cumsum(lengths[documents])
+        fitting = len(documents) if left is None else int((ends <= left).sum())
+        if fitting:
+            total = int(ends[fitting - 1])
+            parts.append(
+                HeldoutPart(shard=shard, documents=tuple(documents[:fitting].tolist()), n_tokens=total)
+            )
+            left = None if left is None else left - total
+        if fitting < len(documents):
+            break
+    if not any_heldout:
+        raise CorpusError(
+            f"no document of {shards.n_documents:,} is held out by consolidation.heldout_share = {share}",
+            hint="raise it, or give more documents",
+        )
+    if not parts:
+        raise CorpusError(
+            f"no held-out document fits into {max_tokens:,} tokens", hint="raise the max_tokens"
+        )
+    return tuple(parts)
+
+
+def heldout_documents(config: Config, storage: Storage, shard: TokenShard) -> npt.NDArray[np.bool_]:
+    """(n_documents,) whether each document of a shard is held out."""
+    return _is_heldout(_split(storage, [shard])[0][0], _share(config))
+
+
+def _share(config: Config) -> float:
+    assert config.consolidation is not None
+    return config.consolidation.heldout_share
+
+
+def _is_heldout(hashes: npt.NDArray[np.uint64], share: float) -> npt.NDArray[np.bool_]:
+    if share >= 1:
+        return np.ones(len(hashes), dtype=bool)
+    return hashes < np.uint64(int(share * _HASHES))
+
+
+def _split(
+    storage: Storage, shards: Sequence[TokenShard]
+) -> list[tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]]:
+    """Hash and length of every document of each shard, in order; hashed here where nobody has yet."""
+    folders = {
+        shard.folder: f"heldout/{content_key(version=VERSION, shard=shard.folder)}" for shard in shards
+    }
+    done = load_all(storage, folders.values())
+    found: dict[str, tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]] = {}
+    for shard in shards:
+        folder = folders[shard.folder]
+        if shard.folder in found:
+            continue
+        if folder not in done:
+            storage.write_parquet(f"{folder}/heldout.parquet", _hashed(storage, shard))
+            commit(storage, folder, Manifest(stage="heldout", inputs={"shard": shard.folder}))
+        table = storage.read_parquet(f"{folder}/heldout.parquet")
+        found[shard.folder] = (table["hash"].to_numpy(), table["n_tokens"].to_numpy())
+    return [found[shard.folder] for shard in shards]
+
+
+def _hashed(storage: Storage, shard: TokenShard) -> pa.Table:
+    part = GraphShard(shard=shard, n_documents=shard.n_documents, n_tokens=shard.n_tokens)
+    tokens = read_shard_tokens(storage, part)
+    starts = np.searchsorted(tokens.doc, np.arange(shard.n_documents + 1))
+    ids = np.ascontiguousarray(tokens.token_id, dtype="<i4")
+    hashes = [
+        int.from_bytes(hashlib.blake2b(ids[first:last].tobytes(), digest_size=8).digest(), "little")
+        for first, last in zip(starts[:-1], starts[1:], strict=True)
+    ]
+    lengths = np.bincount(tokens.doc[tokens.rows], minlength=shard.n_documents)
+    return pa.table(
+        [
+            np.arange(shard.n_documents, dtype=np.int32),
+            np.array(hashes, dtype=np.uint64),
+            lengths.astype(np.int64),
+        ],
+        schema=SHARD_FILES["heldout"],
+    )
