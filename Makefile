@@ -20,15 +20,16 @@ RUN_STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-for-tests
 SYSTEM_STAMP := $(VENV)/.system-packages
 
-.PHONY: help venv venv-tests system assets demo bench test lint format clean
+.PHONY: help venv venv-tests system assets demo demo-consolidation bench test lint format clean
 
 help:
 	@echo "make demo    environment, assets, and the whole pipeline on a real model and corpus"
+	@echo "make demo-consolidation   two models trained from scratch, and what their checkpoints learn (an hour)"
 	@echo "make test    everything the tests need, then the tests"
 	@echo "make bench   how fast, side by side: the table of bench/README.md (half an hour)"
 	@echo "make lint    ruff and strict mypy"
 	@echo "make venv    the environment alone, in $(VENV)"
-	@echo "make clean   remove the environment, caches, assets and the demo's run"
+	@echo "make clean   remove the environment, caches, assets and the demos' runs"
 
 venv: $(RUN_STAMP)
 
@@ -66,6 +67,9 @@ assets: $(RUN_STAMP)
 demo: assets
 	$(BIN)/functok run configs/demo.toml $(DEMO_OPTIONS)
 
+demo-consolidation: assets
+	$(BIN)/functok run configs/consolidation.toml $(DEMO_OPTIONS)
+
 bench: assets
 	$(BIN)/python -m bench.run_all
 
@@ -82,5 +86,5 @@ format: $(TEST_STAMP)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(ASSETS) runs/demo build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(ASSETS) runs/demo runs/consolidation build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

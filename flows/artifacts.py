@@ -10,7 +10,7 @@ from prefect.artifacts import create_link_artifact, create_table_artifact
 from infra.duck import CATALOG, connect, read_catalog
 from infra.storage import Storage
 from schemas.config import Config
-from schemas.work import CorpusShards, Dictionary, FeatureShard
+from schemas.work import Checkpoint, CorpusShards, Dictionary, FeatureShard, GrownSae
 
 COVERAGE_RANKS = 10
 """The ranks of PAPER 1.2's table."""
@@ -58,6 +58,34 @@ def show_features(features: Sequence[FeatureShard]) -> None:
     create_table_artifact(
         table=[rows[layer] for layer in sorted(rows)], key="features", description="Activated features"
     )
+
+
+def show_checkpoints(checkpoints: Sequence[Checkpoint]) -> None:
+    """A table of the checkpoints of every series."""
+    rows = [
+        {
+            "model": entry.series,
+            "step": entry.step,
+            "tokens": entry.tokens,
+            "parameters": entry.parameters,
+            "source": " ".join(part for part in (entry.model.name, entry.model.revision) if part),
+        }
+        for entry in checkpoints
+    ]
+    create_table_artifact(table=rows, key="checkpoints", description="The checkpoints of every series")
+
+
+def show_growth(storage: Storage, grown: Sequence[GrownSae]) -> None:
+    """A table of what each checkpoint's SAE has learned, with its quality beside the count."""
+    rows = [
+        {
+            "model": entry.checkpoint.series,
+            "step": entry.checkpoint.step,
+            **storage.read_parquet(f"{entry.folder}/learned.parquet").to_pylist()[0],
+        }
+        for entry in grown
+    ]
+    create_table_artifact(table=rows, key="learned-features", description="Learned features by checkpoint")
 
 
 def show_tables(config: Config, storage: Storage) -> None:

@@ -11,7 +11,7 @@ from schemas.config import Config
 from schemas.work import CorpusShards, Dictionary, FeatureShard
 
 
-@stage_flow("features", "features of {config.model.name}")
+@stage_flow("features", "features of {config.subject}")
 def features(config: Config) -> None:
     """Read the residual stream after each layer and encode it with that layer's dictionary.
 
@@ -20,7 +20,7 @@ def features(config: Config) -> None:
     """
     require_layers(config, "features")
     storage = open_storage(config)
-    shards = needed(finished_tokens(config, storage), "tokenize", storage)
+    config, shards = needed(finished_tokens(config, storage), "tokenize", storage)
     dictionaries = needed(finished_dictionaries(config, storage, shards), "dictionaries", storage)
     activated = extract_and_encode(config, storage, shards, dictionaries)
     check_activations(config, storage, activated, dictionaries)

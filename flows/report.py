@@ -1,4 +1,4 @@
-"""Stage 5: the report, from the published tables alone."""
+"""Stage 9: the report, from the published tables alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from infra.storage import Storage
 from schemas.config import Config
 
 
-@stage_flow("report", "report on {config.model.name}")
+@stage_flow("report", "report on {config.subject}")
 def report(config: Config) -> None:
     """Write `report.html`: the paper's figures and tables in one file.
 

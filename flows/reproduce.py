@@ -1,4 +1,4 @@
-"""The whole of PAPER 1.1 and 1.2: from a corpus and a model to the coverage table and its report."""
+"""The whole of PAPER 1.1, 1.2 and 1.4: from a corpus and models to the tables and their report."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ from collections.abc import Iterator
 from importlib import import_module
 from types import ModuleType
 
+from flows.checkpoints import checkpoints
 from flows.dictionaries import dictionaries
 from flows.features import features
+from flows.generations import generations
+from flows.growth import growth
+from flows.losses import losses
 from flows.report import report
 from flows.support import refuse_secrets, stage_flow, watching
 from flows.tables import tables
@@ -19,7 +23,7 @@ from schemas.config import Config
 from schemas.work import Stage
 
 
-@stage_flow("reproduce", "reproduce with {config.model.name}")
+@stage_flow("reproduce", "reproduce with {config.subject}")
 def reproduce(config: Config, only: Stage | None = None, start_from: Stage | None = None) -> None:
     """Run every stage that the configuration asks for; each does what is missing.
 
@@ -35,6 +39,14 @@ def reproduce(config: Config, only: Stage | None = None, start_from: Stage | Non
         dictionaries(config)
     if "features" in stages:
         features(config)
+    if "checkpoints" in stages:
+        checkpoints(config)
+    if "losses" in stages:
+        losses(config)
+    if "growth" in stages:
+        growth(config)
+    if "generations" in stages:
+        generations(config)
     if "tables" in stages:
         tables(config)
     if "report" in stages:
@@ -54,8 +66,8 @@ def stages_to_run(config: Config, only: Stage | None, start_from: Stage | None) 
     stages = stages_of(config, only, start_from)
     if not stages:
         raise ConfigError(
-            f"the stage {only or start_from} does not apply: the configuration has no sae entries",
-            hint="add [[sae]] entries, or run the stages tokenize, tables and report",
+            f"the stage {only or start_from} does not apply to this configuration",
+            hint=f"it has {', '.join(stages_of(config))}; [[sae]] gives a graph, [consolidation] checkpoints",
         )
     return stages
 
@@ -90,6 +102,10 @@ def imports(stages: tuple[Stage, ...]) -> Iterator[ModuleType]:
         "tokenize": ("transformers", "tasks.tokenization", "tasks.validation"),
         "dictionaries": ("torch", "tasks.dictionaries", "sae_lens"),
         "features": ("tasks.features",),
+        "checkpoints": ("tasks.checkpoints", "tasks.pretraining"),
+        "losses": ("tasks.losses",),
+        "growth": ("tasks.growth", "sae_lens"),
+        "generations": ("tasks.generations",),
         "tables": ("tasks.tables", "great_expectations"),
         "report": ("tasks.report",),
     }

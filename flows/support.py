@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from prefect import Flow, Task
 
-    from schemas.config import Config
+    from schemas.config import Config, Consolidation
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -72,7 +72,7 @@ def step(
 
     Args:
         stage: The stage that the step is part of.
-        what: A few words; `{layers}`, `{model}` and `{corpus}` are filled in from the configuration.
+        what: A few words; `{layers}`, `{model}`, `{series}` and `{corpus}` are filled in from the configuration.
         retries: Tries after the first one.
         first_delay: Seconds before the second try; each further wait is twice as long.
     """
@@ -104,7 +104,10 @@ def _run_name(stage: Stage, what: str) -> str:
     layers = ", ".join(str(entry.layer) for entry in config.sae)
     files = [url.rstrip("/").rsplit("/", 1)[-1] for url in config.corpus.urls]
     corpus = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
-    return f"{stage}: {what.format(layers=layers, model=config.model.name, corpus=corpus)}"
+    series = (
+        "" if config.consolidation is None else ", ".join(entry.name for entry in config.consolidation.series)
+    )
+    return f"{stage}: {what.format(layers=layers, model=config.subject, corpus=corpus, series=series)}"
 
 
 def open_storage(config: Config) -> Storage:
@@ -175,6 +178,21 @@ def require_layers(config: Config, stage: Stage) -> None:
             stage=stage,
             hint="add [[sae]] entries, or run the stages tokenize, tables and report",
         )
+
+
+def require_consolidation(config: Config, stage: Stage) -> Consolidation:
+    """The section `consolidation`.
+
+    Raises:
+        ConfigError: if the configuration has none.
+    """
+    if config.consolidation is None:
+        raise ConfigError(
+            "this configuration has no consolidation section, so there are no checkpoints",
+            stage=stage,
+            hint="configs/consolidation.toml shows one",
+        )
+    return config.consolidation
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Stage 4 (PAPER 1.1, 1.2): the tables, in SQL over the shards; checked, then published together."""
+"""Stage 8 (PAPER 1.1, 1.2, 1.4): the tables, in SQL over the shards; checked, then published together."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from schemas.config import Config
 from schemas.work import CorpusShards, Dictionary, FeatureShard
 
 
-@stage_flow("tables", "tables of {config.model.name}")
+@stage_flow("tables", "tables of {config.subject}")
 def tables(config: Config) -> None:
     """Build the tables from the shards, check them against each other, and publish them as one.
 
@@ -23,7 +23,7 @@ def tables(config: Config) -> None:
         config: The whole configuration; `function_tokens`, `graph` and `duckdb` matter here.
     """
     storage = open_storage(config)
-    shards = needed(finished_tokens(config, storage), "tokenize", storage)
+    config, shards = needed(finished_tokens(config, storage), "tokenize", storage)
     dictionaries = finished_dictionaries(config, storage, shards) if config.sae else None
     features = finished_features(config, storage, shards, dictionaries) if dictionaries else None
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from flows.artifacts import show_corpus
-from flows.support import open_storage, reported_progress, stage_flow, step
+from flows.support import needed, open_storage, reported_progress, stage_flow, step
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.work import CorpusShards
 
 
-@stage_flow("tokenize", "tokenize for {config.model.name}")
+@stage_flow("tokenize", "tokenize for {config.subject}")
 def tokenize(config: Config) -> None:
     """Tokenize what is missing of the corpus into shards with counts.
 
@@ -17,9 +17,22 @@ def tokenize(config: Config) -> None:
         config: The whole configuration; `corpus`, `model` (its tokenizer) and `dask` matter here.
     """
     storage = open_storage(config)
+    config = train_tokenizer(config, storage)
     shards = cut_and_count(config, storage)
     check_tokens(config, storage, shards)
     show_corpus(storage, shards)
+
+
+@step("tokenize", "tokenizer")
+def train_tokenizer(config: Config, storage: Storage) -> Config:
+    """Train the corpus' own tokenizer, where that is asked for; the configuration that names it."""
+    if config.consolidation is None or not config.consolidation.trains_tokenizer:
+        return config
+    from tasks import corpus_tokenizer
+
+    with reported_progress("tokenize") as progress:
+        corpus_tokenizer.train_tokenizer(config, storage, progress)
+    return needed(corpus_tokenizer.with_tokenizer(config, storage), "tokenize", storage)
 
 
 @step("tokenize", "{corpus}")
@@ -40,8 +53,13 @@ def check_tokens(config: Config, storage: Storage, shards: CorpusShards) -> None
 
 
 @step("tokenize", "look for tokens")
-def finished_tokens(config: Config, storage: Storage) -> CorpusShards | None:
-    """The tokenized corpus, for a later stage; None if any of it is missing."""
-    from tasks import tokenization
+def finished_tokens(config: Config, storage: Storage) -> tuple[Config, CorpusShards] | None:
+    """The tokenized corpus, for a later stage; None if any of it is missing.
 
-    return tokenization.find_corpus_shards(config, storage)
+    With it the configuration that names its tokenizer, where that was trained here.
+    """
+    from tasks import corpus_tokenizer, tokenization
+
+    resolved = corpus_tokenizer.with_tokenizer(config, storage)
+    shards = None if resolved is None else tokenization.find_corpus_shards(resolved, storage)
+    return None if resolved is None or shards is None else (resolved, shards)

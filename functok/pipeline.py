@@ -28,7 +28,10 @@ def run_pipeline(
     started = time.monotonic()
     stages = stages_of(config, only, start_from)
     if not stages:
-        raise FunctokError(f"stage {only or start_from} does not apply: the configuration has no sae entries")
+        raise FunctokError(
+            f"the stage {only or start_from} does not apply to this configuration",
+            hint=f"it has the stages {', '.join(stages_of(config))}",
+        )
     if is_up_to_date(plan_run(config, storage), stages):
         print("nothing to do: everything asked for is up to date")
     else:

@@ -101,6 +101,13 @@ class Config(Section):
             self.consolidation.check_against(self.model, keeps_occurrences=self.corpus.keep_occurrences)
         return self
 
+    @property
+    def subject(self) -> str:
+        """What a run is about, for its name: the model, or the series that are trained."""
+        if self.model.name or self.consolidation is None:
+            return self.model.name
+        return ", ".join(series.name for series in self.consolidation.series)
+
     def _has_tokenizer(self) -> bool:
         return bool(self.model.tokenizer) or (
             self.consolidation is not None and self.consolidation.trains_tokenizer

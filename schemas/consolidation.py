@@ -211,6 +211,15 @@ class Consolidation(Section):
             )
         if self.trains_here and self.train is None:
             raise ValueError("a series with a shape is trained here: give [consolidation.train]")
+        for series in self.series:
+            layer = (
+                None if self.growth is None else (self.growth.layer if series.layer is None else series.layer)
+            )
+            if series.shape is not None and layer is not None and layer >= series.shape.layers:
+                raise ValueError(
+                    f"series {series.name} has {series.shape.layers} blocks, so its SAEs cannot read layer {layer}: "
+                    "set its own `layer`, counted from 0"
+                )
         if self.trains_here and self.heldout_share >= 1:
             raise ValueError("heldout_share = 1 leaves nothing to train on")
         return self

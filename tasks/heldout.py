@@ -7,6 +7,7 @@ shard, 20 bytes a document: whoever asks again reads no token.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -109,7 +110,7 @@ def _hashed(storage: Storage, shard: TokenShard) -> pa.Table:
     ids = np.ascontiguousarray(tokens.token_id, dtype="<i4")
     hashes = [
         int.from_bytes(hashlib.blake2b(ids[first:last].tobytes(), digest_size=8).digest(), "little")
-        for first, last in zip(starts[:-1], starts[1:], strict=True)
+        for first, last in itertools.pairwise(starts)
     ]
     lengths = np.bincount(tokens.doc[tokens.rows], minlength=shard.n_documents)
     return pa.table(

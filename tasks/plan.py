@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.work import STAGES, CorpusShards, Dictionary, FeatureShard, Stage, StagePlan
+
+if TYPE_CHECKING:
+    from tasks.consolidation_tables import ConsolidationResults
 
 
 def stages_of(
     config: Config, only: Stage | None = None, start_from: Stage | None = None
 ) -> tuple[Stage, ...]:
     """The stages that a run walks through: all that apply, one, or one and those after it."""
-    applying = tuple(stage for stage in STAGES if config.sae or stage not in {"dictionaries", "features"})
+    from tasks.consolidation import consolidation_stages
+
+    graph: tuple[Stage, ...] = ("dictionaries", "features") if config.sae else ()
+    asked = {"tokenize", *graph, *consolidation_stages(config), "tables", "report"}
+    applying = tuple(stage for stage in STAGES if stage in asked)
     if only is not None:
         return tuple(stage for stage in applying if stage == only)
     if start_from is not None:
@@ -27,18 +35,35 @@ def plan_run(config: Config, storage: Storage) -> list[StagePlan]:
     Raises:
         FunctokError: if the configuration does not fit its model or corpus.
     """
+    from tasks.consolidation import plan_consolidation
+    from tasks.corpus_tokenizer import with_tokenizer
     from tasks.preflight import check_fit
 
     check_fit(config, storage)
     plans: list[StagePlan] = []
-    shards = _plan_tokenize(config, storage, plans)
+    resolved = with_tokenizer(config, storage)
+    if resolved is None:
+        reason = "the tokenizer is still to be trained on the corpus"
+        plans.append(StagePlan(stage="tokenize", done=0, missing=1, reason=reason))
+        shards = None
+    else:
+        config = resolved
+        shards = _plan_tokenize(config, storage, plans)
     dictionaries: list[Dictionary] | None = None
     features: list[FeatureShard] | None = None
     if config.sae:
         dictionaries = _plan_dictionaries(config, storage, shards, plans)
         features = _plan_features(config, storage, shards, dictionaries, plans)
-    is_ready = shards is not None and (not config.sae or features is not None)
-    _plan_tables(config, storage, shards if is_ready else None, features, dictionaries, plans)
+    results: ConsolidationResults | None = None
+    if config.consolidation is not None:
+        found, results = plan_consolidation(config, storage, shards)
+        plans += found
+    is_ready = (
+        shards is not None
+        and (not config.sae or features is not None)
+        and (config.consolidation is None or results is not None)
+    )
+    _plan_tables(config, storage, shards if is_ready else None, features, dictionaries, results, plans)
     return plans
 
 
@@ -136,6 +161,7 @@ def _plan_tables(
     shards: CorpusShards | None,
     features: list[FeatureShard] | None,
     dictionaries: list[Dictionary] | None,
+    results: ConsolidationResults | None,
     plans: list[StagePlan],
 ) -> None:
     from tasks.report import is_report_current
@@ -149,7 +175,7 @@ def _plan_tables(
             StagePlan(stage="report", done=0, missing=None, reason="known once the tables are there")
         )
         return
-    is_current = find_tables(config, storage, shards, features, dictionaries)
+    is_current = find_tables(config, storage, shards, features, dictionaries, results)
     reason = (
         "the published tables are current"
         if is_current

@@ -21,8 +21,9 @@ from tiny import save_tokenizer, texts, write_jsonl
 from infra.children import Children, require_free_port
 from infra.errors import ConfigError, FunctokError
 from infra.prefect_server import PROJECT, server_environment
+from schemas.work import STAGES
 
-FLOWS = {"reproduce", "tokenize", "dictionaries", "features", "tables", "report"}
+FLOWS = {"reproduce", *STAGES}
 
 
 def free_port() -> int:

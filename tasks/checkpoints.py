@@ -1,0 +1,188 @@
+"""Checkpoint series: one notion with two sources, trained here or public (PAPER 1.4).
+
+What this module returns names each checkpoint by series and step and says how `tasks.models` loads it; nothing
+after it can tell the sources apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from infra.errors import ConfigError, FunctokError
+from infra.progress import Progress, silent
+from infra.storage import Storage
+from schemas.config import Config, Consolidation, Model, Revision, Series
+from schemas.work import Checkpoint, CorpusShards
+from tasks.models import is_gguf, model_key
+
+_STEP_BY_NAME = re.compile(r"step[-_]?(\d+)")
+_LAST_NUMBER = re.compile(r"(\d+)$")
+
+
+def find_checkpoints(config: Config, storage: Storage, shards: CorpusShards) -> list[Checkpoint] | None:
+    """All checkpoints, series in the configuration's order, steps ascending; None if one is still to be trained.
+
+    Args:
+        config: The configuration, its tokenizer resolved (`tasks.corpus_tokenizer.with_tokenizer`).
+        storage: Where trained ones are.
+        shards: The tokenized corpus.
+
+    Raises:
+        ConfigError: if a series has no checkpoint, two at one step, or one whose step is unknown.
+        ModelError: if a public checkpoint cannot be found.
+    """
+    found = [_find_series(config, storage, shards, series) for series in consolidation_of(config).series]
+    if any(series is None for series in found):
+        return None
+    return [checkpoint for series in found for checkpoint in series or ()]
+
+
+def unfinished_series(config: Config, storage: Storage, shards: CorpusShards) -> list[str]:
+    """Names of the series that are still to be trained."""
+    return [
+        series.name
+        for series in consolidation_of(config).series
+        if _find_series(config, storage, shards, series) is None
+    ]
+
+
+def prepare_checkpoints(
+    config: Config, storage: Storage, shards: CorpusShards, progress: Progress = silent
+) -> list[Checkpoint]:
+    """Train what is missing of the series that are trained here, and find all others.
+
+    Raises:
+        ConfigError: as `find_checkpoints`.
+        FunctokError: if a training fails.
+        ModelError: if a public checkpoint cannot be found.
+    """
+    for series in consolidation_of(config).series:
+        if _find_series(config, storage, shards, series) is None:
+            from tasks.pretraining import train_series
+
+            train_series(config, storage, shards, series, progress)
+    found = find_checkpoints(config, storage, shards)
+    if found is None:
+        raise FunctokError("checkpoints vanished while they were made", stage="checkpoints", hint="run again")
+    return found
+
+
+def config_of(config: Config, checkpoint: Checkpoint) -> Config:
+    """The configuration under which the spine's functions read a checkpoint: its model, and no dictionary."""
+    return config.model_copy(update={"model": checkpoint.model, "sae": []})
+
+
+def consolidation_of(config: Config) -> Consolidation:
+    """The section `consolidation`.
+
+    Raises:
+        ConfigError: if the configuration has none.
+    """
+    if config.consolidation is None:
+        raise ConfigError(
+            "this configuration has no consolidation section",
+            hint="configs/consolidation.toml shows one",
+        )
+    return config.consolidation
+
+
+def _find_series(
+    config: Config, storage: Storage, shards: CorpusShards, series: Series
+) -> list[Checkpoint] | None:
+    if series.shape is not None:
+        from tasks.pretraining import find_trained
+
+        return find_trained(config, storage, shards, series)
+    found = _in_folder(config, series) if series.folder is not None else _revisions(config, series)
+    steps = [step for step, _ in found]
+    twice = sorted({step for step in steps if steps.count(step) > 1})
+    if twice:
+        raise ConfigError(f"series {series.name}: two checkpoints at step {twice[0]}", stage="checkpoints")
+    return [
+        Checkpoint(
+            series=series.name,
+            step=step,
+            model=model,
+            key=model_key(model, storage),
+            layer=layer_of(config, series),
+            parameters=_count_parameters(model.name),
+        )
+        for step, model in sorted(found, key=lambda pair: pair[0])
+    ]
+
+
+def layer_of(config: Config, series: Series) -> int | None:
+    """The block that the SAEs of a series read; None where no SAE series is asked for."""
+    growth = consolidation_of(config).growth
+    if growth is None:
+        return None
+    return growth.layer if series.layer is None else series.layer
+
+
+def _revisions(config: Config, series: Series) -> list[tuple[int, Model]]:
+    name = series.model or config.model.name
+    found = []
+    for entry in series.revisions or ():
+        revision, step = _named(entry, series)
+        found.append((step, _model(config, name, revision)))
+    return found
+
+
+def _named(entry: str | Revision, series: Series) -> tuple[str, int]:
+    if isinstance(entry, Revision):
+        return entry.revision, entry.step
+    match = _STEP_BY_NAME.search(entry) or _LAST_NUMBER.search(entry)
+    if match is None:
+        raise ConfigError(
+            f"series {series.name}: the revision {entry!r} does not say its step",
+            hint=f'give {{ revision = "{entry}", step = … }}',
+            stage="checkpoints",
+        )
+    return entry, int(match[1])
+
+
+def _in_folder(config: Config, series: Series) -> list[tuple[int, Model]]:
+    folder = Path(str(series.folder))
+    if not folder.is_dir():
+        raise ConfigError(
+            f"series {series.name}: there is no local folder {folder}",
+            hint="give the folder above its checkpoints' own",
+            stage="checkpoints",
+        )
+    found = [
+        (int(match[1]), _model(config, str(child), None))
+        for child in sorted(folder.iterdir())
+        if (child / "config.json").is_file() and (match := _LAST_NUMBER.search(child.name))
+    ]
+    if not found:
+        raise ConfigError(
+            f"series {series.name}: no subfolder of {folder} has a config.json and a name that ends in its step",
+            hint="for example step-1000/config.json and step-1000/model.safetensors",
+            stage="checkpoints",
+        )
+    return found
+
+
+def _model(config: Config, name: str, revision: str | None) -> Model:
+    own = config.model
+    # The corpus' own tokenizer, so that a checkpoint without one can be read; of a GGUF or a revision, its own.
+    shared = own.tokenizer or (own.name if own.name and not is_gguf(own) and not own.revision else None)
+    return own.model_copy(update={"name": name, "revision": revision, "tokenizer": shared})
+
+
+def _count_parameters(name: str) -> int | None:
+    """Numbers in the safetensors of a local folder, from their headers alone; None of any other place."""
+    from safetensors import safe_open
+
+    files: Sequence[Path] = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
+    total = 0
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - safe_open has no iterator
+                size = 1
+                for length in file.get_slice(key).get_shape():
+                    size *= length
+                total += size
+    return total or None

@@ -1,0 +1,126 @@
+"""What the checkpoint stages have made, gathered for the tables, and what of it is missing (PAPER 1.4)."""
+
+from __future__ import annotations
+
+from infra.storage import Storage
+from schemas.config import Config
+from schemas.work import Checkpoint, CorpusShards, Stage, StagePlan
+from tasks.checkpoints import consolidation_of, find_checkpoints, unfinished_series
+from tasks.consolidation_tables import ConsolidationResults
+
+
+def consolidation_stages(config: Config) -> tuple[Stage, ...]:
+    """The checkpoint stages that apply to a configuration, in order."""
+    section = config.consolidation
+    if section is None:
+        return ()
+    asked: list[Stage] = ["checkpoints", "losses"]
+    asked += ["growth"] * (section.growth is not None)
+    asked += ["generations"] * (section.generations is not None)
+    return tuple(asked)
+
+
+def find_results(config: Config, storage: Storage, shards: CorpusShards) -> ConsolidationResults | None:
+    """What the checkpoint stages have finished, or None if anything that is asked for is missing.
+
+    Args:
+        config: The configuration, its tokenizer resolved.
+        storage: Where everything is.
+        shards: The tokenized corpus.
+    """
+    checkpoints = find_checkpoints(config, storage, shards)
+    return None if checkpoints is None else _results(config, storage, shards, checkpoints, [])
+
+
+def plan_consolidation(
+    config: Config, storage: Storage, shards: CorpusShards | None
+) -> tuple[list[StagePlan], ConsolidationResults | None]:
+    """A `StagePlan` for each checkpoint stage that applies, and their results if all are finished."""
+    stages = consolidation_stages(config)
+    if shards is None:
+        unknown = "known once the corpus is tokenized"
+        return [StagePlan(stage=stage, done=0, missing=None, reason=unknown) for stage in stages], None
+    names = [series.name for series in consolidation_of(config).series]
+    untrained = unfinished_series(config, storage, shards)
+    plans = [
+        StagePlan(
+            stage="checkpoints",
+            done=len(names) - len(untrained),
+            missing=len(untrained),
+            reason="series are new, or what trains them changed"
+            if untrained
+            else "all checkpoints are there",
+            details=tuple(f"train {name}" for name in untrained),
+        )
+    ]
+    checkpoints = find_checkpoints(config, storage, shards)
+    if checkpoints is None:
+        unknown = "known once the checkpoints are there"
+        rest = [StagePlan(stage=stage, done=0, missing=None, reason=unknown) for stage in stages[1:]]
+        return plans + rest, None
+    return plans, _results(config, storage, shards, checkpoints, plans)
+
+
+def _results(
+    config: Config,
+    storage: Storage,
+    shards: CorpusShards,
+    checkpoints: list[Checkpoint],
+    plans: list[StagePlan],
+) -> ConsolidationResults | None:
+    """Find what is there, adding a plan of each stage after the first to `plans`."""
+    from tasks.generations import find_generations
+    from tasks.growth import find_growth, selected
+    from tasks.losses import find_losses, missing_losses
+    from tasks.pretraining import training_losses_file
+
+    section = consolidation_of(config)
+    losses = find_losses(config, storage, shards, checkpoints)
+    done, missing = missing_losses(config, storage, shards, checkpoints)
+    changed = "held-out documents or checkpoints are new, or how they are read changed"
+    plans.append(
+        StagePlan(
+            stage="losses",
+            done=done,
+            missing=len(missing),
+            reason=changed if missing else "all losses are there",
+            details=tuple(missing),
+        )
+    )
+    growth = find_growth(config, storage, shards, checkpoints) if section.growth else []
+    if section.growth:
+        n = len(selected(config, checkpoints))
+        plans.append(
+            StagePlan(
+                stage="growth",
+                done=0 if growth is None else n,
+                missing=n if growth is None else 0,
+                reason="an SAE, its judgement or its graph is missing"
+                if growth is None
+                else "all SAEs are there",
+            )
+        )
+    texts = find_generations(config, storage, checkpoints) if section.generations else []
+    if section.generations:
+        n = len(checkpoints)
+        plans.append(
+            StagePlan(
+                stage="generations",
+                done=0 if texts is None else n,
+                missing=n if texts is None else 0,
+                reason="texts of a checkpoint are missing" if texts is None else "all texts are there",
+            )
+        )
+    if losses is None or growth is None or texts is None:
+        return None
+    return ConsolidationResults(
+        checkpoints=tuple(checkpoints),
+        losses=tuple(losses),
+        growth=tuple(growth),
+        generations=tuple(texts),
+        training_losses={
+            series.name: training_losses_file(config, storage, shards, series)
+            for series in section.series
+            if series.shape is not None
+        },
+    )

@@ -1,0 +1,171 @@
+"""Checkpoint series: public ones in folders and by revision, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import N_LAYERS, save_model
+from transformers import AutoConfig
+
+from infra.errors import ConfigError, ModelError
+from infra.storage import Storage
+from schemas.config import Config
+from schemas.work import CorpusShards
+from tasks import models
+from tasks.checkpoints import config_of, find_checkpoints, prepare_checkpoints
+
+SHARDS = CorpusShards(shards=(), tokenizer_key="t", vocabulary="v")
+
+
+def _config(model: dict[str, Any], *series: dict[str, Any], **consolidation: Any) -> Config:
+    return Config.model_validate(
+        {
+            "corpus": {"urls": ["a.txt"]},
+            "model": model,
+            "consolidation": {"series": list(series), **consolidation},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def pythia(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pythia")
+    save_model(folder / "step1000", "gpt_neox", seed=1)
+    save_model(folder / "step-16", "gpt_neox", seed=0)
+    (folder / "notes").mkdir()
+    return folder
+
+
+def test_a_folder_of_checkpoints_in_the_order_of_their_steps(pythia: Path, tmp_path: Path) -> None:
+    growth = {"layer": 1, "train": {"d_sae": 8}}
+    config = _config(
+        {"tokenizer": str(pythia / "step-16")}, {"name": "a", "folder": str(pythia)}, growth=growth
+    )
+    storage = Storage(str(tmp_path))
+    found = find_checkpoints(config, storage, SHARDS)
+    assert found is not None
+    assert [(entry.series, entry.step, entry.layer) for entry in found] == [("a", 16, 1), ("a", 1000, 1)]
+    assert found[0].key != found[1].key
+    module = models.load_model(found[0].model, storage).module
+    head = found[0].parameters
+    assert head is not None
+    assert head > sum(parameter.numel() for parameter in module.parameters())
+    assert prepare_checkpoints(config, storage, SHARDS) == found
+    spine = config_of(config, found[1])
+    assert spine.model.name == str(pythia / "step1000")
+    assert spine.sae == []
+    assert spine.windows == config.windows
+
+
+def test_revisions_say_their_step_or_are_told_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+
+    def from_pretrained(name: str, revision: str | None = None, **_: Any) -> Any:
+        asked.append((name, revision))
+        config = AutoConfig.for_model("gpt_neox", num_hidden_layers=N_LAYERS)
+        config._commit_hash = f"commit-of-{revision}"
+        return config
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", from_pretrained)
+    config = _config(
+        {"name": "org/pythia"},
+        {
+            "name": "p",
+            "revisions": ["step512", "stage1-step1000-tokens5B", {"revision": "main", "step": 143000}],
+        },
+        {"name": "o", "model": "org/olmo", "revisions": ["step1-tokens0B"]},
+    )
+    found = find_checkpoints(config, Storage(str(tmp_path)), SHARDS)
+    assert found is not None
+    assert [(entry.series, entry.step, entry.model.name, entry.model.revision) for entry in found] == [
+        ("p", 512, "org/pythia", "step512"),
+        ("p", 1000, "org/pythia", "stage1-step1000-tokens5B"),
+        ("p", 143000, "org/pythia", "main"),
+        ("o", 1, "org/olmo", "step1-tokens0B"),
+    ]
+    assert {entry.model.tokenizer for entry in found} == {"org/pythia"}
+    assert ("org/olmo", "step1-tokens0B") in asked
+    assert len({entry.key for entry in found}) == 4
+
+
+@pytest.mark.parametrize(
+    ("series", "message"),
+    [
+        ({"revisions": ["main"]}, "'main' does not say its step"),
+        ({"revisions": ["step5", {"revision": "other", "step": 5}]}, "two checkpoints at step 5"),
+        ({"folder": "/nowhere/at/all"}, "no local folder"),
+        ({"folder": "."}, "no subfolder"),
+    ],
+)
+def test_a_series_that_cannot_be_ordered_is_refused(
+    series: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = _config({"name": "org/m"}, {"name": "a", **series})
+    with pytest.raises(ConfigError, match=message) as caught:
+        find_checkpoints(config, Storage(str(tmp_path)), SHARDS)
+    assert caught.value.message.startswith("series a")
+
+
+def test_a_revision_that_is_nowhere_is_named(tmp_path: Path) -> None:
+    config = _config({"name": "org/none"}, {"name": "a", "revisions": ["step7"]})
+    with pytest.raises(ModelError, match="org/none"):
+        find_checkpoints(config, Storage(str(tmp_path)), SHARDS)
+
+
+SHAPE = {"hidden_size": 16, "layers": 2, "heads": 2}
+TRAIN = {"tokens": 1000}
+
+
+@pytest.mark.parametrize(
+    ("model", "consolidation", "message"),
+    [
+        ({"name": "m"}, {"series": []}, "at least 1"),
+        ({"name": "m"}, {"series": [{"name": "a"}]}, "exactly one of shape, revisions and folder"),
+        ({"name": "m"}, {"series": [{"name": "a", "shape": SHAPE}]}, r"give \[consolidation.train\]"),
+        ({"name": "m"}, {"series": [{"name": "a", "folder": "x"}] * 2}, "a name of its own"),
+        ({}, {"series": [{"name": "a", "revisions": ["step1"]}], "train": TRAIN}, "model.name is missing"),
+        ({}, {"series": [{"name": "a", "shape": SHAPE}], "train": TRAIN}, "model.name is missing"),
+        ({"tokenizer": "t"}, {"series": [{"name": "a", "revisions": ["step1"]}]}, "revisions of which model"),
+        (
+            {"name": "m"},
+            {"series": [{"name": "a", "shape": SHAPE}], "train": {**TRAIN, "vocabulary_size": 400}},
+            "leave model.name and model.tokenizer out",
+        ),
+        (
+            {"name": "m"},
+            {"series": [{"name": "a", "shape": SHAPE}], "train": TRAIN, "heldout_share": 1},
+            "leaves nothing to train on",
+        ),
+        (
+            {"name": "m"},
+            {
+                "series": [{"name": "a", "shape": SHAPE}],
+                "train": TRAIN,
+                "growth": {"layer": 2, "train": {"d_sae": 8}},
+            },
+            "has 2 blocks, so its SAEs cannot read layer 2",
+        ),
+        ({"name": "m"}, {"series": [{"name": "a", "shape": {**SHAPE, "heads": 3}}]}, "multiple of heads"),
+    ],
+)
+def test_contradictions_are_refused(
+    model: dict[str, Any], consolidation: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        _config(model, *consolidation.pop("series"), **consolidation)
+
+
+def test_the_gate_of_an_sae_series_is_open_unless_it_is_given() -> None:
+    growth = {"layer": 0, "train": {"d_sae": 8}}
+    config = _config({"name": "m"}, {"name": "a", "folder": "x"}, growth=growth)
+    assert config.consolidation is not None
+    assert config.consolidation.growth is not None
+    assert config.consolidation.growth.train.gate.min_alive_share == 0
+    strict = {"layer": 0, "train": {"d_sae": 8, "gate": {"min_alive_share": 0.5}}}
+    config = _config({"name": "m"}, {"name": "a", "folder": "x"}, growth=strict)
+    assert config.consolidation is not None
+    assert config.consolidation.growth is not None
+    assert config.consolidation.growth.train.gate.min_alive_share == 0.5
