@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
 
 from infra.cluster import extraction_client
 from infra.errors import FunctokError
@@ -26,7 +25,7 @@ from schemas.tables import SHARD_FILES
 from schemas.work import CorpusShards, Dictionary, FeatureShard, GraphShard
 from tasks.extraction import LayerFeatures, compute_features, forget_loaded
 from tasks.graph import graph_shards
-from tasks.models import choose_device, model_key
+from tasks.models import model_key, usable_devices
 from tasks.residuals import forward_key, part_key, write_residuals
 from tasks.windows import ShardTokens
 
@@ -132,7 +131,9 @@ def extract_features(
     seen = 0
     if missing:
         progress(0, total, "tokens, features")
-        with extraction_client(config.dask, n_devices=_n_devices(config), n_parts=len(missing)) as client:
+        with extraction_client(
+            config.dask, n_devices=usable_devices(config.model), n_parts=len(missing)
+        ) as client:
             groups = list(missing.values())
             made = (
                 _make_here(config, storage, groups)
@@ -147,13 +148,6 @@ def extract_features(
     if found is None:
         raise FunctokError("feature shards vanished while they were made", stage="features", hint="run again")
     return found
-
-
-def _n_devices(config: Config) -> int:
-    is_any_cuda = (
-        config.model.device in {"auto", "cuda"} and choose_device(config.model.device).type == "cuda"
-    )
-    return torch.cuda.device_count() if is_any_cuda else 1
 
 
 def _make_here(config: Config, storage: Storage, groups: list[list[_Unit]]) -> Iterator[GraphShard]:

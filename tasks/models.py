@@ -7,30 +7,31 @@ way, `output_hidden_states`, gives the last block's output *after* the final nor
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from infra.cluster import available_cores
 from infra.errors import ModelError
-from infra.hashing import file_hash, folder_hash
-from infra.manifest import Manifest, commit, content_key, load
+from infra.manifest import content_key
 from infra.storage import Storage
 from schemas.config import Config, Model
+from tasks.model_files import (
+    IN_STORAGE,
+    converted_gguf,
+    explained,
+    is_gguf,
+    load_config_of,
+    local_model_folder,
+    location,
+    refuse_missing_folder,
+    revision,
+    weights_identity,
+)
 from tasks.tokenizers import LoadedTokenizer, load_tokenizer
-
-CONVERSION_VERSION = 1
-IN_STORAGE = "storage:"
-"""Begins the name of a model that lies in a folder of the storage, named by content: `storage:checkpoints/<key>`."""
-
-_WEIGHT_SUFFIXES = (".json", ".safetensors")
 
 Residuals = Callable[[int, torch.Tensor], None]
 """Called by a forward as `receive(layer, hidden)`, hidden of shape (batch, padded length, d_model)."""
@@ -126,13 +127,13 @@ def choose_device(name: str) -> torch.device:
 
 def model_dimensions(model: Model, storage: Storage) -> tuple[int, int]:
     """(d_model, number of decoder blocks), from the model's configuration alone."""
-    config = _text_config(load_config_of(model, storage))
+    config = text_config(load_config_of(model, storage))
     return int(config.hidden_size), int(config.num_hidden_layers)
 
 
 def context_length(model: Model, storage: Storage) -> int | None:
     """Positions that the model was built for; None where its configuration says nothing."""
-    positions = getattr(_text_config(load_config_of(model, storage)), "max_position_embeddings", None)
+    positions = getattr(text_config(load_config_of(model, storage)), "max_position_embeddings", None)
     return None if positions is None else int(positions)
 
 
@@ -150,21 +151,9 @@ def check_windows(config: Config, positions: int | None) -> None:
         )
 
 
-def load_config_of(model: Model, storage: Storage) -> Any:
-    """The transformers configuration of a model.
-
-    Raises:
-        ModelError: if there is none at that name.
-    """
-    from transformers import AutoConfig
-
-    with _explained(model):
-        return AutoConfig.from_pretrained(*_location(model, storage), **_revision(model))
-
-
 def model_key(model: Model, storage: Storage) -> str:
     """Content key of weights, configuration, and the dtype they run in (see `resolve_dtype`)."""
-    return content_key(weights=_weights_identity(model, storage), dtype=str(resolve_dtype(model, storage)))
+    return content_key(weights=weights_identity(model, storage), dtype=str(resolve_dtype(model, storage)))
 
 
 def resolve_dtype(model: Model, storage: Storage) -> torch.dtype:
@@ -186,22 +175,16 @@ def load_model(model: Model, storage: Storage) -> LoadedModel:
         ModelError: if it cannot be loaded or has no recognizable decoder blocks.
     """
     from transformers import AutoModel
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
-    device, dtype = choose_device(model.device), resolve_dtype(model, storage)
-    if device.type == "cpu":
-        # Products split over another number of threads round differently, and Dask gives its workers one:
-        # without this, features at the threshold would depend on who computed them.
-        torch.set_num_threads(model.threads or available_cores())
-    with _explained(model):
-        module = AutoModel.from_pretrained(*_location(model, storage), **_revision(model), dtype=dtype)
+    device, dtype = prepared_device(model), resolve_dtype(model, storage)
+    with explained(model):
+        module = AutoModel.from_pretrained(location(model, storage), **revision(model), dtype=dtype)
     module.eval().requires_grad_(False)
     module.to(device)
-    config = _text_config(module.config)
+    config = text_config(module.config)
     return LoadedModel(
         module=module,
-        blocks=_decoder_blocks(module, int(config.num_hidden_layers), model.name),
+        blocks=decoder_blocks(module, int(config.num_hidden_layers), model.name),
         d_model=int(config.hidden_size),
         device=device,
         dtype=dtype,
@@ -210,7 +193,35 @@ def load_model(model: Model, storage: Storage) -> LoadedModel:
     )
 
 
-def _decoder_blocks(module: Any, n_layers: int, name: str) -> torch.nn.ModuleList:
+def prepared_device(model: Model) -> torch.device:
+    """The model's device, with the process set up for it: threads on a CPU, no progress bars of transformers.
+
+    Raises:
+        ModelError: if a device is asked for that is not there.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    device = choose_device(model.device)
+    if device.type == "cpu":
+        # Products split over another number of threads round differently, and Dask gives its workers one:
+        # without this, features at the threshold would depend on who computed them.
+        torch.set_num_threads(model.threads or available_cores())
+    return device
+
+
+def usable_devices(model: Model) -> int:
+    """Devices that can hold a copy of the model each: all GPUs, unless one is named; else one."""
+    is_any_cuda = model.device in {"auto", "cuda"} and choose_device(model.device).type == "cuda"
+    return torch.cuda.device_count() if is_any_cuda else 1
+
+
+def decoder_blocks(module: Any, n_layers: int, name: str) -> torch.nn.ModuleList:
+    """The list of decoder blocks inside a transformers model.
+
+    Raises:
+        ModelError: if there is none of that length.
+    """
     for _, child in module.named_modules():
         if isinstance(child, torch.nn.ModuleList) and len(child) == n_layers:
             return child
@@ -220,107 +231,31 @@ def _decoder_blocks(module: Any, n_layers: int, name: str) -> torch.nn.ModuleLis
     )
 
 
-def _text_config(config: Any) -> Any:
+def text_config(config: Any) -> Any:
+    """The configuration of a model's text decoder, which may be the whole."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def is_gguf(model: Model) -> bool:
-    """Whether the model is a GGUF file."""
-    return model.name.lower().endswith(".gguf")
-
-
-def _location(model: Model, storage: Storage) -> tuple[str]:
-    if is_gguf(model):
-        return (str(converted_gguf(model, storage)),)
-    if model.name.startswith(IN_STORAGE):
-        return (str(local_model_folder(model.name, storage)),)
-    refuse_missing_folder(model.name, "model.name")
-    return (model.name,)
-
-
-def local_model_folder(name: str, storage: Storage) -> Path:
-    """The local folder of a model or tokenizer that lies in the storage (`storage:<folder>`)."""
-    return storage.local_folder(name.removeprefix(IN_STORAGE))
-
-
-def refuse_missing_folder(name: str, key: str) -> None:
-    """Whether a name that can only be a path leads somewhere; a hub would be asked in vain, and for long.
-
-    Raises:
-        ModelError: if it does not.
-    """
-    is_path = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
-    if is_path and not Path(name).is_dir():
-        raise ModelError(f"{key} = {name}: no such directory", hint="check the path, or give a hub id")
-
-
-def _revision(model: Model) -> dict[str, str]:
-    local = is_gguf(model) or model.name.startswith(IN_STORAGE) or Path(model.name).is_dir()
-    return {"revision": model.revision} if model.revision and not local else {}
-
-
-def _weights_identity(model: Model, storage: Storage) -> str:
-    if is_gguf(model):
-        return f"gguf:{_gguf_hash(model)}:{CONVERSION_VERSION}"
-    if model.name.startswith(IN_STORAGE):
-        return model.name
-    folder = Path(model.name)
-    if folder.is_dir():
-        return f"folder:{folder_hash(folder, _WEIGHT_SUFFIXES)}"
-    commit_hash = getattr(load_config_of(model, storage), "_commit_hash", None)
-    if not commit_hash:
-        raise ModelError(
-            f"model {model.name}: its hub commit is unknown", hint="name a local directory instead"
-        )
-    return f"hub:{model.name}:{commit_hash}"
-
-
-def _gguf_hash(model: Model) -> str:
-    path = Path(model.name)
-    if not path.is_file():
-        raise ModelError(f"model.name = {model.name}: no such file", hint="`make assets` fetches the demo's")
-    return file_hash(path)
-
-
-def converted_gguf(model: Model, storage: Storage) -> Path:
-    """The folder with a GGUF model and its tokenizer in Hugging Face format, converted at the first call."""
-    key = content_key(gguf=_gguf_hash(model), version=CONVERSION_VERSION)
-    folder = f"models/{key}"
-    if load(storage, folder) is None:
-        with tempfile.TemporaryDirectory() as aside, _explained(model):
-            _convert(Path(model.name), Path(aside))
-            storage.delete(folder)
-            storage.upload(Path(aside), folder)
-        commit(storage, folder, Manifest(stage="model", inputs={"gguf": Path(model.name).name, "key": key}))
-    return storage.local_folder(folder)
-
-
-def _convert(source: Path, target: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    location = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
-    tokenizer = AutoTokenizer.from_pretrained(**location)
-    module = AutoModelForCausalLM.from_pretrained(**location, dtype=torch.float32)
-    # A model that remembers being quantized refuses to be saved.
-    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
-        if hasattr(module, name):
-            delattr(module, name)
-    if hasattr(module.config, "quantization_config"):
-        del module.config.quantization_config
-    module.save_pretrained(target, safe_serialization=True)
-    tokenizer.save_pretrained(target)
-
-
-@contextmanager
-def _explained(model: Model) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, KeyError, json.JSONDecodeError, shutil.Error) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"cannot load model.name = {model.name}: {first_line}",
-            hint="give a directory with config.json and safetensors, a hub id, or a .gguf file",
-        ) from error
-
-
-__all__ = ["LoadedModel", "LoadedTokenizer", "load_model", "load_tokenizer", "model_dimensions", "model_key"]
+__all__ = [
+    "IN_STORAGE",
+    "LoadedModel",
+    "LoadedTokenizer",
+    "Residuals",
+    "check_windows",
+    "choose_device",
+    "context_length",
+    "converted_gguf",
+    "decoder_blocks",
+    "is_gguf",
+    "load_config_of",
+    "load_model",
+    "load_tokenizer",
+    "local_model_folder",
+    "model_dimensions",
+    "model_key",
+    "prepared_device",
+    "refuse_missing_folder",
+    "resolve_dtype",
+    "text_config",
+    "usable_devices",
+]

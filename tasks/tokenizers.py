@@ -12,6 +12,13 @@ from infra.errors import ModelError
 from infra.manifest import content_key
 from infra.storage import Storage
 from schemas.config import Model
+from tasks.model_files import (
+    IN_STORAGE,
+    converted_gguf,
+    is_gguf,
+    local_model_folder,
+    refuse_missing_folder,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +53,6 @@ def load_tokenizer(model: Model, storage: Storage) -> LoadedTokenizer:
         ModelError: if there is none, or it is not a fast one.
     """
     from transformers import AutoTokenizer
-
-    from tasks.models import IN_STORAGE, converted_gguf, is_gguf, local_model_folder, refuse_missing_folder
 
     name = model.tokenizer or (str(converted_gguf(model, storage)) if is_gguf(model) else model.name)
     if name.startswith(IN_STORAGE):

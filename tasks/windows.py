@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from infra.storage import Storage
-from schemas.work import GraphShard
+from schemas.work import GraphShard, HeldoutPart
 
 Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
@@ -70,6 +70,19 @@ def read_shard_tokens(storage: Storage, part: GraphShard) -> ShardTokens:
     order = order[doc[order] < part.n_documents]
     return ShardTokens(
         doc=doc[order], position=position[order], token_id=token_id[order], is_special=is_special[order]
+    )
+
+
+def read_heldout_tokens(storage: Storage, part: HeldoutPart) -> ShardTokens:
+    """The tokens of a part's held-out documents, numbered as in their shard."""
+    whole = GraphShard(shard=part.shard, n_documents=part.shard.n_documents, n_tokens=part.shard.n_tokens)
+    tokens = read_shard_tokens(storage, whole)
+    kept = np.isin(tokens.doc, np.array(part.documents, dtype=np.int32))
+    return ShardTokens(
+        doc=tokens.doc[kept],
+        position=tokens.position[kept],
+        token_id=tokens.token_id[kept],
+        is_special=tokens.is_special[kept],
     )
 
 

@@ -70,6 +70,16 @@ def test_extraction(data: Path) -> None:
     assert report["flops"]["up_to_deepest"] < report["flops"]["whole"]
 
 
+def test_losses(data: Path) -> None:
+    report = run_bench(
+        "losses",
+        *("--model", str(data / "model"), "--corpus", str(data / "corpus.jsonl"), "--rounds", "1"),
+        *("--tokens", "1500", "--context-size", "64"),
+    )
+    assert [figure.get("target") for figure in report["figures"]] == ["≥ 0.9", None]
+    assert 0 < report["input"]["predictions"] < report["input"]["tokens"] <= 1500
+
+
 def test_programs_of_the_overhead_bench_fail_loudly(tmp_path: Path) -> None:
     program = Program(tmp_path)
     program.fresh()

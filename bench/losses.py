@@ -1,0 +1,160 @@
+"""Losses of held-out documents against a bare loop of forward and cross-entropy that writes nothing.
+
+All sides see the same windows in the same padded batches, with the same weights, threads and dtype, and the model
+and tokenizer are loaded before the clock starts.
+
+- `ours`: `compute_losses` on finished token shards: reading the shards, batches, the decoder, the head in
+  chunks over the predictions that count, ordering, Parquet, manifests.
+- `bare_loop`: `module(input_ids).logits` whole and `cross_entropy` over batches made beforehand, padding included; the
+  losses are dropped.
+- `bare_forward`: the same without the cross-entropy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from typing import Any
+
+import torch
+
+from bench.common import Side, alternate, emit, figure, parser_with_data, ratio, say, spread
+from infra.storage import Storage
+from schemas.config import Config
+from schemas.work import LossShard
+
+
+def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
+    """Compare on the first `arguments.tokens` tokens of a corpus; everything is written under `root`."""
+    from schemas.work import Checkpoint
+    from tasks import losses
+    from tasks.checkpoint_jobs import open_checkpoint
+    from tasks.heldout import heldout_parts
+    from tasks.models import model_key
+    from tasks.residuals import shard_batches
+    from tasks.tokenization import tokenize_corpus
+    from tasks.windows import read_heldout_tokens
+
+    storage = Storage(root)
+    config = _config(arguments, root)
+    say("tokenizing, and converting the model where needed")
+    shards = tokenize_corpus(config, storage)
+    checkpoint = Checkpoint(series="bench", step=0, model=config.model, key=model_key(config.model, storage))
+    model, tokenizer = open_checkpoint(config, storage, checkpoint)
+    plan = [
+        batch
+        for part in heldout_parts(config, storage, shards, None)
+        for batch in shard_batches(config, read_heldout_tokens(storage, part), tokenizer)
+    ]
+    inputs = [torch.from_numpy(batch.input_ids).to(model.device) for batch in plan]
+    counted = [torch.from_numpy((batch.token[:, :-1] >= 0) & (batch.token[:, 1:] >= 0)) for batch in plan]
+    # Loading is no part of what is compared.
+    losses.open_checkpoint = lambda *_: (model, tokenizer)
+    made: list[list[LossShard]] = []
+    sums: list[float] = []
+
+    def ours() -> None:
+        made.append(losses.compute_losses(config, storage, shards, [checkpoint]))
+
+    @torch.inference_mode()
+    def bare() -> None:
+        total = 0.0
+        for ids, real in zip(inputs, counted, strict=True):
+            logits = model.module(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            found = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+            )
+            total += float(found.view(real.shape).cpu()[real].double().sum())
+        sums.append(total)
+
+    @torch.inference_mode()
+    def forward() -> None:
+        for ids in inputs:
+            model.module(input_ids=ids, use_cache=False)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    sides = [
+        Side(name="ours", run=ours, prepare=lambda: storage.delete("losses")),
+        Side(name="bare_loop", run=bare),
+        Side(name="bare_forward", run=forward),
+    ]
+    say("warming up")
+    forward()
+    cpu: dict[str, list[float]] = {}
+    seconds = alternate(sides, arguments.rounds, cpu)
+    _check_same(storage, made[-1], sums[-1])
+    n_tokens = sum(shard.part.n_tokens for shard in made[-1])
+    return {
+        "figures": [
+            figure(
+                "losses: speed over a bare loop of forward and cross-entropy that writes nothing",
+                ratio(seconds["bare_loop"], seconds["ours"]),
+                "≥",
+                0.9,
+            ),
+            figure(
+                "losses: speed over a bare forward whose logits are dropped",
+                ratio(seconds["bare_forward"], seconds["ours"]),
+            ),
+        ],
+        "seconds": {name: spread(values) for name, values in seconds.items()},
+        "cpu_seconds": {name: spread(values) for name, values in cpu.items()},
+        "tokens_per_second": {
+            name: round(n_tokens / spread(values)["median"]) for name, values in seconds.items()
+        },
+        "input": {
+            "tokens": n_tokens,
+            "predictions": sum(shard.n_predictions for shard in made[-1]),
+            "padded_tokens": sum(ids.numel() for ids in inputs),
+            "batches": len(inputs),
+            "context_size": config.windows.context_size,
+            "vocabulary": model.vocabulary,
+            "device": str(model.device),
+            "dtype": str(model.dtype),
+            "threads": torch.get_num_threads(),
+        },
+        "limits": "the matrix products of decoder and head, and the softmax over the vocabulary, a row a prediction",
+    }
+
+
+def _config(arguments: argparse.Namespace, root: str) -> Config:
+    return Config.model_validate(
+        {
+            "corpus": {
+                "urls": [arguments.corpus],
+                "text_field": arguments.text_field,
+                "max_tokens": arguments.tokens,
+            },
+            "model": {"name": arguments.model},
+            "windows": {"context_size": arguments.context_size},
+            # Every document is held out; the series is given to the stage as it is.
+            "consolidation": {"heldout_share": 1.0, "series": [{"name": "bench", "folder": root}]},
+            "losses": {"max_tokens": None},
+            "storage": {"root": root},
+            "dask": {"workers": 1},
+        }
+    )
+
+
+def _check_same(storage: Storage, made: list[LossShard], total: float) -> None:
+    """Make sure that both sides find the same losses; what differs must not be compared."""
+    found = [
+        storage.read_parquet(f"{shard.folder}/token_losses.parquet")["loss"].to_numpy() for shard in made
+    ]
+    ours, n = sum(float(part.astype("float64").sum()) for part in found), sum(map(len, found))
+    if not abs(ours - total) <= 1e-3 * n:
+        raise SystemExit(f"the mean loss is {ours / n:.5f} here and {total / n:.5f} in the bare loop")
+
+
+def main() -> None:
+    """Command line."""
+    arguments = parser_with_data("losses", __doc__)
+    arguments.add_argument("--tokens", type=int, default=6000, help="corpus tokens at most")
+    arguments.add_argument("--context-size", type=int, default=1024, help="tokens a window, BOS included")
+    with tempfile.TemporaryDirectory(prefix="functok-bench-") as root:
+        emit("losses", measure(arguments.parse_args(), root))
+
+
+if __name__ == "__main__":
+    main()

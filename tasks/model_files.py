@@ -1,0 +1,149 @@
+"""Where a model's files are, and what identifies them: a local folder, a hub id, the storage, or a GGUF file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from infra.errors import ModelError
+from infra.hashing import file_hash, folder_hash
+from infra.manifest import Manifest, commit, content_key, load
+from infra.storage import Storage
+from schemas.config import Model
+
+CONVERSION_VERSION = 1
+IN_STORAGE = "storage:"
+"""Begins the name of a model that lies in a folder of the storage, named by content: `storage:checkpoints/<key>`."""
+
+_WEIGHT_SUFFIXES = (".json", ".safetensors")
+
+
+def location(model: Model, storage: Storage) -> str:
+    """What transformers calls `pretrained_model_name_or_path`: a local folder or a hub id.
+
+    A GGUF file is converted at the first call.
+
+    Raises:
+        ModelError: if the name can only be a path and leads nowhere.
+    """
+    if is_gguf(model):
+        return str(converted_gguf(model, storage))
+    if model.name.startswith(IN_STORAGE):
+        return str(local_model_folder(model.name, storage))
+    refuse_missing_folder(model.name, "model.name")
+    return model.name
+
+
+def revision(model: Model) -> dict[str, str]:
+    """The keyword `revision` for transformers, where the model is on a hub and has one."""
+    local = is_gguf(model) or model.name.startswith(IN_STORAGE) or Path(model.name).is_dir()
+    return {"revision": model.revision} if model.revision and not local else {}
+
+
+def local_model_folder(name: str, storage: Storage) -> Path:
+    """The local folder of a model or tokenizer that lies in the storage (`storage:<folder>`)."""
+    return storage.local_folder(name.removeprefix(IN_STORAGE))
+
+
+def refuse_missing_folder(name: str, key: str) -> None:
+    """Whether a name that can only be a path leads somewhere; a hub would be asked in vain, and for long.
+
+    Raises:
+        ModelError: if it does not.
+    """
+    is_path = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
+    if is_path and not Path(name).is_dir():
+        raise ModelError(f"{key} = {name}: no such directory", hint="check the path, or give a hub id")
+
+
+def load_config_of(model: Model, storage: Storage) -> Any:
+    """The transformers configuration of a model.
+
+    Raises:
+        ModelError: if there is none at that name.
+    """
+    from transformers import AutoConfig
+
+    with explained(model):
+        return AutoConfig.from_pretrained(location(model, storage), **revision(model))
+
+
+def weights_identity(model: Model, storage: Storage) -> str:
+    """What changes with the content of weights and configuration.
+
+    Raises:
+        ModelError: if the model is on a hub that does not say its commit.
+    """
+    if is_gguf(model):
+        return f"gguf:{_gguf_hash(model)}:{CONVERSION_VERSION}"
+    if model.name.startswith(IN_STORAGE):
+        return model.name
+    folder = Path(model.name)
+    if folder.is_dir():
+        return f"folder:{folder_hash(folder, _WEIGHT_SUFFIXES)}"
+    commit_hash = getattr(load_config_of(model, storage), "_commit_hash", None)
+    if not commit_hash:
+        raise ModelError(
+            f"model {model.name}: its hub commit is unknown", hint="name a local directory instead"
+        )
+    return f"hub:{model.name}:{commit_hash}"
+
+
+def is_gguf(model: Model) -> bool:
+    """Whether the model is a GGUF file."""
+    return model.name.lower().endswith(".gguf")
+
+
+def converted_gguf(model: Model, storage: Storage) -> Path:
+    """The folder with a GGUF model and its tokenizer in Hugging Face format, converted at the first call."""
+    key = content_key(gguf=_gguf_hash(model), version=CONVERSION_VERSION)
+    folder = f"models/{key}"
+    if load(storage, folder) is None:
+        with tempfile.TemporaryDirectory() as aside, explained(model):
+            _convert(Path(model.name), Path(aside))
+            storage.delete(folder)
+            storage.upload(Path(aside), folder)
+        commit(storage, folder, Manifest(stage="model", inputs={"gguf": Path(model.name).name, "key": key}))
+    return storage.local_folder(folder)
+
+
+def _gguf_hash(model: Model) -> str:
+    path = Path(model.name)
+    if not path.is_file():
+        raise ModelError(f"model.name = {model.name}: no such file", hint="`make assets` fetches the demo's")
+    return file_hash(path)
+
+
+def _convert(source: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    tokenizer = AutoTokenizer.from_pretrained(**place)
+    module = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+    # A model that remembers being quantized refuses to be saved.
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if hasattr(module, name):
+            delattr(module, name)
+    if hasattr(module.config, "quantization_config"):
+        del module.config.quantization_config
+    module.save_pretrained(target, safe_serialization=True)
+    tokenizer.save_pretrained(target)
+
+
+@contextmanager
+def explained(model: Model) -> Iterator[None]:
+    """Turn what transformers raises while it loads a model into a `ModelError` that names it."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, json.JSONDecodeError, shutil.Error) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"cannot load model.name = {model.name}: {first_line}",
+            hint="give a directory with config.json and safetensors, a hub id, or a .gguf file",
+        ) from error
