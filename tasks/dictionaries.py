@@ -5,8 +5,9 @@ content, so that workers load from one place, the network is asked once, and a c
 
 - registry: (release, sae_id, SAELens version); SAELens downloads and converts, `save_model` writes;
 - disk: the content of both files, copied byte for byte; nothing pickled is ever opened;
-- trained here: (residual shards, training section but its gate, layer, SAELens version, code version). The gate
-  is asked at every use, so that another gate trains nothing again.
+- trained here: (residual shards, training section but its gate, content of the SAE that it starts from, what
+  consolidation leaves out, layer, SAELens version, code version). The gate is asked at every use, so that another
+  gate trains nothing again.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from infra.progress import Progress, silent
 from infra.storage import Storage
 from schemas.config import Config, Sae, Train
 from schemas.work import CorpusShards, Dictionary, GraphShard
-from tasks import dictionary_training
+from tasks import dictionary_training, heldout
 from tasks.dictionary_checks import (
     Facts,
     check_facts,
@@ -37,7 +38,9 @@ from tasks.dictionary_checks import (
     source_of,
     warn_of_differences,
 )
+from tasks.dictionary_sample import leaves_out
 from tasks.dictionary_sources import FILES, copy_saved, fetch_registered, first_line, quiet, saved_content
+from tasks.dictionary_start import load_start, start_content
 from tasks.graph import graph_shards
 from tasks.models import choose_device, model_dimensions, model_key
 from tasks.residuals import forward_key, residual_folder, write_residuals
@@ -71,7 +74,8 @@ def prepare_dictionaries(
     for position, entry in enumerate(made_elsewhere):
         _bring(storage, entry, keys[entry.layer], d_model, n_layers)
         progress(position + 1, len(made_elsewhere), "dictionaries fetched")
-    _train(config, storage, [entry for entry in missing if entry.train is not None], parts, keys, progress)
+    to_train = [entry for entry in missing if entry.train is not None]
+    _train(config, storage, to_train, parts, keys, (d_model, n_layers), progress)
     done = load_all(storage, [_folder(key) for key in keys.values()])
     dictionaries = [
         _checked(entry, keys[entry.layer], done[_folder(keys[entry.layer])], (d_model, n_layers))
@@ -155,17 +159,19 @@ def _bring(storage: Storage, entry: Sae, key: str, d_model: int, n_layers: int) 
 def _training_parts(
     config: Config, storage: Storage, shards: CorpusShards, entries: Sequence[Sae]
 ) -> dict[int, tuple[GraphShard, ...]]:
-    """By layer, the graph's first parts that reach `train.max_tokens`, whole: the features stage reads them too."""
-    trained = {entry.layer: entry.train for entry in entries if entry.train is not None}
-    if not trained:
-        return {}
-    graph = graph_shards(config, shards, storage)
-    return {layer: _first_parts(graph, train) for layer, train in trained.items()}
+    return {
+        entry.layer: training_parts(config, storage, shards, entry.train)
+        for entry in entries
+        if entry.train is not None
+    }
 
 
-def _first_parts(graph: Sequence[GraphShard], train: Train) -> tuple[GraphShard, ...]:
+def training_parts(
+    config: Config, storage: Storage, shards: CorpusShards, train: Train
+) -> tuple[GraphShard, ...]:
+    """The graph's first parts that reach `train.max_tokens`, whole: the features stage reads them too."""
     taken: list[GraphShard] = []
-    for part in graph:
+    for part in graph_shards(config, shards, storage):
         if sum(before.n_tokens for before in taken) >= train.max_tokens:
             break
         taken.append(part)
@@ -175,14 +181,20 @@ def _first_parts(graph: Sequence[GraphShard], train: Train) -> tuple[GraphShard,
 def _training_inputs(
     config: Config, storage: Storage, entry: Sae, parts: dict[int, tuple[GraphShard, ...]]
 ) -> dict[str, Any]:
+    assert entry.train is not None
     forward = forward_key(config, model_key(config.model, storage))
-    section = entry.train.model_dump(exclude={"gate"}) if entry.train is not None else {}
-    return {
+    section = entry.train.model_dump(exclude={"gate", "start_from"})
+    if entry.train.start_from is not None:
+        section["start_from"] = start_content(entry, storage.endpoint_url)
+    inputs: dict[str, Any] = {
         "version": dictionary_training.VERSION,
         "residuals": [residual_folder(part, entry.layer, forward) for part in parts[entry.layer]],
         "train": section,
         "layer": entry.layer,
     }
+    if config.consolidation is not None and leaves_out(config):
+        inputs["left_out"] = {"version": heldout.VERSION, "share": config.consolidation.heldout_share}
+    return inputs
 
 
 def _train(
@@ -191,24 +203,28 @@ def _train(
     entries: Sequence[Sae],
     parts: dict[int, tuple[GraphShard, ...]],
     keys: dict[int, str],
+    dimensions: tuple[int, int],
     progress: Progress,
 ) -> None:
     """Train what is missing on residuals of one forward, and keep each layer's result when it is done."""
     if not entries:
         return
+    starts = {
+        entry.layer: load_start(entry, storage.endpoint_url, *dimensions)
+        for entry in entries
+        if entry.train is not None and entry.train.start_from is not None
+    }
     longest = max((parts[entry.layer] for entry in entries), key=len)
     residuals = write_residuals(config, storage, longest, [entry.layer for entry in entries], progress)
     device = choose_device(config.model.device)
     for entry in entries:
-        folders = {part.shard.folder for part in parts[entry.layer]}
-        own = [
-            shard for shard in residuals if shard.layer == entry.layer and shard.part.shard.folder in folders
-        ]
         assert entry.train is not None
+        n_parts = len(parts[entry.layer])
+        own = [shard for shard in residuals if shard.layer == entry.layer][:n_parts]
         with tempfile.TemporaryDirectory() as aside:
             try:
                 quality = dictionary_training.train_dictionary(
-                    config, storage, own, entry.train, Path(aside), device, progress
+                    config, storage, own, entry.train, Path(aside), device, progress, starts.get(entry.layer)
                 )
             except DictionaryError as error:
                 raise refusal(entry, f"cannot be trained: {error.message}", error.hint) from error

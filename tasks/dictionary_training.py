@@ -24,14 +24,15 @@ from infra.errors import DictionaryError
 from infra.progress import Progress, silent
 from infra.storage import Storage
 from schemas.config import Config, Train
-from tasks.dictionary_sample import ResidualSample
+from tasks.dictionary_quality import DENSE_ENTRIES, measure
+from tasks.dictionary_sample import ResidualSample, left_out_documents
+from tasks.dictionary_start import Start, start_training_from
 from tasks.residuals import ResidualShard
 
 VERSION = 1
 """Part of the key of every dictionary trained here: raise it when the same inputs give other weights."""
 
 _BUFFER_BYTES = 256 << 20
-_DENSE_ENTRIES = 1 << 26
 _STEPS_A_REPORT = 10
 _WARM_UP_SHARE = 0.1
 _DEAD_AFTER_SAMPLES = 10_000
@@ -65,6 +66,7 @@ def train_dictionary(
     folder: Path,
     device: torch.device,
     progress: Progress = silent,
+    start: Start | None = None,
 ) -> dict[str, float]:
     """Train one layer's dictionary and save it in its inference form (JumpReLU) in `folder`.
 
@@ -81,6 +83,7 @@ def train_dictionary(
         folder: A local folder for `cfg.json` and `sae_weights.safetensors`.
         device: Where to train.
         progress: Called every ten steps with residuals shown.
+        start: Weights that training starts from, where `train.start_from` names some.
 
     Returns:
         Figures on held-out tokens (see `measure`), to be judged by `dictionary_checks.check_gate`.
@@ -90,12 +93,12 @@ def train_dictionary(
     """
     from sae_lens import SAE
 
-    sample = ResidualSample(storage, shards, train)
+    sample = ResidualSample(storage, shards, train, left_out_documents(config, storage, shards))
     scaling = _scaling(sample, train.outlier_multiple)
     layer = shards[0].layer
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(train.seed)
-        sae = _fit(config, sample, scaling, train, layer, device, progress)
+        sae = _fit(config, sample, scaling, train, layer, device, progress, start)
         sae.fold_activation_norm_scaling_factor(scaling.scale)
         with torch.no_grad():
             sae.b_dec += scaling.mean.to(sae.b_dec)
@@ -153,6 +156,7 @@ def _fit(
     layer: int,
     device: torch.device,
     progress: Progress,
+    start: Start | None,
 ) -> Any:
     from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, SAETrainer
     from sae_lens.config import LoggingConfig, SAETrainerConfig
@@ -176,6 +180,8 @@ def _fit(
             ),
         )
     )
+    if start is not None:
+        start_training_from(sae, start, scaling.mean, scaling.scale)
     buffer_rows = max(2 * train.batch_size, min(scaling.n_rows, _BUFFER_BYTES // (4 * d_model)))
     batches = mixing_buffer(buffer_rows, train.batch_size, _endless(sample, scaling))
     trainer: Any = SAETrainer(
@@ -210,7 +216,7 @@ def _fit(
 @torch.no_grad()
 def _calibrate(sae: Any, sample: ResidualSample, scaling: _Scaling, k: int) -> None:
     """Set the one threshold so that training residuals have a mean L0 of k under the final weights."""
-    wanted = max(1, _DENSE_ENTRIES // sae.cfg.d_sae)
+    wanted = max(1, DENSE_ENTRIES // sae.cfg.d_sae)
     places = sample.places()
     share = min(1.0, wanted / scaling.n_rows)
     active: list[torch.Tensor] = []
@@ -227,62 +233,3 @@ def _calibrate(sae: Any, sample: ResidualSample, scaling: _Scaling, k: int) -> N
     threshold = torch.sort(values, descending=True).values[position]
     # JumpReLU keeps what is above its threshold: step below the last value that is to be kept.
     sae.topk_threshold.fill_(float(torch.nextafter(threshold, torch.zeros_like(threshold))))
-
-
-@torch.inference_mode()
-def measure(sae: Any, sample: ResidualSample, longest: float) -> dict[str, float]:
-    """Quality of a saved dictionary on the held-out tokens alone.
-
-    Args:
-        sae: The dictionary in its inference form.
-        sample: The split.
-        longest: Norm above which a residual is an outlier.
-
-    Returns:
-        `explained_variance`: 1 - squared error / squared distance from the held-out mean, without outliers;
-        `explained_variance_all`: the same with them; `l0`: mean latents above 0 a token; `alive_share`: share
-        of latents above 0 on at least one held-out token; `heldout_tokens`; `heldout_outliers`.
-    """
-    every, usual = _Variance(), _Variance()
-    alive = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=sae.device)
-    n_active = 0
-    rows = max(1, _DENSE_ENTRIES // sae.cfg.d_sae)
-    for piece in sample.pieces(heldout=True):
-        for x in torch.split(piece.to(sae.device), rows):
-            features = sae.encode(x)
-            alive |= (features > 0).any(0)
-            n_active += int((features > 0).sum())
-            error = (sae.decode(features) - x).double().square().sum(1)
-            is_usual = x.norm(dim=1) <= longest
-            every.add(x, error)
-            usual.add(x[is_usual], error[is_usual])
-    if every.n == 0:
-        raise DictionaryError("no held-out tokens to judge a dictionary on", hint="raise train.heldout_share")
-    return {
-        "explained_variance": usual.explained(),
-        "explained_variance_all": every.explained(),
-        "l0": n_active / every.n,
-        "alive_share": float(alive.double().mean()),
-        "heldout_tokens": float(every.n),
-        "heldout_outliers": float(every.n - usual.n),
-    }
-
-
-class _Variance:
-    """Squared error and variance over any number of pieces, in float64."""
-
-    def __init__(self) -> None:
-        self.n, self.error, self.square = 0, 0.0, 0.0
-        self.total: torch.Tensor | float = 0.0
-
-    def add(self, x: torch.Tensor, error: torch.Tensor) -> None:
-        wide = x.double()
-        self.n += len(x)
-        self.error += float(error.sum())
-        self.square += float(wide.square().sum())
-        self.total = self.total + wide.sum(0)
-
-    def explained(self) -> float:
-        mean_square = float(torch.as_tensor(self.total).square().sum()) / max(1, self.n)
-        variance = self.square - mean_square
-        return 1 - self.error / variance if variance > 0 else 0.0

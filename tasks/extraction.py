@@ -23,7 +23,7 @@ from schemas.work import Dictionary, GraphShard
 from tasks.dictionaries import load_dictionary
 from tasks.encoding import Encoder, build_encoder
 from tasks.models import LoadedModel, check_windows, choose_device, load_model
-from tasks.residuals import ResidualShard, find_residuals, rows_of_tokens, shard_batches
+from tasks.residuals import ResidualShard, find_residuals, place_of, rows_of_tokens, shard_batches
 from tasks.tokenizers import LoadedTokenizer, load_tokenizer
 from tasks.windows import Batch, ShardTokens, read_shard_tokens
 
@@ -82,10 +82,10 @@ def compute_features(
         )
 
     on_disk = find_residuals(config, storage, [part], layers)
-    for (_, layer), shard in on_disk.items():
+    for (_, _, layer), shard in on_disk.items():
         for residuals, kept in _from_disk(storage, shard, tokens, plan):
             encode(layer, residuals.to(device), kept)
-    to_run = [layer for layer in layers if (part.shard.folder, layer) not in on_disk]
+    to_run = [layer for layer in layers if place_of(part, layer) not in on_disk]
     if to_run:
         model = loaded_model(config.model, storage)
         check_windows(config, model.context_length)

@@ -27,12 +27,23 @@ _HASHES = 2**64
 
 
 def heldout_parts(
-    config: Config, storage: Storage, shards: CorpusShards, max_tokens: int | None
+    config: Config,
+    storage: Storage,
+    shards: CorpusShards,
+    max_tokens: int | None,
+    seen: npt.NDArray[np.uint64] | None = None,
 ) -> tuple[HeldoutPart, ...]:
     """The held-out documents in file order, as far as `max_tokens` allows.
 
     A document is in whole or not at all; the first one that would bring the total above `max_tokens` ends
     them. A document without a token is in none.
+
+    Args:
+        config: The configuration; `consolidation.heldout_share` matters here.
+        storage: Where the shards are.
+        shards: The tokenized corpus.
+        max_tokens: Tokens in all parts at most; None: no limit.
+        seen: Hashes (`document_hashes`) of documents that are in no part, nor any copy of them.
 
     Raises:
         CorpusError: if no document is held out, or not a single one fits.
@@ -41,8 +52,11 @@ def heldout_parts(
     left = max_tokens
     parts: list[HeldoutPart] = []
     any_heldout = False
-    for shard, (hashes, lengths) in zip(shards.shards, _split(storage, shards.shards), strict=True):
-        (documents,) = np.nonzero(_is_heldout(hashes, share) & (lengths > 0))
+    for shard, (hashes, lengths) in zip(shards.shards, document_hashes(storage, shards.shards), strict=True):
+        wanted = _is_heldout(hashes, share) & (lengths > 0)
+        if seen is not None:
+            wanted &= ~np.isin(hashes, seen)
+        (documents,) = np.nonzero(wanted)
         any_heldout = any_heldout or len(documents) > 0
         ends = np.cumsum(lengths[documents])
         fitting = len(documents) if left is None else int((ends <= left).sum())
@@ -68,24 +82,16 @@ def heldout_parts(
 
 def heldout_documents(config: Config, storage: Storage, shard: TokenShard) -> npt.NDArray[np.bool_]:
     """(n_documents,) whether each document of a shard is held out."""
-    return _is_heldout(_split(storage, [shard])[0][0], _share(config))
+    return _is_heldout(document_hashes(storage, [shard])[0][0], _share(config))
 
 
-def _share(config: Config) -> float:
-    assert config.consolidation is not None
-    return config.consolidation.heldout_share
-
-
-def _is_heldout(hashes: npt.NDArray[np.uint64], share: float) -> npt.NDArray[np.bool_]:
-    if share >= 1:
-        return np.ones(len(hashes), dtype=bool)
-    return hashes < np.uint64(int(share * _HASHES))
-
-
-def _split(
+def document_hashes(
     storage: Storage, shards: Sequence[TokenShard]
 ) -> list[tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]]:
-    """Hash and length of every document of each shard, in order; hashed here where nobody has yet."""
+    """For each shard, (n_documents,) hash of the tokens and number of ordinary tokens of every document.
+
+    They are computed where nobody has yet, and kept.
+    """
     folders = {
         shard.folder: f"heldout/{content_key(version=VERSION, shard=shard.folder)}" for shard in shards
     }
@@ -101,6 +107,17 @@ def _split(
         table = storage.read_parquet(f"{folder}/heldout.parquet")
         found[shard.folder] = (table["hash"].to_numpy(), table["n_tokens"].to_numpy())
     return [found[shard.folder] for shard in shards]
+
+
+def _share(config: Config) -> float:
+    assert config.consolidation is not None
+    return config.consolidation.heldout_share
+
+
+def _is_heldout(hashes: npt.NDArray[np.uint64], share: float) -> npt.NDArray[np.bool_]:
+    if share >= 1:
+        return np.ones(len(hashes), dtype=bool)
+    return hashes < np.uint64(int(share * _HASHES))
 
 
 def _hashed(storage: Storage, shard: TokenShard) -> pa.Table:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -68,18 +68,26 @@ def residual_folder(part: GraphShard, layer: int, forward: dict[str, object]) ->
     return f"residuals/{content_key(version=VERSION, part=part_key(part), layer=layer, forward=forward)}"
 
 
+Place = tuple[str, int, int]
+"""What tells residuals of one forward apart: folder of the token shard, documents of it that count, layer."""
+
+
+def place_of(part: GraphShard, layer: int) -> Place:
+    """Where a layer's residuals of a part stand in the answer of `find_residuals`."""
+    return part.shard.folder, part.n_documents, layer
+
+
 def find_residuals(
     config: Config, storage: Storage, parts: Sequence[GraphShard], layers: Sequence[int]
-) -> dict[tuple[str, int], ResidualShard]:
-    """Finished residuals by (folder of the token shard, layer)."""
+) -> dict[Place, ResidualShard]:
+    """Finished residuals by `place_of` their part and layer."""
     forward = forward_key(config, model_key(config.model, storage))
     wanted = {residual_folder(part, layer, forward): (part, layer) for part in parts for layer in layers}
     done = load_all(storage, wanted)
     return {
-        (wanted[folder][0].shard.folder, wanted[folder][1]): ResidualShard(
-            layer=wanted[folder][1], folder=folder, part=wanted[folder][0]
-        )
-        for folder in done
+        place_of(part, layer): ResidualShard(layer=layer, folder=folder, part=part)
+        for folder, (part, layer) in wanted.items()
+        if folder in done
     }
 
 
@@ -97,22 +105,23 @@ def write_residuals(
     """
     wanted = sorted(set(layers))
     done = find_residuals(config, storage, parts, wanted)
-    missing = {
-        index: [layer for layer in wanted if (part.shard.folder, layer) not in done]
-        for index, part in enumerate(parts)
-    }
-    total = sum(parts[index].n_tokens for index, absent in missing.items() if absent)
+    # Files of equal content share parts: each is made once, however often it stands in the corpus.
+    missing: dict[tuple[str, int], tuple[GraphShard, list[int]]] = {}
+    for part in parts:
+        absent = [layer for layer in wanted if place_of(part, layer) not in done]
+        if absent:
+            missing[part.shard.folder, part.n_documents] = part, absent
+    total = sum(part.n_tokens for part, _ in missing.values())
     seen = 0
-    if total:
+    if missing:
         model, tokenizer = load_model(config.model, storage), load_tokenizer(config.model, storage)
         forward = forward_key(config, model.key)
-        for index, absent in missing.items():
-            if absent:
-                _write_part(config, storage, parts[index], absent, model, tokenizer, forward)
-                seen += parts[index].n_tokens
-                progress(seen, total, "tokens, residuals")
+        for part, absent in missing.values():
+            _write_part(config, storage, part, absent, model, tokenizer, forward)
+            seen += part.n_tokens
+            progress(seen, total, "tokens, residuals")
         done = find_residuals(config, storage, parts, wanted)
-    return [done[part.shard.folder, layer] for part in parts for layer in wanted]
+    return [replace(done[place_of(part, layer)], part=part) for part in parts for layer in wanted]
 
 
 def _write_part(

@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from plain import InThisProcess
 from tiny import D_MODEL, N_LAYERS, build_sae, save_model, save_sae, texts, write_jsonl
 
 from infra.errors import DictionaryError
-from infra.manifest import MANIFEST
+from infra.manifest import MANIFEST, content_key, load
 from infra.storage import Storage
 from schemas.config import Config, Gate, Sae, Train
 from schemas.work import CorpusShards
-from tasks import dictionary_sources, dictionary_training
+from tasks import dictionary_sources, dictionary_training, extraction, tokenization
 from tasks.dictionaries import find_dictionaries, load_dictionary, prepare_dictionaries
 from tasks.dictionary_checks import (
     DictionaryUnavailableError,
@@ -28,7 +29,9 @@ from tasks.dictionary_checks import (
     facts_of,
 )
 from tasks.dictionary_sample import ResidualSample
+from tasks.dictionary_start import load_start, start_training_from
 from tasks.encoding import build_encoder
+from tasks.features import extract_features
 from tasks.graph import graph_shards
 from tasks.residuals import write_residuals
 from tasks.tokenization import tokenize_corpus
@@ -359,7 +362,7 @@ def test_a_registered_dictionary_of_another_layer_is_refused(
         prepare(model, tmp_path / "root", {**REGISTERED, "layer": 0})
 
 
-@pytest.mark.parametrize("name", ["paper", "gemma3-270m"])
+@pytest.mark.parametrize("name", ["paper-graph", "gemma3-270m"])
 def test_the_configurations_name_dictionaries_that_the_registry_has(name: str) -> None:
     from schemas.config import load_config
 
@@ -588,3 +591,270 @@ def test_progress_is_reported(model: Path, corpus: Path, tmp_path: Path) -> None
 def test_facts_survive_the_manifest() -> None:
     facts = facts_of({**OURS, "metadata": {"hook_name": "blocks.1.hook_resid_post", "context_size": 128}})
     assert Facts(**json.loads(json.dumps(facts.as_json()))) == facts
+
+
+# From a saved one
+
+
+def start_entry(start: Path | str, layer: int = 1, d_sae: int = 96, **changes: Any) -> Sae:
+    return Sae(layer=layer, train=Train(d_sae=d_sae, k=6, start_from=str(start), **changes))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("jumprelu", {}),
+        ("jumprelu", {"apply_b_dec_to_input": False}),
+        ("standard", {}),
+        ("topk", {"rescale_acts_by_decoder_norm": True}),
+        ("topk", {"rescale_acts_by_decoder_norm": False}),
+    ],
+)
+def test_training_starts_as_the_saved_sae(architecture: str, options: dict[str, Any], tmp_path: Path) -> None:
+    from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+
+    saved = build_sae(architecture, **options)
+    saved.save_model(str(tmp_path / "sae"))
+    start = load_start(start_entry(tmp_path / "sae"), None, D_MODEL, N_LAYERS)
+    generator = torch.Generator().manual_seed(3)
+    x = 5 * torch.randn(40, D_MODEL, generator=generator)
+    mean, scale = 2 * torch.randn(D_MODEL, generator=generator), 0.37
+    sae: Any = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=D_MODEL, d_sae=96, k=6))
+    start_training_from(sae, start, mean, scale)
+    with torch.no_grad():
+        norm = saved.W_dec.norm(dim=1)
+        expected = (saved.process_sae_in(x) @ saved.W_enc + saved.b_enc) * norm
+        before = sae.encode_with_hidden_pre((x - mean) * scale)[1]
+        assert (before / scale - expected).abs().max() < 1e-4 * expected.abs().max()
+        acts = saved.encode(x)
+        assert (acts > 0).any()
+        rebuilt = sae.decode(before * (acts > 0)) / scale + mean
+        wanted = saved.decode(acts)
+        assert (rebuilt - wanted).abs().max() < 1e-4 * wanted.abs().max()
+        # As SAELens initializes: neither side of a latent is longer than the other.
+        assert torch.allclose(sae.W_dec.norm(dim=1), sae.W_enc.norm(dim=0), rtol=1e-4)
+
+
+def test_a_latent_without_a_direction_starts_fresh(tmp_path: Path) -> None:
+    from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+
+    saved = build_sae()
+    saved.W_dec.data[5] = 0
+    saved.W_enc.data[:, 9] = 0
+    saved.save_model(str(tmp_path / "sae"))
+    start = load_start(start_entry(tmp_path / "sae"), None, D_MODEL, N_LAYERS)
+    torch.manual_seed(0)
+    sae: Any = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=D_MODEL, d_sae=96, k=6))
+    fresh = sae.W_dec.detach().clone()
+    start_training_from(sae, start, torch.zeros(D_MODEL), 1.0)
+    same = (sae.W_dec == fresh).all(1).nonzero().flatten().tolist()
+    assert same == [5, 9]
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in sae.state_dict().values())
+
+
+def test_a_start_is_worth_its_training(trained: _Trained) -> None:
+    """On the same residuals, two steps from the finished dictionary are far better than two from nothing."""
+    [entry] = [entry for entry in trained.config.sae if entry.layer == 0]
+    assert entry.train is not None
+    gate = Gate(min_explained_variance=-10, max_l0_deviation=10, min_alive_share=0)
+    short = entry.train.model_copy(update={"samples": 128, "gate": gate})
+    place = trained.storage.url(trained.dictionaries[0].folder)
+    quality = []
+    for train in (short, short.model_copy(update={"start_from": place})):
+        config = trained.config.model_copy(update={"sae": [entry.model_copy(update={"train": train})]})
+        [dictionary] = prepare_dictionaries(config, trained.storage, trained.shards)
+        assert find_dictionaries(config, trained.storage, trained.shards) == [dictionary]
+        quality.append(dictionary.quality["explained_variance"])
+    finished = trained.dictionaries[0].quality["explained_variance"]
+    assert quality[0] < finished - 0.2
+    assert quality[1] > finished - 0.1
+
+
+def test_a_start_is_known_by_content_not_by_place(model: Path, corpus: Path, tmp_path: Path) -> None:
+    saved, storage = save_sae(tmp_path / "a", d_sae=48), Storage(str(tmp_path / "root"))
+    shutil.copytree(saved, tmp_path / "b")
+    other = save_sae(tmp_path / "c", d_sae=48, seed=1)
+    keys = []
+    for start in (saved, tmp_path / "b", other, None):
+        place = None if start is None else str(start)
+        config = trained_config(
+            model,
+            corpus,
+            tmp_path / "root",
+            samples=128,
+            start_from=place,
+            gate={"min_explained_variance": -99},
+        )
+        config = config.model_copy(
+            update={"sae": [entry.model_copy(update={"train": _ungated(entry)}) for entry in config.sae]}
+        )
+        shards = tokenize_corpus(config, storage)
+        [dictionary] = prepare_dictionaries(config, storage, shards)
+        keys.append(dictionary.key)
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
+    shutil.rmtree(saved)
+    moved = trained_config(model, corpus, tmp_path / "root", samples=128, start_from=str(saved))
+    assert find_dictionaries(moved, storage, shards) is None
+    with pytest.raises(DictionaryError, match=r"no cfg\.json in"):
+        prepare_dictionaries(moved, storage, shards)
+
+
+def _ungated(entry: Sae) -> Train:
+    assert entry.train is not None
+    gate = Gate(min_explained_variance=-99, max_l0_deviation=99, min_alive_share=0)
+    return entry.train.model_copy(update={"gate": gate})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "reason"),
+    [
+        (
+            "jumprelu",
+            {"d_in": 16},
+            f"reads vectors of width 16, but the model's residual stream has {D_MODEL}",
+        ),
+        (
+            "jumprelu",
+            {"d_sae": 64},
+            r"has 64 latents: a dictionary of train\.d_sae = 48 cannot start from it",
+        ),
+        ("gated", {"d_sae": 48}, "gated.*BatchTopK dictionary can start from"),
+        ("standard", {"d_sae": 48, "normalize_activations": "layer_norm"}, "layer_norm.*can start from"),
+        ("jumprelu", {"d_sae": 48, "metadata": {"hook_name": "blocks.0.hook_resid_post"}}, "set layer = 0"),
+    ],
+)
+def test_what_cannot_be_started_from_is_refused_before_any_forward(
+    architecture: str, options: dict[str, Any], reason: str, model: Path, corpus: Path, tmp_path: Path
+) -> None:
+    saved = save_sae(tmp_path / "sae", architecture, **options)
+    config = trained_config(model, corpus, tmp_path / "root", start_from=str(saved))
+    storage = Storage(str(tmp_path / "root"))
+    shards = tokenize_corpus(config, storage)
+    with pytest.raises(DictionaryError, match=rf"sae layer 1 \({saved}\).*{reason}"):
+        prepare_dictionaries(config, storage, shards)
+    assert not storage.sizes("residuals")
+
+
+def test_a_fresh_dictionary_has_the_key_it_always_had(trained: _Trained) -> None:
+    from importlib.metadata import version
+
+    for entry, dictionary in zip(trained.config.sae, trained.dictionaries, strict=True):
+        assert entry.train is not None
+        inputs = {
+            "version": 1,
+            "residuals": [shard.folder for shard in residuals_of(trained, entry.layer)],
+            "train": {
+                "d_sae": 48,
+                "k": 6,
+                "samples": 12_000,
+                "batch_size": 64,
+                "learning_rate": 3e-3,
+                "max_tokens": 1_000_000,
+                "heldout_share": 0.25,
+                "outlier_multiple": 10.0,
+                "seed": 0,
+            },
+            "layer": entry.layer,
+        }
+        assert dictionary.key == content_key(version=1, sae_lens=version("sae-lens"), trained=inputs)
+
+
+# Beside consolidation
+
+
+def test_what_consolidation_holds_out_is_part_of_the_key(model: Path, corpus: Path, tmp_path: Path) -> None:
+    storage, keys = Storage(str(tmp_path)), []
+    for share in (None, 1.0, 0.25, 0.5):
+        section = {"series": [{"name": "a", "folder": "none"}], "heldout_share": share}
+        config = trained_config(model, corpus, tmp_path, samples=128)
+        config = Config.model_validate(
+            {**config.model_dump(), "consolidation": None if share is None else section}
+        )
+        config = config.model_copy(
+            update={"sae": [entry.model_copy(update={"train": _ungated(entry)}) for entry in config.sae]}
+        )
+        shards = tokenize_corpus(config, storage)
+        [dictionary] = prepare_dictionaries(config, storage, shards)
+        keys.append(dictionary.key)
+        quality = dictionary.quality
+        assert (quality["heldout_tokens"] + quality["training_tokens"] == shards.n_tokens) == (
+            share in (None, 1)
+        )
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
+    manifest = load(storage, dictionary.folder)
+    assert manifest is not None
+    assert manifest.inputs["left_out"]["share"] == 0.5
+
+
+# Files of equal content
+
+
+def equal_files(model: Path, root: Path, **sections: Any) -> tuple[Config, Storage, CorpusShards]:
+    """Two files of the same nine documents; the graph ends within the second."""
+    files = [write_jsonl(root / f"{name}.jsonl", texts(9, seed=2)) for name in "ab"]
+    entries = sections.pop("sae", [])
+    config = config_of(model, root / "run", *entries, activations={"max_documents": 14}, **sections)
+    config = config.model_copy(
+        update={"corpus": config.corpus.model_copy(update={"urls": [str(file) for file in files]})}
+    )
+    storage = Storage(str(root / "run"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenization, "_Watched", InThisProcess)
+        return config, storage, tokenize_corpus(config, storage)
+
+
+def test_residuals_of_a_copy_that_a_limit_cuts_are_its_own(model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    config, storage, shards = equal_files(model, tmp_path)
+    parts = graph_shards(config, shards, storage)
+    assert [part.n_documents for part in parts] == [9, 5]
+    assert parts[0].shard.folder == parts[1].shard.folder
+    for _ in range(2):
+        found = write_residuals(config, storage, parts, [0, 1])
+        assert [(shard.layer, shard.part) for shard in found] == [(i, part) for part in parts for i in (0, 1)]
+        rows = [load_file(storage.local_folder(shard.folder) / Path(shard.file).name) for shard in found]
+        assert [len(each["residuals"]) for each in rows] == [part.n_tokens for part in parts for _ in (0, 1)]
+        assert {int(each["doc"].max()) for each in rows[2:]} == {4}
+        storage.delete(found[2].folder)
+
+
+def test_features_of_a_copy_that_a_limit_cuts_are_the_same_from_disk(model: Path, tmp_path: Path) -> None:
+    saved = save_sae(tmp_path / "sae")
+    made = []
+    for keep_dense in (False, True):
+        config, storage, shards = equal_files(
+            model, tmp_path / str(keep_dense), sae=[{"layer": 1, "path": str(saved)}]
+        )
+        activations = config.activations.model_copy(update={"keep_dense": keep_dense})
+        config = config.model_copy(update={"activations": activations})
+        extraction.forget_loaded()
+        dictionaries = prepare_dictionaries(config, storage, shards)
+        extracted = extract_features(config, storage, shards, dictionaries)
+        assert [shard.part.n_documents for shard in extracted] == [9, 5]
+        made.append([storage.read_parquet(f"{one.folder}/activations.parquet") for one in extracted])
+    assert made[0] == made[1]
+    assert made[0][0].num_rows > made[0][1].num_rows > 0
+
+
+def test_each_layer_is_trained_on_its_own_parts(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = {"min_explained_variance": -99, "max_l0_deviation": 99, "min_alive_share": 0}
+    entries = [
+        {"layer": layer, "train": {**TRAIN, "samples": 128, "max_tokens": limit, "gate": gate}}
+        for layer, limit in ((0, 400), (2, 10**6))
+    ]
+    config, storage, shards = equal_files(model, tmp_path, sae=entries)
+    given: list[list[int]] = []
+    real = dictionary_training.train_dictionary
+
+    def watched(config: Config, storage: Storage, residuals: Any, *rest: Any) -> dict[str, float]:
+        given.append([shard.part.n_documents for shard in residuals])
+        return real(config, storage, residuals, *rest)
+
+    monkeypatch.setattr(dictionary_training, "train_dictionary", watched)
+    prepare_dictionaries(config, storage, shards)
+    assert given == [[9], [9, 5]]
