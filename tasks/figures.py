@@ -16,6 +16,7 @@ from tasks.figures_style import (
     INK,
     LAYER_LINES,
     LAYER_MARKERS,
+    banded,
     colour_of,
     cut_at,
     log_axes,
@@ -80,17 +81,12 @@ def document_coverage(bins: Sequence[DocumentShareBin], cut: int | None = None) 
     ):
         rows = [row for row in bins if row.is_function == is_function]
         ranks = [row.rank for row in rows]
-        axes.fill_between(
+        banded(
+            axes,
             ranks,
             [row.low for row in rows],
-            [row.high for row in rows],
-            color=colour,
-            alpha=0.22,
-            linewidth=0,
-        )
-        axes.plot(
-            ranks,
             [row.median for row in rows],
+            [row.high for row in rows],
             color=colour,
             marker=marker,
             markersize=3.5,
@@ -135,17 +131,12 @@ def degree_rank(bins: Sequence[DegreeBin], fits: Sequence[DegreeFit]) -> Figure:
         rows = [row for row in bins if row.layer == layer]
         colour, ranks = colour_of(index), [row.rank for row in rows]
         log_axes(axes, x=True, y=True)
-        axes.fill_between(
+        banded(
+            axes,
             ranks,
             [row.low for row in rows],
-            [row.high for row in rows],
-            color=colour,
-            alpha=0.22,
-            linewidth=0,
-        )
-        axes.plot(
-            ranks,
             [row.median for row in rows],
+            [row.high for row in rows],
             color=colour,
             marker=LAYER_MARKERS[index % len(LAYER_MARKERS)],
             linestyle="none",

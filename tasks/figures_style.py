@@ -12,7 +12,7 @@ import functools
 import io
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 if TYPE_CHECKING:
@@ -122,6 +122,8 @@ def panels_of(n: int) -> tuple[Figure, list[Axes]]:
     every: list[Axes] = list(grid.flat)
     for unused in every[n:]:
         unused.set_visible(False)
+    for lowest in every[max(0, n - columns) : n]:
+        lowest.tick_params(labelbottom=True)
     return figure, every[:n]
 
 
@@ -130,15 +132,52 @@ def colour_of(index: int) -> str:
     return LAYER_COLOURS[index % len(LAYER_COLOURS)]
 
 
+def shade_of(index: int, n: int) -> Any:
+    """The colour of the `index`-th of `n` checkpoints: later ones are lighter, all stand out on white and black."""
+    import matplotlib
+
+    return matplotlib.colormaps["plasma"](0.2 + 0.58 * index / max(1, n - 1))
+
+
+def banded(
+    axes: Axes,
+    x: Sequence[float],
+    low: Sequence[float],
+    middle: Sequence[float],
+    high: Sequence[float],
+    *,
+    color: Any,
+    alpha: float = 0.22,
+    **line: Any,
+) -> None:
+    """Draw middle values, and a band from low to high around them."""
+    axes.fill_between(x, low, high, color=color, alpha=alpha, linewidth=0)
+    axes.plot(x, middle, color=color, **line)
+
+
+def step_axis(axes: Axes, steps: Sequence[int]) -> None:
+    """Make the x axis one of optimizer steps: logarithmic, with room for a step 0."""
+    positive = [step for step in steps if step > 0]
+    log_axes(axes, x=True)
+    if positive and min(steps) == 0:
+        axes.set_xscale("symlog", linthresh=min(positive), linscale=0.3)
+        log_labels(axes.xaxis)
+
+
 def log_axes(axes: Axes, *, x: bool = False, y: bool = False) -> None:
     """Make axes logarithmic, with labels such as 1, 10, 100, 1k."""
-    from matplotlib.ticker import FuncFormatter
-
     for wanted, axis, scale in ((x, axes.xaxis, axes.set_xscale), (y, axes.yaxis, axes.set_yscale)):
         if wanted:
             scale("log")
-            axis.set_major_formatter(FuncFormatter(_short))
-            axis.set_minor_formatter(FuncFormatter(functools.partial(_minor, axis)))
+            log_labels(axis)
+
+
+def log_labels(axis: Axis) -> None:
+    """Label a logarithmic axis 1, 10, 100, 1k."""
+    from matplotlib.ticker import FuncFormatter
+
+    axis.set_major_formatter(FuncFormatter(_short))
+    axis.set_minor_formatter(FuncFormatter(functools.partial(_minor, axis)))
 
 
 def _short(value: float, _position: int) -> str:

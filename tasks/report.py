@@ -1,7 +1,7 @@
 """The report: one HTML file with the paper's figures and tables, made from the published tables alone.
 
 It needs nothing else to be read: no script, no font, no address outside it. The same tables give the same
-bytes. Figures of the graph appear when the graph's tables are published.
+bytes. Figures of the graph appear when the graph's tables are published, those of checkpoints when theirs are.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from infra.progress import Progress, silent
 from infra.storage import Storage
 from schemas.config import DuckDb
 from tasks import figures, report_findings, report_tables
+from tasks.report_consolidation import consolidation_facts, consolidation_sections
 from tasks.report_corpus import corpus_summary, document_shares, frequency_points, spread_pair, tables_of
 from tasks.report_graph import (
     coverage_points,
@@ -30,7 +31,7 @@ from tasks.report_page import Section, Table, picture, render
 from tasks.report_rows import CorpusSummary
 from tasks.report_text import integer, percent, quoted, signed
 
-VERSION = 1
+VERSION = 2
 REPORT = "report.html"
 RECEIPT = "report.json"
 CORPUS_TABLES = {"documents", "rejects", "tokens"}
@@ -97,6 +98,8 @@ def build_report(connection: Any, storage: Storage, progress: Progress = silent)
         tables >= GRAPH_TABLES
         and connection.execute("SELECT count(*) FROM graph_summary WHERE n_edges > 0").fetchone()[0] > 0
     )
+    # A run of checkpoints has no graph of its own unless it asks for one.
+    consolidation = consolidation_sections(connection)
     builders: list[Callable[[], Section]] = [
         lambda: _zipf(connection, summary),
         lambda: _document_coverage(connection, summary),
@@ -108,8 +111,9 @@ def build_report(connection: Any, storage: Storage, progress: Progress = silent)
                 lambda: _rarefied(connection),
             ]
             if has_edges
-            else [lambda: _no_graph(tables)]
+            else [lambda: _no_graph(tables)] * (not consolidation or tables >= GRAPH_TABLES)
         ),
+        *consolidation,
         lambda: _run(connection, tables),
     ]
     sections: list[Section] = []
@@ -137,7 +141,7 @@ def _facts(connection: Any, summary: CorpusSummary, tables: set[str]) -> list[tu
             ("edges", integer(edges)),
             ("tokens in the graph", integer(in_graph)),
         ]
-    return facts
+    return facts + consolidation_facts(connection)
 
 
 def _zipf(connection: Any, summary: CorpusSummary) -> Section:
@@ -151,7 +155,7 @@ def _zipf(connection: Any, summary: CorpusSummary) -> Section:
             f"Line plot on logarithmic axes: count falls with frequency rank over {integer(summary.n_distinct)} "
             f"tokens; a dotted line at rank {integer(summary.n_function)} ends the function tokens.",
         ),
-        finding=report_findings.zipf(summary),
+        findings=[report_findings.zipf(summary)],
         tables=[report_tables.function_tokens_table(connection)],
     )
 
@@ -168,7 +172,7 @@ def _document_coverage(connection: Any, summary: CorpusSummary) -> Section:
             f"{percent(summary.function_doc_share)} for function and "
             f"{percent(summary.content_doc_share, 3)} for content tokens.",
         ),
-        finding=report_findings.document_coverage(summary),
+        findings=[report_findings.document_coverage(summary)],
     )
 
 
@@ -203,7 +207,7 @@ def _spread(connection: Any, tables: set[str]) -> Section:
             f"{percent(spreads[0].doc_share, 1)} of the documents, {quoted(spreads[1].token)} in "
             f"{percent(spreads[1].doc_share, 1)}.",
         ),
-        finding=report_findings.token_spread(spreads),
+        findings=[report_findings.token_spread(spreads)],
     )
 
 
@@ -220,7 +224,7 @@ def _degree(connection: Any) -> Section:
             + ", ".join(f"{signed(fit.line.slope)} at layer {fit.layer}" for fit in fits if fit.line)
             + ".",
         ),
-        finding=report_findings.degree_rank(fits),
+        findings=[report_findings.degree_rank(fits)],
         tables=[report_tables.fits_table(fits), report_tables.graph_summary_table(connection)],
     )
 
@@ -237,7 +241,7 @@ def _coverage(connection: Any, summary: CorpusSummary) -> Section:
             + ", ".join(f"{percent(layer.top10)} at layer {layer.layer}" for layer in layers)
             + ".",
         ),
-        finding=report_findings.coverage(layers),
+        findings=[report_findings.coverage(layers)],
         tables=[report_tables.coverage_table(connection), report_tables.paper_coverage_table()],
     )
 
@@ -263,7 +267,7 @@ def _rarefied(connection: Any) -> Section:
             f"One panel a layer, logarithmic axes: degree at {integer(rows[0].m)} occurrences against raw degree, "
             "function and content tokens apart.",
         ),
-        finding=report_findings.rarefaction(rows),
+        findings=[report_findings.rarefaction(rows)],
         tables=[report_tables.rarefaction_table(rows)],
     )
 

@@ -32,17 +32,23 @@ PAPER_COVERAGE: tuple[tuple[int, str, tuple[float, float, float]], ...] = (
 )
 
 
+Verdict = Literal["holds", "differs", "undecided", "untested", "own"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Finding:
     """What was found here.
 
     Attributes:
         text: One or two sentences.
-        verdict: Whether a claim of the paper holds here; `own` where the paper makes none.
+        verdict: Whether a claim of the paper holds here: `undecided` where these numbers cannot tell, `untested`
+            where there are none, `own` where the paper makes no claim.
+        title: The claim in a few words, where a section has several.
     """
 
     text: str
-    verdict: Literal["holds", "differs", "own"] = "own"
+    verdict: Verdict = "own"
+    title: str = ""
 
 
 def zipf(summary: CorpusSummary) -> Finding:

@@ -25,6 +25,16 @@ class Column:
     kind: Literal["text", "number", "token"] = "text"
 
 
+def number_column(name: str) -> Column:
+    """A column of numbers."""
+    return Column(name=name, kind="number")
+
+
+def number_columns(*names: str) -> list[Column]:
+    """Columns of numbers."""
+    return [number_column(name) for name in names]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """A table of cells that are already text.
@@ -61,7 +71,7 @@ class Section:
         title: Heading.
         shows: What the figure or the tables show, and how to read them.
         picture: The figure, if there is one.
-        finding: What was found here.
+        findings: What was found here.
         tables: Tables below it.
         missing: Why there is nothing to show, and the way out; empty where there is.
     """
@@ -70,7 +80,7 @@ class Section:
     title: str
     shows: str = ""
     picture: Picture | None = None
-    finding: Finding | None = None
+    findings: Sequence[Finding] = ()
     tables: Sequence[Table] = field(default_factory=tuple)
     missing: str = ""
 

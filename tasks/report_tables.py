@@ -7,7 +7,7 @@ from typing import Any
 
 from tasks.report_findings import PAPER_COVERAGE, PAPER_LAYERS
 from tasks.report_graph import top_coverage
-from tasks.report_page import Column, Table
+from tasks.report_page import Column, Table, number_column, number_columns
 from tasks.report_rows import DegreeFit, LineFit, Rarefaction
 from tasks.report_text import integer, number, percent, signed, visible
 
@@ -55,9 +55,9 @@ def function_tokens_table(connection: Any) -> Table:
     return Table(
         caption="Function tokens",
         columns=[
-            _number("rank"),
+            number_column("rank"),
             Column(name="token", kind="token"),
-            *_numbers("token id", "count", "share", "cumulative share", "share of documents"),
+            *number_columns("token id", "count", "share", "cumulative share", "share of documents"),
         ],
         rows=[
             [
@@ -85,7 +85,7 @@ def graph_summary_table(connection: Any) -> Table:
     ).fetchall()
     return Table(
         caption="Graph summary",
-        columns=_numbers(
+        columns=number_columns(
             "layer",
             "dictionary size",
             "activated features",
@@ -114,7 +114,7 @@ def fits_table(fits: Sequence[DegreeFit]) -> Table:
     """The straight lines of degree against rank, and the power law of the degrees."""
     return Table(
         caption="Fits of token degree",
-        columns=_numbers(
+        columns=number_columns(
             "layer",
             "slope",
             "R²",
@@ -145,7 +145,7 @@ def rarefaction_table(layers: Sequence[Rarefaction]) -> Table:
     """Degrees at an equal number of occurrences."""
     return Table(
         caption=f"Degree at {integer(layers[0].m)} occurrences of each token",
-        columns=_numbers(
+        columns=number_columns(
             "layer",
             "function tokens",
             "content tokens",
@@ -184,9 +184,9 @@ def dictionaries_table(connection: Any) -> Table:
     return Table(
         caption="Dictionaries",
         columns=[
-            _number("layer"),
+            number_column("layer"),
             Column(name="source"),
-            *_numbers(
+            *number_columns(
                 "features", "explained variance", "with outliers", "L0", "k", "alive", "held-out tokens"
             ),
         ],
@@ -243,10 +243,10 @@ def rejects_table(connection: Any) -> Table:
         caption="Records that were not used, by reason",
         columns=[
             Column(name="reason"),
-            _number("records"),
-            _number("files"),
+            number_column("records"),
+            number_column("files"),
             Column(name="first in"),
-            _number("line"),
+            number_column("line"),
         ],
         rows=[
             [_plain(reason), integer(n), integer(files), _plain(source), integer(line)]
@@ -271,22 +271,14 @@ def run_info_table(connection: Any) -> Table:
 
 def _coverage_columns(layers: Any) -> list[Column]:
     return [
-        _number("rank"),
+        number_column("rank"),
         Column(name="token", kind="token"),
-        *(_number(f"layer {layer}") for layer in layers),
+        *(number_column(f"layer {layer}") for layer in layers),
     ]
-
-
-def _number(name: str) -> Column:
-    return Column(name=name, kind="number")
 
 
 def _plain(text: str | None) -> str:
     return "–" if text is None else visible(text, 400).replace("␣", " ")
-
-
-def _numbers(*names: str) -> list[Column]:
-    return [_number(name) for name in names]
 
 
 def _of_line(line: LineFit | None) -> tuple[str, str]:

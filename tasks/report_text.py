@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
 
@@ -9,6 +10,7 @@ OPEN_BOX = "␣"
 NAMED = {"\n": r"\n", "\r": r"\r", "\t": r"\t", " ": OPEN_BOX}
 DOTTED_CIRCLE = "◌"
 LONGEST_TOKEN = 60
+LONGEST_TEXT = 2000
 
 
 def visible(token: str | None, longest: int = LONGEST_TOKEN) -> str:
@@ -26,6 +28,16 @@ def visible(token: str | None, longest: int = LONGEST_TOKEN) -> str:
     if text and unicodedata.combining(text[0]):
         text = DOTTED_CIRCLE + text
     return text + ("…" if len(token) > longest else "")
+
+
+def visible_text(text: str | None, longest: int = LONGEST_TEXT) -> str:
+    r"""A longer text with nothing hidden in it, yet with its words apart.
+
+    As `visible`, but a space stays a space between two other characters, so that lines can break there; one at an
+    end or beside another one is ␣.
+    """
+    shown = visible(text, longest)
+    return re.sub(rf"(?<=[^{OPEN_BOX}]){OPEN_BOX}(?=[^{OPEN_BOX}])", " ", shown)
 
 
 def _visible_character(character: str) -> str:
@@ -55,7 +67,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def signed(value: float | None, digits: int = 2) -> str:
     """A number with a real minus sign; a dash for what is not there."""
-    return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
+    return "–" if value is None or value != value else f"{value:.{digits}f}".replace("-", "−")
 
 
 def percent(share: float | None, digits: int = 2) -> str:
