@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import duckdb
@@ -35,12 +35,16 @@ class ShardFile:
         doc_offset: `doc_id` of the shard's document 0.
         source: URL of the corpus file that the shard was cut from.
         layer: Decoder block, where the table has one.
+        model: Checkpoint series, where the table has one.
+        step: Optimizer step of the checkpoint, where the table has one.
     """
 
     name: str
     doc_offset: int = 0
     source: str = ""
     layer: int | None = None
+    model: str = ""
+    step: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +67,8 @@ class Catalog:
             "tables": self.tables,
             "sharded": {
                 table: {
-                    "name": [file.name for file in files],
-                    "doc_offset": [file.doc_offset for file in files],
-                    "source": [file.source for file in files],
-                    "layer": [file.layer for file in files],
+                    column.name: [getattr(file, column.name) for file in files]
+                    for column in fields(ShardFile)
                 }
                 for table, files in self.sharded.items()
             },
@@ -75,19 +77,13 @@ class Catalog:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Catalog:
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`; a column that an older catalogue lacks has its default."""
         return cls(
             tables=dict(value["tables"]),
             sharded={
                 table: [
-                    ShardFile(name=name, doc_offset=offset, source=source, layer=layer)
-                    for name, offset, source, layer in zip(
-                        columns["name"],
-                        columns["doc_offset"],
-                        columns["source"],
-                        columns["layer"],
-                        strict=True,
-                    )
+                    ShardFile(**dict(zip(columns, row, strict=True)))
+                    for row in zip(*columns.values(), strict=True)
                 ]
                 for table, columns in value["sharded"].items()
             },
@@ -148,7 +144,7 @@ def create_views(
 ) -> None:
     """Create one view for each published table.
 
-    A table kept by shard gets its global `doc_id` (and `source`, `layer`) from the small table
+    A table kept by shard gets its global `doc_id` (and `source`, `layer`, `model`, `step`) from the small table
     `_shards_<table>` (in `shards_schema`, where given), so that a shard's file does not change when other
     files join the corpus.
     """
@@ -169,10 +165,21 @@ SHARDED_SELECT = {
     "activations": "s.layer, s.doc_offset + f.doc AS doc_id, f.position, f.token_id, f.feature_id, f.activation",
     # one file a layer, made by the table stage
     "edges": "f.layer, f.token_id, f.feature_id, f.n, f.max_activation, f.sum_activation",
+    "token_losses": "s.model, s.step, s.doc_offset + f.doc AS doc_id, f.position, f.loss, f.current_token_id, "
+    "f.token_id",
+    # one file a checkpoint, made by the table stage
+    "document_losses": "s.model, s.step, f.doc_id, f.bucket, f.n, f.loss",
+    "checkpoint_degree": "s.model, s.step, f.layer, f.token_id, f.token, f.rank, f.count, f.is_function, f.degree, "
+    "f.rarefied_degree, f.m",
+    "checkpoint_graph": "s.model, s.step, f.layer, f.dictionary_size, f.n_tokens, f.n_edges, f.mean_l0, "
+    "f.activated_features, f.function_features, f.content_features, f.function_coverage, f.content_coverage, "
+    "f.top10_coverage",
     # inputs of the table stage, not published
     "shard_token_counts": "f.token_id, f.count, f.doc_count",
     "shard_edges": "s.layer, f.token_id, f.feature_id, f.n",
     "shard_graph_counts": "s.layer, f.token_id, f.count",
+    "shard_document_losses": "s.doc_offset + f.doc AS doc_id, f.current_is_function, f.next_is_function, f.n, "
+    "f.loss_units",
 }
 
 
@@ -195,6 +202,8 @@ def view_of_shards(
             "doc_offset": pa.array([file.doc_offset for file in files], pa.int64()),
             "source": pa.array([file.source for file in files], pa.string()),
             "layer": pa.array([file.layer for file in files], pa.int32()),
+            "model": pa.array([file.model for file in files], pa.string()),
+            "step": pa.array([file.step for file in files], pa.int64()),
         }
     )
     shards = f"{shards_schema}._shards_{table}" if shards_schema else f"_shards_{table}"

@@ -12,7 +12,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from schemas.sections import Gate, Model, Section, Train
 
-_ANY_BETTER_THAN_THE_MEAN = Gate(min_explained_variance=0.0, max_l0_deviation=1.0, min_alive_share=0.0)
+_OPEN_GATE = Gate(min_explained_variance=-1e9, max_l0_deviation=1e9, min_alive_share=0.0)
 
 
 class Shape(Section):
@@ -146,7 +146,7 @@ class Growth(Section):
             and isinstance(values.get("train"), dict)
             and "gate" not in values["train"]
         ):
-            values = {**values, "train": {**values["train"], "gate": _ANY_BETTER_THAN_THE_MEAN.model_dump()}}
+            values = {**values, "train": {**values["train"], "gate": _OPEN_GATE.model_dump()}}
         return values
 
     @model_validator(mode="after")
@@ -164,6 +164,13 @@ class Generations(Section):
     temperature: float = Field(0.8, gt=0, description="Of the sampled continuation.")
     top_p: float = Field(0.95, gt=0, le=1, description="Nucleus of the sampled continuation.")
     seed: int = Field(0, ge=0, description="Seed of the sampled continuation.")
+
+    @model_validator(mode="after")
+    def _once(self) -> Generations:
+        twice = sorted({prompt for prompt in self.prompts if self.prompts.count(prompt) > 1})
+        if twice:
+            raise ValueError(f"generations.prompts: {twice[0]!r} is there twice")
+        return self
 
 
 class Losses(Section):

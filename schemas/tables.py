@@ -49,6 +49,8 @@ SHARD_FILES: dict[str, pa.Schema] = {
         n=pa.int64(),
         loss_units=pa.int64(),
     ),
+    # of the SAE of a checkpoint on held-out text: tokens that activated a feature, where any did
+    "densities": _schema(feature_id=pa.int32(), n=pa.int64()),
     # in a grown SAE's folder, one row
     "learned": _schema(
         layer=pa.int32(),

@@ -12,7 +12,7 @@ from infra.errors import ConfigError, StorageError
 from infra.storage import Storage
 from schemas.config import DuckDb
 
-LEFT_IN_PLACE = ("activations", "edges", "occurrences")
+LEFT_IN_PLACE = ("activations", "edges", "occurrences", "token_losses")
 """Views over the Parquet files themselves; every other table is copied, so that it opens without them."""
 
 _DUCKDB_MAGIC = b"DUCK"
@@ -24,8 +24,8 @@ STORAGE_VERSION = "v1.5.0"
 def write_catalog_file(storage: Storage, path: str, resources: DuckDb) -> None:
     """Write a DuckDB file whose views in `main` are the published tables.
 
-    Small tables are copied into the schema `data`; activations, edges and occurrences are views over
-    absolute paths (or URLs: a client needs its own access to those).
+    Small tables are copied into the schema `data`; those of `LEFT_IN_PLACE` are views over absolute paths (or
+    URLs: a client needs its own access to those).
 
     Args:
         storage: The root whose tables are published.

@@ -23,7 +23,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "graph_summary",
         "dictionaries",
     ),
+    "consolidation": ("checkpoints", "document_losses", "loss_buckets"),
 }
+TOGETHER = ("learned_features", "checkpoint_degree", "checkpoint_graph")
+"""Where one of these is there, all are."""
 
 _COLUMNS = Query(
     name="tables have their columns",
@@ -42,6 +45,7 @@ def check_columns(connection: Any, catalog: Catalog, views: set[str]) -> Finding
         views: Names of the views that are there.
     """
     tables = views | {table for group in catalog.lineage for table in GROUPS.get(group, ())}
+    tables |= set(TOGETHER) if views.intersection(TOGETHER) else set()
     offenders = []
     for table in sorted(tables & set(TABLES)):
         described = connection.execute(f"DESCRIBE {table}").fetchall() if table in views else []

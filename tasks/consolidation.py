@@ -6,7 +6,7 @@ from infra.storage import Storage
 from schemas.config import Config
 from schemas.work import Checkpoint, CorpusShards, Stage, StagePlan
 from tasks.checkpoints import consolidation_of, find_checkpoints, unfinished_series
-from tasks.consolidation_tables import ConsolidationResults
+from tasks.consolidation_plan import ConsolidationResults
 
 
 def consolidation_stages(config: Config) -> tuple[Stage, ...]:
@@ -70,7 +70,7 @@ def _results(
 ) -> ConsolidationResults | None:
     """Find what is there, adding a plan of each stage after the first to `plans`."""
     from tasks.generations import find_generations
-    from tasks.growth import find_growth, selected
+    from tasks.growth import find_growth, missing_growth
     from tasks.losses import find_losses, missing_losses
     from tasks.pretraining import training_losses_file
 
@@ -89,15 +89,14 @@ def _results(
     )
     growth = find_growth(config, storage, shards, checkpoints) if section.growth else []
     if section.growth:
-        n = len(selected(config, checkpoints))
+        n_grown, ungrown = missing_growth(config, storage, shards, checkpoints)
         plans.append(
             StagePlan(
                 stage="growth",
-                done=0 if growth is None else n,
-                missing=n if growth is None else 0,
-                reason="an SAE, its judgement or its graph is missing"
-                if growth is None
-                else "all SAEs are there",
+                done=n_grown,
+                missing=len(ungrown),
+                reason="an SAE, its judgement or its graph is missing" if ungrown else "all SAEs are there",
+                details=tuple(ungrown),
             )
         )
     texts = find_generations(config, storage, checkpoints) if section.generations else []

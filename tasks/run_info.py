@@ -6,9 +6,10 @@ import re
 
 from functok import __version__
 from infra.storage import Storage
-from schemas.config import Config
+from schemas.config import Config, Series
 from schemas.work import CorpusShards
 from tasks.graph import graph_shards
+from tasks.heldout import heldout_parts
 
 
 def run_info_rows(
@@ -25,7 +26,7 @@ def run_info_rows(
     """
     values: dict[str, object] = {
         "functok_version": __version__,
-        "model": without_credentials(config.model.name),
+        "model": without_credentials(config.subject),
         "model_revision": config.model.revision,
         "tokenizer": without_credentials(config.model.tokenizer) if config.model.tokenizer else None,
         "corpus_urls": ", ".join(without_credentials(url) for url in config.corpus.urls),
@@ -47,7 +48,40 @@ def run_info_rows(
             "graph_tokens": sum(part.n_tokens for part in parts),
             "activation_mantissa_bits": config.activations.mantissa_bits,
         }
+    if config.consolidation is not None:
+        values |= _consolidation(config, storage, shards)
     return [{"key": key, "value": str(value)} for key, value in values.items() if value is not None]
+
+
+def _consolidation(config: Config, storage: Storage, shards: CorpusShards) -> dict[str, object]:
+    section = config.consolidation
+    assert section is not None
+    parts = heldout_parts(config, storage, shards, config.losses.max_tokens)
+    values: dict[str, object] = {
+        "series": "; ".join(_series(config, series) for series in section.series),
+        "heldout_share": section.heldout_share,
+        "heldout_documents": sum(len(part.documents) for part in parts),
+        "heldout_tokens": sum(part.n_tokens for part in parts),
+        "loss_resamples": config.losses.resamples,
+    }
+    if section.train is not None and section.trains_here:
+        values["training_tokens"] = section.train.tokens
+    if section.train is not None and section.trains_tokenizer:
+        values["tokenizer"] = (
+            f"byte-level BPE of {section.train.vocabulary_size} tokens, trained on the corpus"
+        )
+    return values
+
+
+def _series(config: Config, series: Series) -> str:
+    if series.shape is not None:
+        return (
+            f"{series.name}: {series.shape.layers} blocks of width {series.shape.hidden_size}, trained here"
+        )
+    if series.revisions is not None:
+        name = without_credentials(series.model or config.model.name)
+        return f"{series.name}: {len(series.revisions)} revisions of {name}"
+    return f"{series.name}: {series.folder}"
 
 
 def without_credentials(url: str) -> str:

@@ -26,9 +26,14 @@ CORPUS_TABLES = ("tokens", "run_info")
 GRAPH_TABLES = ("dictionaries", "token_degree", "feature_degree", "coverage", "graph_summary")
 """In the order in which they are made."""
 
+CONSOLIDATION_TABLES = ("checkpoints", "loss_buckets", "training_losses", "learned_features", "generations")
+CHECKPOINT_TABLES = ("document_losses", "checkpoint_degree", "checkpoint_graph")
+"""One file a checkpoint, so that one more leaves those of the others as they are."""
+
 MEMBERS: dict[str, tuple[str, ...]] = {
     "corpus": (*CORPUS_TABLES, "documents", "rejects", "occurrences"),
     "graph": (*GRAPH_TABLES, "activations", "edges"),
+    "consolidation": (*CONSOLIDATION_TABLES, *CHECKPOINT_TABLES, "token_losses"),
 }
 
 
@@ -37,7 +42,7 @@ class Group:
     """A group of tables as it would be published.
 
     Attributes:
-        name: `corpus` or `graph`.
+        name: `corpus`, `graph` or `consolidation`.
         key: Content key of the whole group.
         key_parts: What the key is made of, readable.
         tables: Table to its file.
@@ -55,7 +60,8 @@ class Group:
     @property
     def made(self) -> list[str]:
         """The files that the table stage makes, the shards' own left out."""
-        return [*self.tables.values(), *(file.name for file in self.sharded.get("edges", []))]
+        made = ("edges", *CHECKPOINT_TABLES)
+        return [*self.tables.values(), *(file.name for table in made for file in self.sharded.get(table, []))]
 
 
 def corpus_group(config: Config, shards: CorpusShards) -> Group:
@@ -163,15 +169,15 @@ def checked_layers(features: Sequence[FeatureShard], dictionaries: Sequence[Dict
 
 
 def merged(published: Catalog, *groups: Group) -> Catalog:
-    """The published catalogue with `groups` in place of those of the same names.
+    """A catalogue, published or itself a candidate, with `groups` in place of those of the same names.
 
-    A graph that was made from another corpus goes with the old corpus; `expectations` goes always, as it
-    is written again when the candidate is published.
+    What was made from another corpus (a graph, a consolidation) goes with the old corpus; `expectations`
+    goes always, as it is written again when the candidate is published.
     """
     replaced = {group.name for group in groups}
     corpus = next((group.key for group in groups if group.name == "corpus"), None)
     if corpus is not None and published.lineage.get("corpus") != corpus:
-        replaced.add("graph")
+        replaced |= MEMBERS.keys()
     gone = {"expectations", *(table for group in replaced for table in MEMBERS[group])}
     tables = {table: name for table, name in published.tables.items() if table not in gone}
     sharded = {table: files for table, files in published.sharded.items() if table not in gone}
@@ -184,6 +190,7 @@ def merged(published: Catalog, *groups: Group) -> Catalog:
 
 
 def _shown(config: Config) -> list[Any]:
+    section = config.consolidation
     return [
         config.model.model_dump(),
         config.corpus.model_dump(),
@@ -191,4 +198,5 @@ def _shown(config: Config) -> list[Any]:
         config.activations.model_dump(),
         config.graph.model_dump(),
         [entry.layer for entry in config.sae],
+        *([section.model_dump(), config.losses.model_dump()] if section is not None else []),
     ]

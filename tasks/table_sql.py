@@ -1,8 +1,8 @@
-"""Running `sql/<table>.sql` into a Parquet file."""
+"""Running `sql/<table>.sql` into a Parquet file, and folders of such files that are made once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from infra.duck import Catalog, create_views, open_duckdb
 from infra.errors import ConfigError, StorageError
+from infra.manifest import Manifest, commit, load
 from infra.storage import Storage
 from schemas.config import DuckDb
 from sql import read_sql
@@ -51,6 +52,24 @@ def write_table(
             with storage.write_by_url(name) as url:
                 target = url.replace("'", "''")
                 connection.execute(f"COPY ({query}) TO '{target}' (FORMAT parquet, COMPRESSION zstd)", bound)
+
+
+def ensure_folder(
+    storage: Storage, names: Sequence[str], inputs: Mapping[str, Any], make: Callable[[], None]
+) -> None:
+    """Make and commit the files `names`, all of one folder, if that is not finished.
+
+    Args:
+        storage: Where the folder is.
+        names: The files.
+        inputs: What the folder's key was made of.
+        make: Writes the files.
+    """
+    folder = names[0].rsplit("/", 1)[0]
+    if load(storage, folder) is None:
+        make()
+        files = {name.rsplit("/", 1)[1]: 0 for name in names}
+        commit(storage, folder, Manifest(stage="tables", inputs=dict(inputs), files=files))
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The table stage: from committed shards to the contract's tables, by the SQL in `sql/`.
 
-Two groups of tables: `corpus` (counts alone, PAPER 1.1) and `graph` (PAPER 1.2). Each table is one COPY of
+Two groups of tables: `corpus` (counts alone, PAPER 1.1) and `graph` (PAPER 1.2); `tasks.consolidation_tables`
+makes a third. Each table is one COPY of
 `sql/<table>.sql` into a folder named by what determines it; edges, the costly ones, have a folder a layer and
 are made in as many passes as `duckdb.memory_limit` wants, so they may be many times larger than memory. All
 sums are sums of integers: sharding, order and threads cannot change a bit.
@@ -10,21 +11,21 @@ Building publishes nothing: it returns a candidate catalogue, which `publish` ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
 
 from infra.duck import CATALOG, Catalog, create_views, open_duckdb, read_catalog
 from infra.errors import StorageError
-from infra.manifest import Manifest, commit, content_key, load, load_all
+from infra.manifest import content_key, load_all
 from infra.progress import Progress, silent
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.tables import TABLES
 from schemas.work import CorpusShards, Dictionary, FeatureShard
 from tasks.catalog_file import write_catalog_file
+from tasks.consolidation_plan import ConsolidationResults, consolidation_group
 from tasks.powerlaw_fit import fit_power_law
 from tasks.run_info import run_info_rows
 from tasks.table_edges import edge_files, ensure_edges
@@ -37,7 +38,7 @@ from tasks.table_plan import (
     graph_inputs,
     merged,
 )
-from tasks.table_sql import explained, write_table
+from tasks.table_sql import ensure_folder, explained, write_table
 
 __all__ = [
     "build_corpus_tables",
@@ -67,7 +68,7 @@ def build_corpus_tables(
         StorageError: if a file cannot be read or written.
     """
     group = corpus_group(config, shards)
-    _build_corpus(config, storage, shards, group, progress)
+    build_corpus(config, storage, shards, group, progress)
     return merged(read_catalog(storage), group)
 
 
@@ -100,7 +101,7 @@ def build_graph_tables(
         progress(done, total, what)
 
     progress(0, total, "corpus tables")
-    _build_corpus(config, storage, shards, corpus, silent)
+    build_corpus(config, storage, shards, corpus)
     for layer in layers:
         inputs = graph_inputs(features, layer)
         wanted = Catalog(sharded={view: inputs[view] for view in ("shard_edges", "activations")})
@@ -123,9 +124,23 @@ def find_tables(
     shards: CorpusShards,
     features: Sequence[FeatureShard] | None,
     dictionaries: Sequence[Dictionary] | None,
+    results: ConsolidationResults | None = None,
 ) -> bool:
-    """Whether the published tables are those that a run would make now, and all of their files are there."""
+    """Whether the published tables are those that a run would make now, and all of their files are there.
+
+    Args:
+        config: The configuration.
+        storage: Where everything is.
+        shards: The tokenized corpus.
+        features: The graph's feature shards, where dictionaries are configured.
+        dictionaries: The dictionaries, where some are configured.
+        results: What the checkpoint stages have made, where a consolidation is configured.
+    """
     groups = [corpus_group(config, shards)]
+    if config.consolidation is not None:
+        if results is None:
+            return False
+        groups.append(consolidation_group(config, shards, results))
     if config.sae:
         if not features or not dictionaries:
             return False
@@ -162,9 +177,11 @@ def publish(storage: Storage, catalog: Catalog) -> None:
     storage.write_json(CATALOG, published.to_json())
 
 
-def _build_corpus(
-    config: Config, storage: Storage, shards: CorpusShards, group: Group, progress: Progress
+def build_corpus(
+    config: Config, storage: Storage, shards: CorpusShards, group: Group, progress: Progress = silent
 ) -> None:
+    """Make the corpus group's own files, where they are missing."""
+
     tokens, info = group.tables["tokens"], group.tables["run_info"]
 
     def make_tokens() -> None:
@@ -183,9 +200,9 @@ def _build_corpus(
         storage.write_parquet(info, pa.Table.from_pylist(rows, schema=TABLES["run_info"]))
 
     progress(0, 2, "corpus tables")
-    _ensure(storage, [tokens], group.key_parts, make_tokens)
+    ensure_folder(storage, [tokens], group.key_parts, make_tokens)
     progress(1, 2, "corpus tables")
-    _ensure(storage, [info], {"run_info": info, "corpus": group.key}, make_info)
+    ensure_folder(storage, [info], {"run_info": info, "corpus": group.key}, make_info)
     progress(2, 2, "corpus tables")
 
 
@@ -218,7 +235,7 @@ def _build_graph(
                 write_table(config.duckdb, storage, table, graph.tables[table], known, relations, m=m)
             advance(table.replace("_", " "))
 
-    _ensure(storage, [graph.tables[table] for table in GRAPH_TABLES], graph.key_parts, make)
+    ensure_folder(storage, [graph.tables[table] for table in GRAPH_TABLES], graph.key_parts, make)
 
 
 UPSTREAM: dict[str, tuple[str, ...]] = {
@@ -228,16 +245,6 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
     "graph_summary": ("token_degree", "feature_degree", "dictionaries"),
 }
 """What each SQL of the graph reads: a view over a file that is not there yet cannot be made."""
-
-
-def _ensure(
-    storage: Storage, names: Sequence[str], inputs: Mapping[str, Any], make: Callable[[], None]
-) -> None:
-    folder = names[0].rsplit("/", 1)[0]
-    if load(storage, folder) is None:
-        make()
-        files = {name.rsplit("/", 1)[1]: 0 for name in names}
-        commit(storage, folder, Manifest(stage="tables", inputs=dict(inputs), files=files))
 
 
 def _dictionary_rows(dictionaries: Sequence[Dictionary]) -> pa.Table:

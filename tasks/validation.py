@@ -15,14 +15,23 @@ from typing import Any
 import pyarrow as pa
 
 from infra.duck import Catalog, create_views, open_duckdb
-from infra.manifest import load_all
+from infra.manifest import MANIFEST, load_all
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.expectations import SUITES
-from schemas.work import CorpusShards, Dictionary, FeatureShard, Stage
+from schemas.work import CorpusShards, Dictionary, FeatureShard
+from tasks.catalog_file import LEFT_IN_PLACE
 from tasks.check_columns import check_columns
-from tasks.data_docs import Finding
-from tasks.find_offenders import Unit, find_in_units, find_in_views
+from tasks.find_offenders import Unit, find_in_views
+from tasks.shard_checks import (
+    FEATURE_TOTALS,
+    check_shards,
+    feature_row,
+    feature_unit,
+    identity,
+    put,
+    rows_table,
+)
 from tasks.verdicts import check_key, conclude, expectations_table, passed
 
 __all__ = ["check_dictionaries", "check_features", "check_tables", "check_tokenize", "expectations_table"]
@@ -35,7 +44,7 @@ def check_tokenize(config: Config, storage: Storage, shards: CorpusShards) -> No
         ExpectationError: naming the expectation, the table and offending rows.
         StorageError: if a file cannot be read.
     """
-    key = check_key("tokenize", shards=[_identity(shard) for shard in shards.shards], of=shards.vocabulary)
+    key = check_key("tokenize", shards=[identity(shard) for shard in shards.shards], of=shards.vocabulary)
     if passed(storage, "tokenize", key):
         return
     manifests = load_all(storage, [shard.folder for shard in shards.shards])
@@ -63,12 +72,12 @@ def check_tokenize(config: Config, storage: Storage, shards: CorpusShards) -> No
         "token_counts": {"found_counted_tokens": "coalesce(sum(count), 0)::BIGINT"},
     }
     rows = [
-        {**_identity(shard), "place": place, "n_records": _n_records(manifests, shard.folder)}
+        {**identity(shard), "place": place, "n_records": _n_records(manifests, shard.folder)}
         for place, shard in enumerate(shards.shards)
     ]
     with open_duckdb(storage, config.duckdb) as connection:
-        _put(connection, "vocabulary", storage.read_parquet(shards.vocabulary))
-        findings = _check_shards(connection, storage, "tokenize", units, totals, rows, {"vocabulary"})
+        put(connection, "vocabulary", storage.read_parquet(shards.vocabulary))
+        findings = check_shards(connection, storage, "tokenize", units, totals, rows, {"vocabulary"})
     conclude(storage, "tokenize", key, findings)
 
 
@@ -102,8 +111,8 @@ def check_dictionaries(config: Config, storage: Storage, dictionaries: Sequence[
     if passed(storage, "dictionaries", key):
         return
     with open_duckdb(storage, config.duckdb) as connection:
-        _put(connection, "dictionaries", _table(rows, _DICTIONARIES))
-        _put(connection, "wanted", _table(wanted, _WANTED))
+        put(connection, "dictionaries", rows_table(rows, _DICTIONARIES))
+        put(connection, "wanted", rows_table(wanted, _WANTED))
         findings = find_in_views(
             connection, SUITES["dictionaries"], {"dictionaries", "wanted"}, storage.url("dictionaries")
         )
@@ -119,47 +128,18 @@ def check_features(
         ExpectationError: naming the expectation, the table and offending rows.
         StorageError: if a file cannot be read.
     """
-    rows = [
-        {
-            **_identity(feature.part.shard),
-            "token_folder": feature.part.shard.folder,
-            "n_documents": feature.part.n_documents,
-            "n_tokens": feature.part.n_tokens,
-            "folder": feature.folder,
-            "layer": feature.layer,
-            "n_activations": feature.n_activations,
-        }
-        for feature in features
-    ]
+    rows = [feature_row(feature) for feature in features]
     sizes = [{"layer": entry.layer, "key": entry.key, "d_sae": entry.d_sae} for entry in dictionaries]
     key = check_key("features", shards=rows, dictionaries=sizes)
     if passed(storage, "features", key):
         return
     d_sae = {entry.layer: entry.d_sae for entry in dictionaries}
-    units = {
-        feature.folder: Unit(
-            folder=feature.folder,
-            files={
-                **{file: f"{feature.folder}/{file}.parquet" for file in ("activations", "edges", "counts")},
-                "token_counts": f"{feature.part.shard.folder}/token_counts.parquet",
-            },
-            columns={
-                "folder": feature.folder,
-                "layer": feature.layer,
-                "n_documents": feature.part.n_documents,
-                "d_sae": d_sae.get(feature.layer),
-            },
-            small=frozenset({"counts", "token_counts"}),
-        )
-        for feature in features
-    }
-    totals = {
-        "activations": {"found_activations": "count(*)"},
-        "counts": {"found_tokens": "coalesce(sum(count), 0)::BIGINT"},
-    }
+    units = {feature.folder: feature_unit(feature, d_sae.get(feature.layer)) for feature in features}
     with open_duckdb(storage, config.duckdb) as connection:
-        _put(connection, "dictionaries", _table(sizes, _SIZES))
-        findings = _check_shards(connection, storage, "features", units, totals, rows, {"dictionaries"})
+        put(connection, "dictionaries", rows_table(sizes, _SIZES))
+        findings = check_shards(
+            connection, storage, "features", units, FEATURE_TOTALS, rows, {"dictionaries"}
+        )
     conclude(storage, "features", key, findings)
 
 
@@ -179,47 +159,34 @@ def check_tables(config: Config, storage: Storage, catalog: Catalog) -> None:
     # Results of checks are published with the tables, and are not what is checked.
     tables = {name: file for name, file in catalog.tables.items() if name != "expectations"}
     checked = replace(catalog, tables=tables)
-    key = check_key("tables", catalog=checked.to_json(), settings=settings)
+    made_with = _made_with(storage, checked)
+    key = check_key("tables", catalog=checked.to_json(), settings=settings, made_with=made_with)
     if passed(storage, "tables", key):
         return
     views = {*checked.tables, *checked.sharded}
     with open_duckdb(storage, config.duckdb) as connection:
         create_views(connection, storage, checked)
-        _put(connection, "settings", _table(settings, _SETTINGS))
+        put(connection, "settings", rows_table(settings, _SETTINGS))
+        asked = views | {"settings"}
+        if made_with:
+            put(connection, "made_with", rows_table(made_with, _MADE_WITH))
+            asked.add("made_with")
         columns = check_columns(connection, checked, views)
         findings = [columns]
         if columns.count == 0:
             # Asked about often; a query of a view opens its file again, which S3 answers slowly.
-            for table in views - {"activations", "edges", "occurrences"}:
+            for table in views.difference(LEFT_IN_PLACE):
                 connection.execute(f"CREATE TEMP TABLE {table} AS SELECT * FROM main.{table}")
-            findings += find_in_views(connection, SUITES["tables"], views | {"settings"}, storage.root)
+            findings += find_in_views(connection, SUITES["tables"], asked, storage.root)
     conclude(storage, "tables", key, findings)
 
 
-def _check_shards(
-    connection: Any,
-    storage: Storage,
-    stage: Stage,
-    units: Mapping[str, Unit],
-    totals: Mapping[str, Mapping[str, str]],
-    rows: list[dict[str, Any]],
-    views: set[str],
-) -> list[Finding]:
-    """Ask each folder once (files of equal content share one), then all of them together as `shards`."""
-    suite = SUITES[stage]
-    within = [entry for entry in suite if entry.shard]
-    findings, found = find_in_units(connection, storage, within, list(units.values()), totals, views)
-    found_in = dict(zip(units, found, strict=True))
-    _put(connection, "shards", pa.Table.from_pylist([{**row, **found_in[row["folder"]]} for row in rows]))
-    across = [entry for entry in suite if not entry.shard]
-    findings += find_in_views(connection, across, views | {"shards"}, storage.root)
-    order = {entry.name: place for place, entry in enumerate(suite)}
-    return sorted(findings, key=lambda finding: order[finding.expectation.name])
-
-
-def _identity(shard: Any) -> dict[str, Any]:
-    names = ("folder", "source", "doc_offset", "n_documents", "n_tokens", "n_rejects")
-    return {name: getattr(shard, name) for name in names}
+def _made_with(storage: Storage, catalog: Catalog) -> list[dict[str, Any]]:
+    """What a consolidation was made with: one that is kept from an earlier run may be of another configuration."""
+    if "loss_buckets" not in catalog.tables:
+        return []
+    manifest = storage.read_json(f"{catalog.tables['loss_buckets'].rsplit('/', 1)[0]}/{MANIFEST}")
+    return [] if manifest is None else [{name: manifest["inputs"].get(name) for name in _MADE_WITH.names}]
 
 
 def _n_records(manifests: Mapping[str, Any], folder: str) -> int | None:
@@ -237,6 +204,7 @@ _LIMITS = ("min_explained_variance", "max_l0_deviation", "min_alive_share")
 _SIZES = pa.schema([("layer", pa.int32()), ("key", pa.string()), ("d_sae", pa.int64())])
 _WANTED = pa.schema([("layer", pa.int32()), ("source", pa.string())])
 _SETTINGS = pa.schema([("function_share", pa.float64()), ("rarefaction_m", pa.int64())])
+_MADE_WITH = pa.schema([("window", pa.int64()), ("resamples", pa.int64()), ("m", pa.int64())])
 _DICTIONARIES = pa.schema(
     [
         *[("layer", pa.int32()), ("folder", pa.string()), ("key", pa.string()), ("d_sae", pa.int64())],
@@ -244,14 +212,3 @@ _DICTIONARIES = pa.schema(
         *[(name, pa.float64()) for name in _FLOATS + _LIMITS],
     ]
 )
-
-
-def _put(connection: Any, name: str, table: pa.Table) -> None:
-    # A registered table is seen from its connection alone, a real one from the folders' cursors too.
-    connection.register("_put", table)
-    connection.execute(f"CREATE TABLE {name} AS SELECT * FROM _put")
-    connection.unregister("_put")
-
-
-def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
-    return pa.Table.from_pylist(rows, schema=schema)

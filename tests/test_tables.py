@@ -42,7 +42,7 @@ from schemas.work import CorpusShards, FeatureShard, GraphShard, TokenShard
 from tasks.powerlaw_fit import fit_power_law
 from tasks.run_info import without_credentials
 from tasks.table_edges import edge_files, ensure_edges, token_ranges
-from tasks.table_plan import graph_inputs
+from tasks.table_plan import MEMBERS, graph_inputs
 from tasks.tables import (
     build_corpus_tables,
     build_graph_tables,
@@ -61,7 +61,8 @@ ORDER = {
     "edges": "layer, token_id, feature_id",
     "activations": "layer, doc_id, position, feature_id",
 }
-COMPARED = tuple(table for table in TABLES if table != "run_info")
+SPINE = (*MEMBERS["corpus"], *MEMBERS["graph"])
+COMPARED = tuple(table for table in SPINE if table != "run_info")
 
 
 @pytest.fixture
@@ -206,8 +207,8 @@ def test_shards_become_views_with_global_numbers(storage: Storage) -> None:
 
 def test_tables_have_the_contracts_columns_and_order(storage: Storage) -> None:
     catalog = built(storage, cut_up(random_documents(4, 20), [5], 20))
-    assert {*catalog.tables, *catalog.sharded} == set(TABLES)
-    for table in TABLES:
+    assert {*catalog.tables, *catalog.sharded} == set(SPINE)
+    for table in SPINE:
         with open_duckdb(storage) as connection:
             create_views(connection, storage, catalog)
             schema = connection.sql(f"FROM {table}").to_arrow_table().schema
@@ -404,7 +405,7 @@ def test_a_file_that_joins_gives_the_tables_of_a_fresh_run(tmp_path: Path) -> No
     later = cut_up(documents, [10, 20], 30)
     publish(grown, built(grown, later))
     publish(fresh, built(fresh, later))
-    for table in TABLES:
+    for table in SPINE:
         with connect(grown) as ours, connect(fresh) as theirs:
             order = f" ORDER BY {ORDER[table]}" if table in ORDER else ""
             assert (
@@ -583,7 +584,7 @@ def test_the_catalogue_file_opens_anywhere(storage: Storage, tmp_path: Path) -> 
         [sys.executable, "-c", script, str(moved)], cwd="/", capture_output=True, text=True, check=True
     )
     found = json.loads(ran.stdout)
-    assert set(found) == {*TABLES, "expectations"}
+    assert set(found) == {*SPINE, "expectations"}
     with connect(storage) as connection:
         for table, rows in found.items():
             assert rows == sorted(map(repr, connection.sql(f"FROM {table}").fetchall())), table
@@ -599,9 +600,8 @@ def test_tables_on_s3_are_those_on_disk(storage: Storage, s3_root: S3Root, tmp_p
     remote = Storage(s3_root.url)
     publish(storage, built(storage, cuts))
     publish(remote, built(remote, cuts))
-    tables = [table for table in TABLES if table != "run_info"]
     with connect(storage) as ours, connect(remote) as theirs:
-        for table in tables:
+        for table in COMPARED:
             expected = sorted(map(repr, ours.sql(f"FROM {table}").fetchall()))
             assert sorted(map(repr, theirs.sql(f"FROM {table}").fetchall())) == expected, table
     assert s3_root.unfinished_uploads() == []
