@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from flows.artifacts import show_tables
 from flows.dictionaries import finished_dictionaries
 from flows.features import finished_features
@@ -12,15 +14,19 @@ from infra.storage import Storage
 from schemas.config import Config
 from schemas.work import CorpusShards, Dictionary, FeatureShard
 
+if TYPE_CHECKING:
+    from tasks.consolidation_plan import ConsolidationResults
+
 
 @stage_flow("tables", "tables of {config.subject}")
 def tables(config: Config) -> None:
     """Build the tables from the shards, check them against each other, and publish them as one.
 
-    Where the features are not finished, the corpus' own tables are published before the flow fails.
+    Where the features or the checkpoints' results are not finished, the other tables are published before
+    the flow fails.
 
     Args:
-        config: The whole configuration; `function_tokens`, `graph` and `duckdb` matter here.
+        config: The whole configuration; `function_tokens`, `graph`, `losses` and `duckdb` matter here.
     """
     storage = open_storage(config)
     config, shards = needed(finished_tokens(config, storage), "tokenize", storage)
@@ -30,6 +36,9 @@ def tables(config: Config) -> None:
     catalog = build_corpus_tables(config, storage, shards)
     if dictionaries and features:
         catalog = build_graph_tables(config, storage, shards, features, dictionaries)
+    results = finished_consolidation(config, storage, shards) if config.consolidation else None
+    if results:
+        catalog = build_consolidation_tables(config, storage, shards, results, catalog)
     check_tables(config, storage, catalog)
     publish(config, storage, catalog)
     show_tables(config, storage)
@@ -37,6 +46,8 @@ def tables(config: Config) -> None:
     if config.sae:
         needed(dictionaries, "dictionaries", storage)
         needed(features, "features", storage)
+    if config.consolidation:
+        needed(results, "checkpoints", storage)
 
 
 @step("tables", "corpus")
@@ -61,6 +72,29 @@ def build_graph_tables(
 
     with reported_progress("tables") as progress:
         return tables.build_graph_tables(config, storage, shards, features, dictionaries, progress)
+
+
+@step("tables", "look for {series}")
+def finished_consolidation(
+    config: Config, storage: Storage, shards: CorpusShards
+) -> ConsolidationResults | None:
+    """What the checkpoint stages have made; None if any of it is missing."""
+    from tasks import consolidation
+
+    return consolidation.find_results(config, storage, shards)
+
+
+@step("tables", "{series}")
+def build_consolidation_tables(
+    config: Config, storage: Storage, shards: CorpusShards, results: ConsolidationResults, catalog: Catalog
+) -> Catalog:
+    """Loss buckets, learned features and graphs by checkpoint, beside what the candidate already has."""
+    from tasks import consolidation_tables
+
+    with reported_progress("tables") as progress:
+        return consolidation_tables.build_consolidation_tables(
+            config, storage, shards, results, progress, onto=catalog
+        )
 
 
 @step("tables", "check")

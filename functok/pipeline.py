@@ -49,17 +49,16 @@ def show_results(config: Config, storage: Storage, seconds: float) -> None:
     catalog = read_catalog(storage)
     if "coverage" in catalog.tables:
         console.print(coverage_table(storage))
+    if "loss_buckets" in catalog.tables:
+        show_consolidation(storage, console)
     console.print(
         f"\nfinished in {seconds:.1f} s; everything is under {storage.root}", markup=False, highlight=False
     )
     if storage.exists("report.html"):
         console.print(f"report:  {storage.url('report.html')}", markup=False, highlight=False)
     if catalog.tables:
-        example = (
-            "SELECT * FROM coverage LIMIT 10"
-            if "coverage" in catalog.tables
-            else "SELECT * FROM tokens LIMIT 10"
-        )
+        shown = next(table for table in ("coverage", "loss_buckets", "tokens") if table in catalog.tables)
+        example = f"SELECT * FROM {shown} LIMIT 10"
         console.print(
             f'query:   functok query --root {shlex.quote(config.storage.root)} "{example}"',
             markup=False,
@@ -94,6 +93,33 @@ def coverage_table(storage: Storage) -> Any:
         cells = [Text(f"{shares[layer]:.2%}") if layer in shares else Text("") for layer in layers]
         table.add_row(str(rank), Text(visible(token)), *cells)
     return table
+
+
+def show_consolidation(storage: Storage, console: Any) -> None:
+    """Print the last checkpoints' losses by token group, and whether each finding of PAPER 1.4 holds here."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from tasks.report_consolidation import final_losses, findings_text
+
+    with connect(storage) as connection:
+        losses, findings = final_losses(connection), findings_text(connection)
+    table = Table(title="Loss by token group (current → next), nats on held-out documents, 95 % intervals")
+    table.add_column("group")
+    series = {(row.model, row.step): f"{row.model}, step {row.step:,}" for row in losses}
+    for title in series.values():
+        table.add_column(Text(printable(title)), justify="right")
+    cells = {
+        (row.bucket, row.model): "–"
+        if row.mean_loss is None
+        else f"{row.mean_loss:.3f}" + ("" if row.low is None else f" ({row.low:.3f}–{row.high:.3f})")
+        for row in losses
+    }
+    for bucket in dict.fromkeys(row.bucket for row in losses):
+        table.add_row(bucket, *(cells.get((bucket, model), "") for model, _ in series))
+    console.print(table)
+    for title, verdict, text in findings:
+        console.print(f"\n{title}: {verdict.upper()}. {printable(text)}", markup=False, highlight=False)
 
 
 def visible(token: str) -> str:

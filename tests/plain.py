@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
+from infra.duck import Catalog
 from infra.storage import Storage
 from schemas.config import Config, load_config
+from schemas.work import CorpusShards
 
 
 class InThisProcess:
@@ -39,9 +41,14 @@ def run_plain(config: Config, storage: Storage | None = None, *, checked: bool =
         storage: Where; default: its own root.
         checked: Also validate at the stage boundaries.
     """
-    from tasks import dictionaries, features, report, tables, tokenization, validation
+    from tasks import corpus_tokenizer, dictionaries, features, report, tables, tokenization, validation
 
     storage = storage or Storage(config.storage.root, config.storage.endpoint_url)
+    if config.consolidation is not None and config.consolidation.trains_tokenizer:
+        corpus_tokenizer.train_tokenizer(config, storage)
+    resolved = corpus_tokenizer.with_tokenizer(config, storage)
+    assert resolved is not None
+    config = resolved
     shards = tokenization.tokenize_corpus(config, storage)
     if checked:
         validation.check_tokenize(config, storage, shards)
@@ -54,11 +61,44 @@ def run_plain(config: Config, storage: Storage | None = None, *, checked: bool =
         if checked:
             validation.check_features(config, storage, activated, made)
         catalog = tables.build_graph_tables(config, storage, shards, activated, made)
+    if config.consolidation is not None:
+        catalog = _consolidate(config, storage, shards, catalog, checked=checked)
     if checked:
         validation.check_tables(config, storage, catalog)
     tables.publish(storage, catalog)
     report.write_report(storage, config.duckdb)
     return storage
+
+
+def _consolidate(
+    config: Config, storage: Storage, shards: CorpusShards, catalog: Catalog, *, checked: bool
+) -> Catalog:
+    """The checkpoint stages and their tables."""
+    from tasks import (
+        checkpoints,
+        consolidation,
+        consolidation_tables,
+        consolidation_validation,
+        generations,
+        growth,
+        losses,
+    )
+
+    found = checkpoints.prepare_checkpoints(config, storage, shards)
+    measured = losses.compute_losses(config, storage, shards, found)
+    section = checkpoints.consolidation_of(config)
+    grown = growth.grow(config, storage, shards, found) if section.growth else []
+    texts = generations.generate_texts(config, storage, found) if section.generations else []
+    if checked:
+        consolidation_validation.check_checkpoints(config, storage, found)
+        consolidation_validation.check_losses(config, storage, measured)
+        if grown:
+            consolidation_validation.check_growth(config, storage, grown)
+        if texts:
+            consolidation_validation.check_generations(config, storage, texts)
+    results = consolidation.find_results(config, storage, shards)
+    assert results is not None
+    return consolidation_tables.build_consolidation_tables(config, storage, shards, results, onto=catalog)
 
 
 def _killing(prefix: str, nth: int) -> None:

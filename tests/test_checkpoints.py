@@ -148,6 +148,11 @@ TRAIN = {"tokens": 1000}
             },
             "has 2 blocks, so its SAEs cannot read layer 2",
         ),
+        (
+            {"name": "m"},
+            {"series": [{"name": "a", "folder": "x"}], "generations": {"prompts": ["a", "b", "a"]}},
+            "'a' is there twice",
+        ),
         ({"name": "m"}, {"series": [{"name": "a", "shape": {**SHAPE, "heads": 3}}]}, "multiple of heads"),
     ],
 )

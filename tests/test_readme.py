@@ -91,8 +91,18 @@ def test_a_make_target_of_the_readme_exists(line: str) -> None:
 
 
 def test_the_configuration_of_the_readme_is_valid() -> None:
-    (text,) = blocks("toml")
+    text = blocks("toml")[0]
     assert len(Config.model_validate(tomllib.loads(text)).sae) == 3
+
+
+def test_the_series_of_the_readme_are_valid() -> None:
+    series = tomllib.loads(blocks("toml")[1])["consolidation"]["series"]
+    values = {"corpus": {"urls": ["a.txt"]}, "model": {"tokenizer": "t"}}
+    consolidation = Config.model_validate(
+        {**values, "consolidation": {"series": series, "train": {"tokens": 1000}}}
+    ).consolidation
+    assert consolidation is not None
+    assert [entry.name for entry in consolidation.series] == ["mine", "pythia", "ours"]
 
 
 def test_files_that_the_readme_points_to_exist() -> None:
