@@ -165,24 +165,24 @@ class Children:
     def _died(self, name: str) -> FunctokError:
         process, log = self._children[name]
         return FunctokError(
-            f"the {name} ended with status {process.returncode}:\n{_tail(log)}",
+            f"the {name} ended with status {process.returncode}:\n{last_lines(log)}",
             hint="the other parts were stopped; run `functok up` again when the cause is gone",
         )
 
     def _last_lines_of_all(self) -> str:
-        return "".join(f"\n{name}:\n{_tail(log)}" for name, (_, log) in self._children.items())
+        return "".join(f"\n{name}:\n{last_lines(log)}" for name, (_, log) in self._children.items())
 
     def _stop_all(self) -> None:
         names = list(self._children)
         first = names[:1]
-        _end([self._children[name][0].pid for name in names if name not in first])
+        end_processes([self._children[name][0].pid for name in names if name not in first])
         for action in self._before_stop:
             if first and self._children[first[0]][0].poll() is None:
                 try:
                     action()
                 except Exception as error:
                     print(f"while stopping: {error}", file=sys.stderr)
-        _end([self._children[name][0].pid for name in first])
+        end_processes([self._children[name][0].pid for name in first])
         for process, log in self._children.values():
             process.wait()
             log.close()
@@ -206,7 +206,7 @@ class Children:
                 f"`functok up` is already running here (process {entries[0][0]})",
                 hint="use it, stop it with Ctrl-C, or choose another --port",
             )
-        _end(alive)
+        end_processes(alive)
 
 
 def _birth(pid: int) -> float | None:
@@ -216,7 +216,7 @@ def _birth(pid: int) -> float | None:
         return None
 
 
-def _end(pids: list[int]) -> None:
+def end_processes(pids: list[int]) -> None:
     """End processes and all that they started: SIGTERM, then SIGKILL for what is left."""
     family: dict[int, psutil.Process] = {}
     for pid in pids:
@@ -239,7 +239,8 @@ def _end(pids: list[int]) -> None:
     psutil.wait_procs(stubborn, timeout=GRACE_SECONDS)
 
 
-def _tail(log: IO[bytes], lines: int = 20) -> str:
+def last_lines(log: IO[bytes], lines: int = 20) -> str:
+    """The end of what a child wrote, indented."""
     log.seek(0, os.SEEK_END)
     log.seek(max(0, log.tell() - 8192))
     text = log.read().decode("utf-8", "replace")

@@ -50,6 +50,10 @@ class DictionaryError(FunctokError):
     """A sparse autoencoder does not fit, or did not pass its gate."""
 
 
+class TrainingError(FunctokError):
+    """A pre-training diverged: its loss or gradient is no longer finite."""
+
+
 class ExpectationError(FunctokError):
     """Data that a stage made or read does not meet its expectations."""
 

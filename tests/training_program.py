@@ -1,0 +1,66 @@
+"""`tasks.pretraining_worker` as a program that can die on the way, and that can shard over CPU processes.
+
+`python tests/training_program.py CONFIG SERIES [--die-at-step N] [--die-at-write N] [--sharded]`
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import plain
+
+from schemas.config import Config
+from tasks import pretraining_worker
+from tasks.pretraining_trainer import Trainer
+
+
+def _die_at_step(number: int) -> None:
+    step = Trainer.step
+
+    def deadly(self: Trainer, at: int) -> Any:
+        if at == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, at)
+
+    Trainer.step = deadly  # type: ignore[method-assign]
+
+
+def _take_processes_for_gpus() -> None:
+    """accelerate shards over what it takes for GPUs only; FSDP2 itself runs on a CPU, over gloo."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+    from torch import distributed
+
+    def prepare_backend(*_: object, **__: object) -> tuple[str, DistributedType]:
+        return "gloo", DistributedType.MULTI_GPU
+
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    PartialState._prepare_backend = prepare_backend
+    distributed.init_process_group("gloo")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("config", type=Path)
+    parser.add_argument("series")
+    parser.add_argument("--die-at-step", type=int)
+    parser.add_argument("--die-at-write", type=int, help="in the middle of the nth file below training/")
+    parser.add_argument("--sharded", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.die_at_step is not None:
+        _die_at_step(arguments.die_at_step)
+    if arguments.die_at_write is not None:
+        plain._killing("training/", arguments.die_at_write)
+    if arguments.sharded:
+        _take_processes_for_gpus()
+    config = Config.model_validate_json(arguments.config.read_text())
+    pretraining_worker.work(config, arguments.series)
+    pretraining_worker._leave_group()
+
+
+if __name__ == "__main__":
+    main()
