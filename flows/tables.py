@@ -10,6 +10,7 @@ from flows.features import finished_features
 from flows.support import needed, open_storage, reported_progress, stage_flow, step
 from flows.tokenize import finished_tokens
 from infra.duck import Catalog
+from infra.errors import FunctokError
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.work import CorpusShards, Dictionary, FeatureShard
@@ -46,8 +47,12 @@ def tables(config: Config) -> None:
     if config.sae:
         needed(dictionaries, "dictionaries", storage)
         needed(features, "features", storage)
-    if config.consolidation:
-        needed(results, "checkpoints", storage)
+    if config.consolidation and not results:
+        raise FunctokError(
+            f"a checkpoint stage is not finished for this configuration in {storage.root}",
+            stage="tables",
+            hint="functok status says which; run it, or the whole: functok run CONFIG --from checkpoints",
+        )
 
 
 @step("tables", "corpus")

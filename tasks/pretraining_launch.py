@@ -50,13 +50,14 @@ def launch_training(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        seen = None
         try:
             while child.poll() is None:
-                _pass_on(place, progress)
+                seen = _pass_on(place, progress, seen)
                 time.sleep(_POLL_SECONDS)
         finally:
             end_processes([child.pid])
-        _pass_on(place, progress)
+        _pass_on(place, progress, seen)
         if child.returncode:
             raise _failure(place) or FunctokError(
                 f"the processes that train series {series.name} ended with status {child.returncode}:\n"
@@ -82,12 +83,15 @@ def write_whole(path: Path, value: object) -> None:
     aside.replace(path)
 
 
-def _pass_on(place: Path, progress: Progress) -> None:
+def _pass_on(place: Path, progress: Progress, seen: str | None) -> str | None:
+    """Report what is new since `seen`; returns what has been seen now."""
     try:
-        done, total, what = json.loads((place / REPORT).read_text())
+        told = (place / REPORT).read_text()
     except FileNotFoundError:
-        return
-    progress(done, total, what)
+        return None
+    if told != seen:
+        progress(*json.loads(told))
+    return told
 
 
 def _failure(place: Path) -> FunctokError | None:

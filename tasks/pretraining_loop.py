@@ -2,7 +2,7 @@
 
 A training that was killed goes on from its last state; on one machine and CPU its loss curve and weights are bit
 for bit those of one that was not. Losses and norms are read in groups, so that no step waits for the device, and always
-before anything is saved; weights are kept only if the loss of the next rows is finite under them.
+before anything is saved; weights are kept only if loss and gradient of the next row are finite under them.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ class _Run:
         trainer, plan = self._trainer, self._plan
         # The step's own loss is of the weights before it.
         if not trainer.is_sound(step + 1):
-            raise self._diverged("the loss is not finite after the update", step)
+            raise self._diverged("loss or gradient is not finite after the update", step)
         model, optimizer = trainer.state()
         if not trainer.accelerator.is_main_process:
             return

@@ -11,6 +11,7 @@ float32 takes 32 GB of main memory a process for that while.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import shutil
@@ -18,7 +19,6 @@ from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any, cast
 
-import numpy as np
 import torch
 
 from infra.errors import ConfigError
@@ -35,6 +35,17 @@ _PATIENCE = timedelta(hours=2)
 def launched_processes() -> int:
     """Processes of the launch that this one is part of; 1 outside of any."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def shares(n_rows: int, processes: int, index: int, at_once: int) -> list[range]:
+    """The rows of a step that one process takes, in micro-batches of `at_once` rows at most.
+
+    Every process has as many micro-batches, so that all meet in each; some may be empty.
+    """
+    first, last = (n_rows * place // processes for place in (index, index + 1))
+    n_parts = math.ceil(math.ceil(n_rows / processes) / at_once)
+    bounds = [first + (last - first) * part // n_parts for part in range(n_parts + 1)]
+    return [range(start, end) for start, end in itertools.pairwise(bounds)]
 
 
 class Trainer:
@@ -83,11 +94,13 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
         return loss, _whole(norm)
 
-    @torch.no_grad()
     def is_sound(self, number: int) -> bool:
-        """Whether the loss that the next step `number` begins with is finite; every process must ask."""
-        loss = self._summed_loss(self._parts(number)[0][0])
-        return math.isfinite(float(self.accelerator.reduce(loss, reduction="sum")))
+        """Whether loss and gradient of the first row of step `number` are finite; every process must ask."""
+        loss = self._summed_loss(self.rows.rows((number - 1) * self.plan.rows_per_step, 1))
+        self.accelerator.backward(loss / self.plan.context_size)
+        norm = _whole(self.accelerator.clip_grad_norm_(self.model.parameters(), math.inf))
+        self._optimizer.zero_grad(set_to_none=True)
+        return math.isfinite(float(loss.detach())) and math.isfinite(float(norm))
 
     def _summed_loss(self, rows: Rows) -> torch.Tensor:
         device = self.accelerator.device
@@ -98,20 +111,15 @@ class Trainer:
         return cast(torch.Tensor, self.model(*arguments))
 
     def _parts(self, number: int) -> list[tuple[Rows, float]]:
-        """This process's micro-batches of a step, as many as every other's, and the weight of each.
-
-        Where there are not rows enough for all, a process runs one row whose weight is nothing.
-        """
-        plan, index, processes = self.plan, self.accelerator.process_index, self.accelerator.num_processes
+        """This process's micro-batches of a step, and the weight of each: nothing for a row that stands in for none."""
+        plan, accelerator = self.plan, self.accelerator
         at_once = max(1, (plan.train.micro_batch_tokens or plan.step_tokens) // plan.context_size)
-        n_parts = math.ceil(math.ceil(plan.rows_per_step / processes) / at_once)
-        first, last = (plan.rows_per_step * place // processes for place in (index, index + 1))
         before = (number - 1) * plan.rows_per_step
         return [
-            (self.rows.rows(before + int(part[0]), len(part)), 1.0)
-            if len(part)
-            else (self.rows.rows(before, 1), 0.0)
-            for part in np.array_split(np.arange(first, last), n_parts)
+            (self.rows.rows(before + part.start, max(1, len(part))), float(len(part) > 0))
+            for part in shares(
+                plan.rows_per_step, accelerator.num_processes, accelerator.process_index, at_once
+            )
         ]
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

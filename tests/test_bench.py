@@ -80,6 +80,30 @@ def test_losses(data: Path) -> None:
     assert 0 < report["input"]["predictions"] < report["input"]["tokens"] <= 1500
 
 
+def test_training(data: Path) -> None:
+    report = run_bench(
+        "training",
+        *("--corpus", str(data / "corpus.jsonl"), "--rounds", "1", "--steps", "2", "--vocabulary", "300"),
+        *(
+            "--hidden-size",
+            "32",
+            "--layers",
+            "1",
+            "--heads",
+            "2",
+            "--context-size",
+            "32",
+            "--batch-tokens",
+            "128",
+        ),
+    )
+    assert [figure.get("target") for figure in report["figures"]] == ["≥ 0.9", None]
+    assert report["last_loss"]["ours"] == pytest.approx(report["last_loss"]["bare_loop"], rel=1e-4)
+    assert report["input"]["tokens"] == 256
+    # One block of 4 x 32 x 32 and 3 x 32 x 96 weights, and the tied matrix of 300 tokens.
+    assert report["flops"]["per_token"] == 6 * (4 * 32 * 32 + 3 * 32 * 96 + 300 * 32) + 12 * 32 * 32
+
+
 def test_programs_of_the_overhead_bench_fail_loudly(tmp_path: Path) -> None:
     program = Program(tmp_path)
     program.fresh()

@@ -22,9 +22,19 @@ from infra.duck import CATALOG, Catalog
 from infra.errors import ConfigError, CorpusError, ExpectationError, FunctokError, StorageError
 from infra.progress import Progress
 from infra.storage import Storage
-from schemas.config import Config
+from schemas.config import Config, Model
 from schemas.tables import TABLES
-from schemas.work import CorpusShards, Dictionary, FeatureShard, GraphShard, TokenShard
+from schemas.work import (
+    Checkpoint,
+    CorpusShards,
+    Dictionary,
+    FeatureShard,
+    GeneratedTexts,
+    GraphShard,
+    GrownSae,
+    LossShard,
+    TokenShard,
+)
 
 SHARD = TokenShard(folder="tokens/k/0", source="a.txt", doc_offset=0, n_documents=3, n_tokens=40, n_rejects=1)
 SHARDS = CorpusShards(shards=(SHARD,), tokenizer_key="t", vocabulary="tokenizers/t/vocabulary.parquet")
@@ -45,6 +55,11 @@ def config(tmp_path: Path) -> Config:
 @pytest.fixture
 def counting(config: Config) -> Config:
     return config.model_copy(update={"sae": []})
+
+
+CHECKPOINTS = [
+    Checkpoint(series="small", step=7, model=Model(name="storage:checkpoints/k"), key="k", tokens=70)
+]
 
 
 class StandIn:
@@ -153,6 +168,73 @@ class StandIn:
         self._make("report", progress)
         return storage.url("report.html")
 
+    def train_tokenizer(self, config: Config, storage: Storage, progress: Progress) -> str:
+        self._make("tokenizer", progress)
+        return "storage:tokenizers-trained/k"
+
+    def with_tokenizer(self, config: Config, storage: Storage) -> Config | None:
+        if config.consolidation is None or not config.consolidation.trains_tokenizer:
+            return config
+        if "tokenizer" not in self.done:
+            return None
+        tokenizer = config.model.model_copy(update={"tokenizer": "storage:tokenizers-trained/k"})
+        return config.model_copy(update={"model": tokenizer})
+
+    def prepare_checkpoints(
+        self, config: Config, storage: Storage, shards: CorpusShards, progress: Progress
+    ) -> list[Checkpoint]:
+        assert config.model.tokenizer == "storage:tokenizers-trained/k"
+        self._make("checkpoints", progress)
+        return CHECKPOINTS
+
+    def find_checkpoints(
+        self, config: Config, storage: Storage, shards: CorpusShards
+    ) -> list[Checkpoint] | None:
+        return CHECKPOINTS if "checkpoints" in self.done else None
+
+    def compute_losses(
+        self,
+        config: Config,
+        storage: Storage,
+        shards: CorpusShards,
+        checkpoints: list[Checkpoint],
+        progress: Progress,
+    ) -> list[LossShard]:
+        self._make("losses", progress)
+        return []
+
+    def grow(
+        self,
+        config: Config,
+        storage: Storage,
+        shards: CorpusShards,
+        checkpoints: list[Checkpoint],
+        progress: Progress,
+    ) -> list[GrownSae]:
+        self._make("growth", progress)
+        return []
+
+    def generate_texts(
+        self, config: Config, storage: Storage, checkpoints: list[Checkpoint], progress: Progress
+    ) -> list[GeneratedTexts]:
+        self._make("generations", progress)
+        return []
+
+    def find_results(self, config: Config, storage: Storage, shards: CorpusShards) -> object | None:
+        return object() if {"losses", "growth", "generations"} <= self.done else None
+
+    def build_consolidation_tables(
+        self,
+        config: Config,
+        storage: Storage,
+        shards: CorpusShards,
+        results: object,
+        progress: Progress,
+        onto: Catalog,
+    ) -> Catalog:
+        self._make("consolidation tables", progress)
+        return Catalog(tables=onto.tables, lineage=onto.lineage | {"consolidation": "k"})
+
     def check(self, name: str) -> Callable[..., None]:
         return lambda *_args: self._make(f"check {name}")
 
@@ -166,9 +248,25 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> StandIn:
         check_features=stand_in.check("features"),
         check_tables=stand_in.check("tables"),
     )
-    for module in ("tokenization", "dictionaries", "features", "tables", "report"):
+    of_checkpoints = SimpleNamespace(
+        check_checkpoints=stand_in.check("checkpoints"),
+        check_losses=stand_in.check("losses"),
+        check_growth=stand_in.check("growth"),
+        check_generations=stand_in.check("generations"),
+    )
+    spine = ("tokenization", "dictionaries", "features", "tables", "report")
+    consolidation = (
+        "checkpoints",
+        "losses",
+        "growth",
+        "generations",
+        "consolidation",
+        "consolidation_tables",
+    )
+    for module in (*spine, *consolidation, "corpus_tokenizer"):
         monkeypatch.setattr(tasks, module, stand_in, raising=False)
     monkeypatch.setattr(tasks, "validation", checks, raising=False)
+    monkeypatch.setattr(tasks, "consolidation_validation", of_checkpoints, raising=False)
     return stand_in
 
 
@@ -238,6 +336,95 @@ def test_counting_only_has_no_graph(counting: Config, stages: StandIn) -> None:
         "publish",
         "report",
     ]
+
+
+@pytest.fixture
+def pretraining(tmp_path: Path) -> Config:
+    return Config.model_validate(
+        {
+            "corpus": {"urls": ["data/a.txt"]},
+            "storage": {"root": str(tmp_path / "root")},
+            "consolidation": {
+                "series": [{"name": "small", "shape": {"hidden_size": 8, "layers": 1, "heads": 2}}],
+                "train": {"tokens": 100, "vocabulary_size": 300},
+                "growth": {"layer": 0, "train": {"d_sae": 8}},
+                "generations": {"prompts": ["a"]},
+            },
+        }
+    )
+
+
+CONSOLIDATION = [
+    "tokenizer",
+    "tokenize",
+    "check tokenize",
+    *(
+        name
+        for stage in ("checkpoints", "losses", "growth", "generations")
+        for name in (stage, f"check {stage}")
+    ),
+    "corpus tables",
+    "consolidation tables",
+    "check tables",
+    "publish",
+    "report",
+]
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_checkpoints_of_pre_training_have_stages_of_their_own(pretraining: Config, stages: StandIn) -> None:
+    from flows.reproduce import reproduce
+
+    reproduce(pretraining)
+
+    assert stages.journal == CONSOLIDATION
+    [row] = json.loads(artifacts()["checkpoints"]["data"])
+    assert (row["model"], row["step"], row["source"]) == ("small", 7, "storage:checkpoints/k")
+    assert {"checkpoints: small", "losses: check small"} <= {run["name"] for run in last_runs("task_runs")}
+    stages.journal.clear()
+    reproduce(pretraining, start_from="generations")
+    assert stages.journal == CONSOLIDATION[CONSOLIDATION.index("generations") :]
+
+
+@pytest.mark.usefixtures("prefect_api")
+@pytest.mark.parametrize(
+    ("flow", "done", "missing"),
+    [
+        ("checkpoints", set(), "tokenize"),
+        ("losses", {"tokenizer", "tokenize"}, "checkpoints"),
+        ("growth", {"tokenizer"}, "tokenize"),
+        ("generations", {"tokenizer", "tokenize"}, "checkpoints"),
+    ],
+)
+def test_a_checkpoint_stage_alone_names_the_stage_it_lacks(
+    pretraining: Config, stages: StandIn, flow: str, done: set[str], missing: str
+) -> None:
+    from flows.reproduce import reproduce
+
+    stages.done |= done
+    with pytest.raises(FunctokError, match=f"--only {missing}"):
+        reproduce(pretraining, only=flow)  # type: ignore[call-overload]  # a parametrized literal
+    assert stages.journal == []
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_tables_without_losses_publishes_the_corpus_then_fails(pretraining: Config, stages: StandIn) -> None:
+    from flows.tables import tables
+
+    stages.done |= {"tokenizer", "tokenize", "checkpoints"}
+    with pytest.raises(FunctokError, match="a checkpoint stage"):
+        tables(pretraining)
+    assert stages.journal == ["corpus tables", "check tables", "publish"]
+
+
+@pytest.mark.usefixtures("prefect_api")
+@pytest.mark.parametrize("flow", ["checkpoints", "losses", "growth", "generations"])
+def test_a_checkpoint_stage_that_does_not_apply_says_so(config: Config, stages: StandIn, flow: str) -> None:
+    import importlib
+
+    with pytest.raises(ConfigError, match="no consolidation section"):
+        getattr(importlib.import_module(f"flows.{flow}"), flow)(config)
+    assert stages.journal == []
 
 
 @pytest.mark.usefixtures("prefect_api")

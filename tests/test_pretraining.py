@@ -26,7 +26,7 @@ from tasks.pretraining import find_trained, train_series, training_losses_file
 from tasks.pretraining_launch import FAILURE, _failure, as_written
 from tasks.pretraining_model import PackedLanguageModel, default_intermediate_size
 from tasks.pretraining_plan import TrainingPlan, log_spaced, plan_training
-from tasks.pretraining_trainer import Trainer
+from tasks.pretraining_trainer import Trainer, shares
 from tasks.tokenizers import load_tokenizer
 
 
@@ -131,13 +131,12 @@ def test_trains_as_the_plainest_loop_does(trained: Training) -> None:
         # One step of warm-up, then a cosine from 1e-2 to 1e-3 over the other 19.
         rate = 1e-2 if step == 1 else 1e-3 + 9e-3 * (1 + math.cos(math.pi * (step - 1) / 19)) / 2
         batch = rows.rows((step - 1) * 8, 8)
-        logits = model(
-            input_ids=torch.from_numpy(batch.input_ids), position_ids=torch.from_numpy(batch.position_ids)
-        ).logits
+        inputs, positions = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.position_ids)
+        logits = model(input_ids=inputs, position_ids=positions, use_cache=False).logits
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(batch.labels).flatten())
         loss.backward()
         gradient_norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
-        losses.append(float(loss))
+        losses.append(loss.item())
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
@@ -359,6 +358,14 @@ def test_shapes_are_as_asked(untrained: Training) -> None:
     assert untrained.storage.read_json(f"{folder}/config.json")["rope_parameters"]["rope_theta"] == 500.0
 
 
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 12))
+def test_processes_share_a_step_in_as_many_micro_batches(n_rows: int, processes: int, at_once: int) -> None:
+    parts = [shares(n_rows, processes, index, at_once) for index in range(processes)]
+    assert [row for process in parts for part in process for row in part] == list(range(n_rows))
+    assert len({len(process) for process in parts}) == 1
+    assert max(len(part) for process in parts for part in process) <= at_once
+
+
 @given(st.integers(1, 50), st.integers(1, 5000), st.integers(2, 40))
 def test_checkpoints_are_log_spaced(first: int, last: int, count: int) -> None:
     steps = log_spaced(first, last, count)
@@ -433,12 +440,13 @@ def test_refuses_what_does_not_fit(untrained: Training, monkeypatch: pytest.Monk
         untrained.train(untrained.config(batch_tokens=31))
     with pytest.raises(CorpusError, match=r"training tokens are fewer than one row of 100000"):
         untrained.train(untrained.config(context_size=100_000, batch_tokens=100_000))
-    with pytest.raises(ConfigError, match="needs a C\\+\\+ compiler"), monkeypatch.context() as patch:
-        patch.setattr(pretraining_trainer.shutil, "which", lambda name: None)
+    monkeypatch.setattr(pretraining_trainer.shutil, "which", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs a C\+\+ compiler"):
         untrained.train(untrained.config(compile="on"))
-    with pytest.raises(ConfigError, match="accelerate shards over GPUs"), monkeypatch.context() as patch:
+    with monkeypatch.context() as patch:
         patch.setattr(pretraining_trainer, "launched_processes", lambda: 2)
-        untrained.train(untrained.config(fsdp=True))
+        with pytest.raises(ConfigError, match="accelerate shards over GPUs"):
+            untrained.train(untrained.config(fsdp=True))
     tokenizer = load_tokenizer(untrained.config().model, untrained.storage)
     tokenizer.tokenizer.eos_token = None
     bare = dataclasses.replace(tokenizer, bos_id=None)
