@@ -135,7 +135,9 @@ def _threads(memory_limit: str) -> int:
 def connect(storage: Storage, resources: DuckDb | None = None) -> Any:
     """A DuckDB connection whose views are the published tables of this root."""
     connection = open_duckdb(storage, resources)
-    create_views(connection, storage, read_catalog(storage))
+    # In a schema of their own, so that SHOW TABLES shows tables and nothing else.
+    connection.execute("CREATE SCHEMA files")
+    create_views(connection, storage, read_catalog(storage), shards_schema="files")
     return connection
 
 

@@ -161,7 +161,7 @@ def _explain(error: ValidationError) -> str:
 
 def _message(item: Any) -> str:
     if item["type"] != "extra_forbidden":
-        return str(item["msg"])
+        return str(item["msg"]).removeprefix("Value error, ")
     section: type[Section] = Config
     for part in item["loc"][:-1]:
         if part in section.model_fields:

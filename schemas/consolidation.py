@@ -151,6 +151,10 @@ class Growth(Section):
 
     @model_validator(mode="after")
     def _bounds(self) -> Growth:
+        if self.start == "previous" and self.train.start_from is not None:
+            raise ValueError(
+                "growth.start = previous and growth.train.start_from are two starts: leave one out"
+            )
         if self.min_density >= self.max_density:
             raise ValueError("growth.min_density must be below growth.max_density")
         return self
@@ -182,7 +186,11 @@ class Losses(Section):
     max_tokens: PositiveInt | None = Field(
         1_000_000, description="Held-out tokens at most: documents in file order while they fit."
     )
-    resamples: PositiveInt = Field(1000, description="Bootstrap resamples of documents for the intervals.")
+    resamples: int = Field(
+        1000,
+        ge=100,
+        description="Bootstrap resamples of documents for the intervals; fewer have no 95 % to show.",
+    )
 
 
 class Consolidation(Section):

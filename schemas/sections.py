@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 class Section(BaseModel):
     """Base of all sections: immutable, and unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Corpus(Section):
@@ -93,6 +93,14 @@ class Train(Section):
         description="Folder (any fsspec URL) of a saved SAE whose weights training starts from; none: fresh.",
     )
     gate: Gate = Field(default_factory=Gate, description="What it must reach on held-out tokens.")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Train:
+        if self.k > self.d_sae:
+            raise ValueError(f"k = {self.k} active latents of d_sae = {self.d_sae}: k can be d_sae at most")
+        if self.samples < self.batch_size:
+            raise ValueError(f"samples = {self.samples} are fewer than one batch of {self.batch_size}")
+        return self
 
 
 class Sae(Section):

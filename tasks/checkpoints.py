@@ -56,9 +56,15 @@ def prepare_checkpoints(
     Raises:
         ConfigError: as `find_checkpoints`.
         FunctokError: if a training fails.
-        ModelError: if a public checkpoint cannot be found.
+        ModelError: if a public checkpoint cannot be found, or a prompt is too long for what is trained.
     """
-    for series in consolidation_of(config).series:
+    section = consolidation_of(config)
+    if section.generations is not None and section.trains_here and section.train is not None:
+        from tasks.generations import check_prompts
+
+        # Before days of training, not after them.
+        check_prompts(config, storage, section.train.context_size or config.windows.context_size)
+    for series in section.series:
         if _find_series(config, storage, shards, series) is None:
             from tasks.pretraining import train_series
 
@@ -133,14 +139,20 @@ def _revisions(config: Config, series: Series) -> list[tuple[int, Model]]:
 def _named(entry: str | Revision, series: Series) -> tuple[str, int]:
     if isinstance(entry, Revision):
         return entry.revision, entry.step
-    match = _STEP_BY_NAME.search(entry) or _LAST_NUMBER.search(entry)
-    if match is None:
+    step = _step_of(entry)
+    if step is None:
         raise ConfigError(
             f"series {series.name}: the revision {entry!r} does not say its step",
             hint=f'give {{ revision = "{entry}", step = … }}',
             stage="checkpoints",
         )
-    return entry, int(match[1])
+    return entry, step
+
+
+def _step_of(name: str) -> int | None:
+    """The step that a revision's or folder's name says: behind `step`, or else at its end."""
+    match = _STEP_BY_NAME.search(name) or _LAST_NUMBER.search(name)
+    return None if match is None else int(match[1])
 
 
 def _in_folder(config: Config, series: Series) -> list[tuple[int, Model]]:
@@ -151,14 +163,27 @@ def _in_folder(config: Config, series: Series) -> list[tuple[int, Model]]:
             hint="give the folder above its checkpoints' own",
             stage="checkpoints",
         )
-    found = [
-        (int(match[1]), _model(config, str(child), None))
-        for child in sorted(folder.iterdir())
-        if (child / "config.json").is_file() and (match := _LAST_NUMBER.search(child.name))
-    ]
+    found = []
+    for child in sorted(folder.iterdir()):
+        if not (child / "config.json").is_file():
+            continue
+        step = _step_of(child.name)
+        if step is None:
+            raise ConfigError(
+                f"series {series.name}: the name of {child} does not say its step",
+                hint="rename it (step-1000), or move it out of the series' folder",
+                stage="checkpoints",
+            )
+        if not any(path.name.endswith((".safetensors", ".bin")) for path in child.iterdir()):
+            raise ConfigError(
+                f"series {series.name}: {child} has a config.json, but no weights",
+                hint="finish copying it, or move it out of the series' folder",
+                stage="checkpoints",
+            )
+        found.append((step, _model(config, str(child), None)))
     if not found:
         raise ConfigError(
-            f"series {series.name}: no subfolder of {folder} has a config.json and a name that ends in its step",
+            f"series {series.name}: no subfolder of {folder} has a config.json",
             hint="for example step-1000/config.json and step-1000/model.safetensors",
             stage="checkpoints",
         )

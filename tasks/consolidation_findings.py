@@ -85,7 +85,7 @@ def falls_first(rows: Sequence[Halfway | None]) -> Finding:
     """Both →function groups have made half of their fall before both →content groups."""
     tested = [row for row in rows if row is not None]
     if len(tested) < len(rows) or not rows:
-        return _untested(1, "a series has a single checkpoint, or a token group has no prediction")
+        return _untested(1, "a series has fewer than three checkpoints, or a token group has no prediction")
     verdict = every(sign for row in tested for sign in (row.lead.sign, row.order.sign))
     told = [
         f"In {row.model}, half of the fall from step {row.first:,} to step {row.last:,} is made by step "

@@ -31,6 +31,9 @@ from tasks.report_checkpoints import graph_rows, learned_rows, resamples_of, ser
 Floats = npt.NDArray[np.float64]
 Checkpoints = Sequence[tuple[str, int]]
 
+FEWEST_STEPS = 3
+"""Checkpoints that say when a loss fell."""
+
 _HARDEST = BUCKETS.index(HARDEST)
 _FUNCTION = [BUCKETS.index(bucket) for bucket in TO_FUNCTION]
 _CONTENT = [BUCKETS.index(bucket) for bucket in TO_CONTENT]
@@ -78,8 +81,11 @@ def hardest(connection: Any, series: SeriesRow, resamples: int) -> Hardest | Non
 
 
 def halfway(connection: Any, series: SeriesRow, resamples: int) -> Halfway | None:
-    """When each group has made half of its fall; None with one checkpoint, or a group without a prediction."""
-    if len(series.steps) < 2:
+    """When each group has made half of its fall; None with too few checkpoints, or a group without a prediction.
+
+    Of two checkpoints, half of the fall would lie in the middle between them, whatever the losses are.
+    """
+    if len(series.steps) < FEWEST_STEPS:
         return None
     sums = _sums(connection, [(series.name, step) for step in series.steps])
     if not np.isfinite(_means(sums.sum(axis=0))).all():

@@ -67,6 +67,29 @@ def generate_texts(
     return found
 
 
+def check_prompts(config: Config, storage: Storage, context_length: int) -> None:
+    """Whether every prompt leaves room for its continuation.
+
+    Args:
+        config: The configuration, its tokenizer resolved.
+        storage: Where the tokenizer may be.
+        context_length: Positions of the models that are to be trained.
+
+    Raises:
+        ModelError: naming the first prompt that does not, or one that is empty without a BOS token.
+    """
+    tokenizer, section = load_tokenizer(config.model, storage), _section(config)
+    for prompt in section.prompts:
+        length = len(prompt_ids(prompt, tokenizer, prepend_bos=config.windows.prepend_bos))
+        if length + section.max_new_tokens > context_length:
+            raise ModelError(
+                f"consolidation.generations: the prompt {prompt[:60]!r} has {length} tokens, and with max_new_tokens = "
+                f"{section.max_new_tokens} that is more than the models have positions ({context_length})",
+                hint="shorten the prompt, lower max_new_tokens, or raise consolidation.train.context_size",
+                stage="generations",
+            )
+
+
 def _section(config: Config) -> Generations:
     section = consolidation_of(config).generations
     assert section is not None

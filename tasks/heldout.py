@@ -72,10 +72,13 @@ def heldout_parts(
         raise CorpusError(
             f"no document of {shards.n_documents:,} is held out by consolidation.heldout_share = {share}",
             hint="raise it, or give more documents",
+            stage="losses",
         )
     if not parts:
         raise CorpusError(
-            f"no held-out document fits into {max_tokens:,} tokens", hint="raise the max_tokens"
+            f"no held-out document fits into {max_tokens:,} tokens",
+            hint="raise losses.max_tokens, or consolidation.growth.max_tokens where an SAE is judged",
+            stage="losses",
         )
     return tuple(parts)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import N_LAYERS, save_model
+from tiny import N_LAYERS, save_model, save_tokenizer
 from transformers import AutoConfig
 
 from infra.errors import ConfigError, ModelError
@@ -38,8 +39,44 @@ def pythia(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("name", "files", "message"),
+    [
+        ("final", ("config.json", "model.safetensors"), "final does not say its step"),
+        ("step-7-half", ("config.json",), "step-7-half has a config.json, but no weights"),
+    ],
+)
+def test_no_checkpoint_of_a_folder_is_passed_over(
+    tmp_path: Path, name: str, files: tuple[str, ...], message: str
+) -> None:
+    (tmp_path / name).mkdir()
+    for file in files:
+        (tmp_path / name / file).write_text("{}")
+    config = _config({"tokenizer": "t"}, {"name": "a", "folder": str(tmp_path)})
+    with pytest.raises(ConfigError, match=message):
+        find_checkpoints(config, Storage(str(tmp_path)), SHARDS)
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path / "tokenizer")
+    config = Config.model_validate(
+        {
+            "corpus": {"urls": ["a.txt"]},
+            "model": {"tokenizer": str(tmp_path / "tokenizer")},
+            "windows": {"context_size": 16},
+            "consolidation": {
+                "series": [{"name": "a", "shape": SHAPE}],
+                "train": TRAIN,
+                "generations": {"prompts": ["the", "of " * 12], "max_new_tokens": 8},
+            },
+        }
+    )
+    with pytest.raises(ModelError, match=r"the prompt 'of of .* more than the models have positions \(16\)"):
+        prepare_checkpoints(config, Storage(str(tmp_path / "root")), SHARDS)
+
+
 def test_a_folder_of_checkpoints_in_the_order_of_their_steps(pythia: Path, tmp_path: Path) -> None:
-    growth = {"layer": 1, "train": {"d_sae": 8}}
+    growth = {"layer": 1, "train": {"d_sae": 8, "k": 2}}
     config = _config(
         {"tokenizer": str(pythia / "step-16")}, {"name": "a", "folder": str(pythia)}, growth=growth
     )
@@ -120,6 +157,21 @@ TRAIN = {"tokens": 1000}
 
 
 @pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("losses", {"resamples": 1}, "greater than or equal to 100"),
+        ("graph", {"rarefaction_m": 0}, "greater than 0"),
+        ("sae", [{"layer": 0, "train": {"d_sae": 8, "k": 9}}], "k can be d_sae at most"),
+        ("sae", [{"layer": 0, "train": {"d_sae": 64, "samples": 10}}], "fewer than one batch of 512"),
+        ("sae", [{"layer": 0, "train": {"d_sae": 64, "learning_rate": math.inf}}], "finite number"),
+    ],
+)
+def test_numbers_that_cannot_be_meant_are_refused(section: str, values: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config.model_validate({"corpus": {"urls": ["a.txt"]}, "model": {"name": "m"}, section: values})
+
+
+@pytest.mark.parametrize(
     ("model", "consolidation", "message"),
     [
         ({"name": "m"}, {"series": []}, "at least 1"),
@@ -144,7 +196,7 @@ TRAIN = {"tokens": 1000}
             {
                 "series": [{"name": "a", "shape": SHAPE}],
                 "train": TRAIN,
-                "growth": {"layer": 2, "train": {"d_sae": 8}},
+                "growth": {"layer": 2, "train": {"d_sae": 8, "k": 2}},
             },
             "has 2 blocks, so its SAEs cannot read layer 2",
         ),
@@ -164,12 +216,12 @@ def test_contradictions_are_refused(
 
 
 def test_the_gate_of_an_sae_series_is_open_unless_it_is_given() -> None:
-    growth = {"layer": 0, "train": {"d_sae": 8}}
+    growth = {"layer": 0, "train": {"d_sae": 8, "k": 2}}
     config = _config({"name": "m"}, {"name": "a", "folder": "x"}, growth=growth)
     assert config.consolidation is not None
     assert config.consolidation.growth is not None
     assert config.consolidation.growth.train.gate.min_alive_share == 0
-    strict = {"layer": 0, "train": {"d_sae": 8, "gate": {"min_alive_share": 0.5}}}
+    strict = {"layer": 0, "train": {"d_sae": 8, "k": 2, "gate": {"min_alive_share": 0.5}}}
     config = _config({"name": "m"}, {"name": "a", "folder": "x"}, growth=strict)
     assert config.consolidation is not None
     assert config.consolidation.growth is not None

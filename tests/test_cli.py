@@ -235,7 +235,7 @@ def test_shipped_configurations_are_valid(name: str) -> None:
     [
         ([{"layer": 1}], "exactly one"),
         ([{"layer": 1, "release": "x"}], "go together"),
-        ([{"layer": 1, "path": "a", "train": {"d_sae": 8}}], "exactly one"),
+        ([{"layer": 1, "path": "a", "train": {"d_sae": 8, "k": 2}}], "exactly one"),
         ([{"layer": 1, "path": "a"}, {"layer": 1, "path": "b"}], "one entry a layer"),
     ],
 )

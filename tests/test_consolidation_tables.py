@@ -269,7 +269,7 @@ def test_sums_by_document_give_the_tables_of_single_losses_to_the_bit(tmp_path: 
     found = []
     for keep in (True, False):
         storage = Storage(str(tmp_path / str(keep)))
-        run = consolidation_run(storage, losses={"keep_tokens": keep, "resamples": 50})
+        run = consolidation_run(storage, losses={"keep_tokens": keep, "resamples": 150})
         catalog = built(storage, run)
         assert ("token_losses" in catalog.sharded) == keep
         assert not [name for name in catalog.sharded if name.startswith("shard_")]
@@ -518,7 +518,7 @@ def test_tables_are_found_where_they_are_current(storage: Storage) -> None:
     assert not find_tables(config, storage, shards, None, None)
     assert not find_tables(config, storage, shards, None, None, run.first(3))
     assert not find_tables(config, storage, shards, None, None, replace(results, generations=()))
-    sparse = config.model_copy(update={"losses": config.losses.model_copy(update={"resamples": 99})})
+    sparse = config.model_copy(update={"losses": config.losses.model_copy(update={"resamples": 199})})
     assert not find_tables(sparse, storage, shards, None, None, results)
     storage.delete(read_catalog(storage).sharded["checkpoint_degree"][2].name)
     assert not find_tables(config, storage, shards, None, None, results)

@@ -417,7 +417,7 @@ def test_what_was_passed_is_not_asked_again(storage: Storage, monkeypatch: pytes
 
 @pytest.mark.usefixtures("quick")
 def test_sums_by_document_pass_and_wrong_kinds_do_not(storage: Storage) -> None:
-    run = consolidation_run(storage, losses={"keep_tokens": False, "resamples": 20})
+    run = consolidation_run(storage, losses={"keep_tokens": False, "resamples": 120})
     run.write(storage)
     check("losses", run, storage)
     asked = {row["expectation"] for row in expectations_table(storage).to_pylist()}

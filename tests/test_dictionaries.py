@@ -558,7 +558,7 @@ def test_the_gate_refuses_each_shortcoming(change: dict[str, float]) -> None:
         "alive_share": 0.95,
         "heldout_tokens": 1000.0,
     }
-    entry = Sae(layer=3, train=Train(d_sae=8))
+    entry = Sae(layer=3, train=Train(d_sae=8, k=2))
     check_gate(good, Gate(), entry)
     with pytest.raises(DictionaryError, match="gate"):
         check_gate({**good, **change}, Gate(), entry)
@@ -573,7 +573,7 @@ def test_one_document_is_too_few(model: Path, tmp_path: Path) -> None:
 
 
 def test_max_tokens_limits_what_is_sampled(trained: _Trained) -> None:
-    train = Train(d_sae=8, max_tokens=500)
+    train = Train(d_sae=8, k=2, max_tokens=500)
     sample = ResidualSample(trained.storage, residuals_of(trained, 0), train)
     assert 300 < sample.n_rows(heldout=False) + sample.n_rows(heldout=True) <= 500
 

@@ -347,7 +347,7 @@ def pretraining(tmp_path: Path) -> Config:
             "consolidation": {
                 "series": [{"name": "small", "shape": {"hidden_size": 8, "layers": 1, "heads": 2}}],
                 "train": {"tokens": 100, "vocabulary_size": 300},
-                "growth": {"layer": 0, "train": {"d_sae": 8}},
+                "growth": {"layer": 0, "train": {"d_sae": 8, "k": 2}},
                 "generations": {"prompts": ["a"]},
             },
         }

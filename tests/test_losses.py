@@ -257,7 +257,7 @@ def test_what_losses_depend_on(parts: Path, tmp_path: Path) -> None:
     def found(**sections: Any) -> list[LossShard] | None:
         return find_losses(*prepare(config_for(parts, tmp_path, **sections)))
 
-    assert found(losses={"resamples": 7}) == made
+    assert found(losses={"resamples": 107}) == made
     assert found(**other_share) == made
     assert found(losses={"keep_tokens": False}) == summed
     assert found(losses={"keep_tokens": False}, **other_share) is None
