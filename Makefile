@@ -24,7 +24,7 @@ SYSTEM_STAMP := $(VENV)/.system-packages
 
 help:
 	@echo "make demo    environment, assets, and the whole pipeline on a real model and corpus"
-	@echo "make demo-consolidation   two models trained from scratch, and what their checkpoints learn (an hour)"
+	@echo "make demo-consolidation   two models trained from scratch, and what their checkpoints learn (half an hour)"
 	@echo "make test    everything the tests need, then the tests"
 	@echo "make bench   how fast, side by side: the table of bench/README.md (half an hour)"
 	@echo "make lint    ruff and strict mypy"
