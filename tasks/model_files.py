@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ IN_STORAGE = "storage:"
 """Begins the name of a model that lies in a folder of the storage, named by content: `storage:checkpoints/<key>`."""
 
 _WEIGHT_SUFFIXES = (".json", ".safetensors")
+
+_construction = threading.RLock()
 
 
 def location(model: Model, storage: Storage) -> str:
@@ -137,10 +140,22 @@ def _convert(source: Path, target: Path) -> None:
 
 
 @contextmanager
+def constructed_alone() -> Iterator[None]:
+    """Let no other thread of this process construct or load a transformers model meanwhile.
+
+    `from_pretrained` takes weight tying out of `PreTrainedModel` itself while it constructs: two threads that load
+    at once can leave it out for good, and every later model of the process has a head of random or no weights.
+    """
+    with _construction:
+        yield
+
+
+@contextmanager
 def explained(model: Model) -> Iterator[None]:
     """Turn what transformers raises while it loads a model into a `ModelError` that names it."""
     try:
-        yield
+        with constructed_alone():
+            yield
     except (OSError, ValueError, KeyError, json.JSONDecodeError, shutil.Error) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from schemas.config import Pretraining, Shape
+from tasks.model_files import constructed_alone
 from tasks.pretraining_plan import TrainingPlan
 from tasks.tokenizers import LoadedTokenizer
 
@@ -27,26 +28,26 @@ def build_model(plan: TrainingPlan, tokenizer: LoadedTokenizer) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = plan.shape
-    module = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer.tokenizer),
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.intermediate_size or default_intermediate_size(shape),
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads or shape.heads,
-            max_position_embeddings=plan.context_size,
-            rope_theta=shape.rope_theta,
-            tie_word_embeddings=shape.tie_embeddings,
-            initializer_range=_INITIAL_DEVIATION,
-            bos_token_id=tokenizer.bos_id,
-            eos_token_id=tokenizer.tokenizer.eos_token_id,
-            # transformers would fix the padding token's embedding at zero, and it may be BOS.
-            pad_token_id=None,
-            # Only this implementation takes packed batches of several rows by their position ids.
-            attn_implementation="sdpa",
-        )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer.tokenizer),
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size or default_intermediate_size(shape),
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads or shape.heads,
+        max_position_embeddings=plan.context_size,
+        rope_theta=shape.rope_theta,
+        tie_word_embeddings=shape.tie_embeddings,
+        initializer_range=_INITIAL_DEVIATION,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.tokenizer.eos_token_id,
+        # transformers would fix the padding token's embedding at zero, and it may be BOS.
+        pad_token_id=None,
+        # Only this implementation takes packed batches of several rows by their position ids.
+        attn_implementation="sdpa",
     )
+    with constructed_alone():
+        module = LlamaForCausalLM(config)
     module.generation_config.pad_token_id = tokenizer.pad_id
     return module
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from infra.storage import Storage
 from schemas.config import Model
 from tasks import language_models
 from tasks.language_models import LanguageModel, load_language_model
+from tasks.models import load_model
 
 PROMPTS = [[0, 40, 41, 42], [0, 77], [0, *range(100, 120)]]
 
@@ -326,3 +329,28 @@ def test_logits_that_are_not_finite_make_no_text(folder: Path, temperature: floa
     with pytest.raises(ModelError, match="not finite"):
         model.generate(PROMPTS[:1], 2, temperature=temperature)
     assert model.token_losses(windows()).isnan().all()
+
+
+def test_threads_construct_one_model_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaModel, PreTrainedModel
+
+    under_way, most = [0], [0]
+    construct, tie_weights = LlamaModel.__init__, PreTrainedModel.tie_weights
+
+    def slowly(self: Any, *arguments: Any, **keywords: Any) -> None:
+        under_way[0] += 1
+        most[0] = max(most[0], under_way[0])
+        time.sleep(0.05)
+        construct(self, *arguments, **keywords)
+        under_way[0] -= 1
+
+    monkeypatch.setattr(LlamaModel, "__init__", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        names = [str(folder / "llama")] * 4
+        stores = [Storage(str(folder / "storage"))] * 4
+        kinds = [load_language_model, load_model] * 2
+        loaded = list(pool.map(lambda kind, name, store: kind(Model(name=name), store), kinds, names, stores))
+    assert len(loaded) == 4
+    assert most == [1]
+    # Two at once leave a transformers without weight tying behind, now and then.
+    assert PreTrainedModel.tie_weights is tie_weights
