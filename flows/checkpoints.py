@@ -1,12 +1,12 @@
-"""Stage 4 (PAPER 1.4): the checkpoints of each pre-training run, trained here or public."""
+"""Stage 6 (PAPER 1.4): the checkpoints of each pre-training run, trained here or public."""
 
 from __future__ import annotations
 
 from flows.artifacts import show_checkpoints
-from flows.support import needed, open_storage, reported_progress, require_consolidation, stage_flow, step
+from flows.support import needed, open_storage, reported_progress, stage_flow, step
 from flows.tokenize import finished_tokens
 from infra.storage import Storage
-from schemas.config import Config
+from schemas.config import Config, consolidation_of
 from schemas.work import Checkpoint, CorpusShards
 
 
@@ -17,7 +17,7 @@ def checkpoints(config: Config) -> None:
     Args:
         config: The whole configuration; `consolidation` and `corpus` matter here.
     """
-    require_consolidation(config, "checkpoints")
+    consolidation_of(config, "checkpoints")
     storage = open_storage(config)
     config, shards = needed(finished_tokens(config, storage), "tokenize", storage)
     found = train_or_find(config, storage, shards)

@@ -1,13 +1,13 @@
-"""Stage 7 (PAPER 1.4): how each checkpoint continues fixed prompts."""
+"""Stage 9 (PAPER 1.4): how each checkpoint continues fixed prompts."""
 
 from __future__ import annotations
 
 from flows.checkpoints import finished_checkpoints
-from flows.support import needed, open_storage, reported_progress, require_consolidation, stage_flow, step
+from flows.support import needed, open_storage, reported_progress, stage_flow, step
 from flows.tokenize import finished_tokens
 from infra.errors import ConfigError
 from infra.storage import Storage
-from schemas.config import Config
+from schemas.config import Config, consolidation_of
 from schemas.work import Checkpoint, GeneratedTexts
 
 
@@ -18,7 +18,7 @@ def generations(config: Config) -> None:
     Args:
         config: The whole configuration; `consolidation.generations` matters here.
     """
-    if require_consolidation(config, "generations").generations is None:
+    if consolidation_of(config, "generations").generations is None:
         raise ConfigError("this configuration has no consolidation.generations", stage="generations")
     storage = open_storage(config)
     config, shards = needed(finished_tokens(config, storage), "tokenize", storage)

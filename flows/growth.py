@@ -1,14 +1,14 @@
-"""Stage 6 (PAPER 1.4): an SAE for each selected checkpoint, what it has learned, and the checkpoint's graph."""
+"""Stage 8 (PAPER 1.4): an SAE for each selected checkpoint, what it has learned, and the checkpoint's graph."""
 
 from __future__ import annotations
 
 from flows.artifacts import show_growth
 from flows.checkpoints import finished_checkpoints
-from flows.support import needed, open_storage, reported_progress, require_consolidation, stage_flow, step
+from flows.support import needed, open_storage, reported_progress, stage_flow, step
 from flows.tokenize import finished_tokens
 from infra.errors import ConfigError
 from infra.storage import Storage
-from schemas.config import Config
+from schemas.config import Config, consolidation_of
 from schemas.work import Checkpoint, CorpusShards, GrownSae
 
 
@@ -19,7 +19,7 @@ def growth(config: Config) -> None:
     Args:
         config: The whole configuration; `consolidation.growth` and `activations` matter here.
     """
-    if require_consolidation(config, "growth").growth is None:
+    if consolidation_of(config, "growth").growth is None:
         raise ConfigError("this configuration has no consolidation.growth, so no SAE series", stage="growth")
     storage = open_storage(config)
     config, shards = needed(finished_tokens(config, storage), "tokenize", storage)

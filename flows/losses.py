@@ -1,12 +1,12 @@
-"""Stage 5 (PAPER 1.4): the loss of every next-token prediction of held-out documents, at every checkpoint."""
+"""Stage 7 (PAPER 1.4): the loss of every next-token prediction of held-out documents, at every checkpoint."""
 
 from __future__ import annotations
 
 from flows.checkpoints import finished_checkpoints
-from flows.support import needed, open_storage, reported_progress, require_consolidation, stage_flow, step
+from flows.support import needed, open_storage, reported_progress, stage_flow, step
 from flows.tokenize import finished_tokens
 from infra.storage import Storage
-from schemas.config import Config
+from schemas.config import Config, consolidation_of
 from schemas.work import Checkpoint, CorpusShards, LossShard
 
 
@@ -17,7 +17,7 @@ def losses(config: Config) -> None:
     Args:
         config: The whole configuration; `consolidation`, `losses` and `windows` matter here.
     """
-    require_consolidation(config, "losses")
+    consolidation_of(config, "losses")
     storage = open_storage(config)
     config, shards = needed(finished_tokens(config, storage), "tokenize", storage)
     checkpoints = needed(finished_checkpoints(config, storage, shards), "checkpoints", storage)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from prefect import Flow, Task
 
-    from schemas.config import Config, Consolidation
+    from schemas.config import Config
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -72,7 +72,8 @@ def step(
 
     Args:
         stage: The stage that the step is part of.
-        what: A few words; `{layers}`, `{model}`, `{series}` and `{corpus}` are filled in from the configuration.
+        what: A few words; `{layers}`, `{model}`, `{series}`, `{corpus}` and `{cases}` are filled in from the
+            configuration.
         retries: Tries after the first one.
         first_delay: Seconds before the second try; each further wait is twice as long.
     """
@@ -107,7 +108,9 @@ def _run_name(stage: Stage, what: str) -> str:
     series = (
         "" if config.consolidation is None else ", ".join(entry.name for entry in config.consolidation.series)
     )
-    return f"{stage}: {what.format(layers=layers, model=config.subject, corpus=corpus, series=series)}"
+    cases = "" if config.steering is None else config.steering.cases.rsplit("/", 1)[-1]
+    filled = what.format(layers=layers, model=config.subject, corpus=corpus, series=series, cases=cases)
+    return f"{stage}: {filled}"
 
 
 def open_storage(config: Config) -> Storage:
@@ -134,6 +137,7 @@ def refuse_secrets(config: Config) -> None:
         "storage.root": config.storage.root,
         "storage.endpoint_url": config.storage.endpoint_url or "",
         "dask.scheduler": config.dask.scheduler,
+        "steering.cases": config.steering.cases if config.steering is not None else "",
         **{f"corpus.urls.{index}": url for index, url in enumerate(config.corpus.urls)},
         **{f"sae.{index}.path": entry.path or "" for index, entry in enumerate(config.sae)},
     }
@@ -178,21 +182,6 @@ def require_layers(config: Config, stage: Stage) -> None:
             stage=stage,
             hint="add [[sae]] entries, or run the stages tokenize, tables and report",
         )
-
-
-def require_consolidation(config: Config, stage: Stage) -> Consolidation:
-    """The section `consolidation`.
-
-    Raises:
-        ConfigError: if the configuration has none.
-    """
-    if config.consolidation is None:
-        raise ConfigError(
-            "this configuration has no consolidation section, so there are no checkpoints",
-            stage=stage,
-            hint="configs/consolidation.toml shows one",
-        )
-    return config.consolidation
 
 
 @contextmanager

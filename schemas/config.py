@@ -2,7 +2,7 @@
 
 Each section is read by named stages only; the stages' content keys pick out what they depend on, so that
 changing an unrelated setting recomputes nothing. `schemas.sections` has the spine's sections,
-`schemas.consolidation` those of PAPER 1.4.
+`schemas.consolidation` those of PAPER 1.4, `schemas.steering` that of PAPER 1.3.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from schemas.sections import (
     Train,
     Windows,
 )
+from schemas.steering import Steering
 
 __all__ = [
     "Activations",
@@ -61,10 +62,14 @@ __all__ = [
     "Section",
     "Series",
     "Shape",
+    "Steering",
     "StorageSection",
     "Train",
     "Windows",
+    "consolidation_of",
+    "explain",
     "load_config",
+    "steering_of",
 ]
 
 
@@ -82,6 +87,9 @@ class Config(Section):
         None, description="Checkpoints of pre-training: losses by token group, and how features grow."
     )
     losses: Losses = Field(default_factory=Losses)
+    steering: Steering | None = Field(
+        None, description="Reactivation of features at function tokens, and steering by them."
+    )
     duckdb: DuckDb = Field(default_factory=DuckDb)
     dask: Dask = Field(default_factory=Dask)
     storage: StorageSection = Field(default_factory=StorageSection)
@@ -97,6 +105,13 @@ class Config(Section):
             )
         if not self.model.name and (self.sae or not self._has_tokenizer()):
             raise ValueError("model.name is missing: a directory, a hub id or a .gguf file")
+        if self.steering is not None:
+            if not self.sae:
+                raise ValueError("steering needs dictionaries: add [[sae]] entries")
+            if self.steering.layer is not None and self.steering.layer not in layers:
+                raise ValueError(
+                    f"steering.layer = {self.steering.layer} has no sae entry; the layers are {sorted(layers)}"
+                )
         if self.consolidation is not None:
             self.consolidation.check_against(self.model, keeps_occurrences=self.corpus.keep_occurrences)
         return self
@@ -112,6 +127,36 @@ class Config(Section):
         return bool(self.model.tokenizer) or (
             self.consolidation is not None and self.consolidation.trains_tokenizer
         )
+
+
+def consolidation_of(config: Config, stage: str = "") -> Consolidation:
+    """The section `consolidation`.
+
+    Raises:
+        ConfigError: in that stage, if the configuration has none.
+    """
+    if config.consolidation is None:
+        raise ConfigError(
+            "this configuration has no consolidation section, so there are no checkpoints",
+            stage=stage,
+            hint="configs/consolidation.toml shows one",
+        )
+    return config.consolidation
+
+
+def steering_of(config: Config, stage: str = "") -> Steering:
+    """The section `steering`.
+
+    Raises:
+        ConfigError: in that stage, if the configuration has none.
+    """
+    if config.steering is None:
+        raise ConfigError(
+            "this configuration has no steering section, so there are no cases",
+            stage=stage,
+            hint="configs/steering.toml shows one",
+        )
+    return config.steering
 
 
 Assignment = Annotated[str, "key.path=value"]
@@ -154,15 +199,21 @@ def load_config(
 def _explain(error: ValidationError) -> str:
     items = error.errors(include_url=False, include_input=False)
     return "; ".join(
-        f"{'.'.join(str(part) for part in item['loc']) or 'configuration'}: {_message(item)}"
+        f"{'.'.join(str(part) for part in item['loc']) or 'configuration'}: {explain(item, Config)}"
         for item in items
     )
 
 
-def _message(item: Any) -> str:
+def explain(item: Any, root: type[Section]) -> str:
+    """What is wrong with one value, from one of a `ValidationError`'s `errors()`.
+
+    Args:
+        item: The error: its type, its message and its place.
+        root: The model that was validated, where the known keys of an unknown one's place are found.
+    """
     if item["type"] != "extra_forbidden":
         return str(item["msg"]).removeprefix("Value error, ")
-    section: type[Section] = Config
+    section = root
     for part in item["loc"][:-1]:
         if part in section.model_fields:
             section = _section_in(section.model_fields[part].annotation) or section

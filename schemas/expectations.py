@@ -7,8 +7,9 @@ Views of the `tokenize` suite: `shards` (one row a shard, with what its manifest
 files), `vocabulary`, and of each shard `documents`, `rejects`, `token_counts` and, where kept, `occurrences`. Of
 `dictionaries`: `dictionaries` (with the gate's figures) and `wanted` (the configured layers). Of `features`:
 `shards`, `dictionaries`, and of each shard `activations`, `edges`, `counts` and its token shard's `token_counts`.
-Of the checkpoint stages: see `schemas.consolidation_expectations`. Of `tables`: the tables of the catalogue, and
-`settings` (the configuration's numbers that tables depend on), and `made_with` (those of the consolidation's own).
+Of `reactivation`, `steering` and the checkpoint stages: see the modules of their expectations. Of `tables`: the tables
+of the catalogue, and `settings` (the configuration's numbers that tables depend on), and `made_with` (those of the
+consolidation's own).
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from schemas.consolidation_expectations import CHECKPOINTS, GENERATIONS, GROWTH,
 from schemas.consolidation_table_expectations import CONSOLIDATION
 from schemas.expectation import Expectation, Keys, Query, Rows, differ
 from schemas.feature_expectations import FEATURES
+from schemas.reactivation_expectations import REACTIVATION
+from schemas.steering_expectations import STEERING
+from schemas.steering_table_expectations import STEERING_TABLES
 from schemas.table_expectations import TABLES
 from schemas.work import Stage
 
@@ -188,9 +192,11 @@ SUITES: dict[Stage, tuple[Expectation, ...]] = {
     "tokenize": TOKENIZE,
     "dictionaries": DICTIONARIES,
     "features": FEATURES,
+    "reactivation": REACTIVATION,
+    "steering": STEERING,
     "checkpoints": CHECKPOINTS,
     "losses": LOSSES,
     "growth": GROWTH,
     "generations": GENERATIONS,
-    "tables": TABLES + CONSOLIDATION,
+    "tables": TABLES + CONSOLIDATION + STEERING_TABLES,
 }

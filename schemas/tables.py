@@ -1,91 +1,36 @@
-"""Arrow schemas of every file and table that functok writes.
-
-Files of a shard carry `doc`, the document's number inside the shard, so that a shard does not change when
-the corpus around it does; the catalogue's views add the shard's offset and give `doc_id`.
-"""
+"""Arrow schemas of every table that functok publishes; `schemas.shard_files` has those of what they are made of."""
 
 from __future__ import annotations
 
 import pyarrow as pa
 
+from schemas.shard_files import SHARD_FILES, VOCABULARY, schema_of
 
-def _schema(**columns: pa.DataType) -> pa.Schema:
-    return pa.schema([pa.field(name, kind) for name, kind in columns.items()])
+__all__ = ["SHARD_FILES", "TABLES", "VOCABULARY"]
 
 
-SHARD_FILES: dict[str, pa.Schema] = {
-    # in a token shard's folder
-    "documents": _schema(doc=pa.int32(), line=pa.int64(), n_chars=pa.int64(), n_tokens=pa.int64()),
-    "rejects": _schema(line=pa.int64(), reason=pa.string()),
-    "token_counts": _schema(token_id=pa.int32(), count=pa.int64(), doc_count=pa.int64()),
-    "occurrences": _schema(doc=pa.int32(), position=pa.int32(), token_id=pa.int32()),
-    # special tokens found in the text: fed to the model, in no table
-    "specials": _schema(doc=pa.int32(), position=pa.int32(), token_id=pa.int32()),
-    # in a feature shard's folder
-    "activations": _schema(
-        doc=pa.int32(),
-        position=pa.int32(),
-        token_id=pa.int32(),
-        feature_id=pa.int32(),
-        activation=pa.float32(),
-    ),
-    "edges": _schema(token_id=pa.int32(), feature_id=pa.int32(), n=pa.int32()),
-    "counts": _schema(token_id=pa.int32(), count=pa.int64()),
-    # of one shard's documents, to hold some out
-    "heldout": _schema(doc=pa.int32(), hash=pa.uint64(), n_tokens=pa.int64()),
-    # in a loss shard's folder: `position` and `token_id` of the predicted token, `current_token_id` before it
-    "token_losses": _schema(
-        doc=pa.int32(),
-        position=pa.int32(),
-        current_token_id=pa.int32(),
-        token_id=pa.int32(),
-        loss=pa.float32(),
-    ),
-    # instead of it, where single losses are not kept; loss_units is the sum of round(loss * 2^32)
-    "document_losses": _schema(
-        doc=pa.int32(),
-        current_is_function=pa.bool_(),
-        next_is_function=pa.bool_(),
-        n=pa.int64(),
-        loss_units=pa.int64(),
-    ),
-    # of the SAE of a checkpoint on held-out text: tokens that activated a feature, where any did
-    "densities": _schema(feature_id=pa.int32(), n=pa.int64()),
-    # in a grown SAE's folder, one row
-    "learned": _schema(
-        layer=pa.int32(),
-        dictionary_size=pa.int64(),
-        learned_features=pa.int64(),
-        l0=pa.float64(),
-        explained_variance=pa.float64(),
-        ce_recovered=pa.float64(),
-        alive_features=pa.int64(),
-        dense_features=pa.int64(),
-        ce=pa.float64(),
-        ce_sae=pa.float64(),
-        ce_zero=pa.float64(),
-        heldout_tokens=pa.int64(),
-        min_density=pa.float64(),
-        max_density=pa.float64(),
-    ),
-    # in a folder of generations
-    "generations": _schema(prompt=pa.string(), continuation=pa.string(), mode=pa.string(), seed=pa.int64()),
-    # in a finished training's folder
-    "training_losses": _schema(
-        step=pa.int64(),
-        tokens=pa.int64(),
-        loss=pa.float64(),
-        learning_rate=pa.float64(),
-        gradient_norm=pa.float64(),
-    ),
-}
+def _of_checkpoint(columns: pa.Schema) -> pa.Schema:
+    """The same columns of many checkpoints."""
+    named = schema_of(model=pa.string(), step=pa.int64())
+    return pa.schema([*named, *(column for column in columns if column.name not in named.names)])
 
-VOCABULARY = _schema(token_id=pa.int32(), token=pa.string())
+
+_TOKEN_DEGREE = schema_of(
+    layer=pa.int32(),
+    token_id=pa.int32(),
+    token=pa.string(),
+    rank=pa.int64(),
+    count=pa.int64(),
+    is_function=pa.bool_(),
+    degree=pa.int64(),
+    rarefied_degree=pa.float64(),
+    m=pa.int64(),
+)
 
 TABLES: dict[str, pa.Schema] = {
-    "documents": _schema(doc_id=pa.int64(), source=pa.string(), n_chars=pa.int64(), n_tokens=pa.int64()),
-    "rejects": _schema(source=pa.string(), line=pa.int64(), reason=pa.string()),
-    "tokens": _schema(
+    "documents": schema_of(doc_id=pa.int64(), source=pa.string(), n_chars=pa.int64(), n_tokens=pa.int64()),
+    "rejects": schema_of(source=pa.string(), line=pa.int64(), reason=pa.string()),
+    "tokens": schema_of(
         token_id=pa.int32(),
         token=pa.string(),
         count=pa.int64(),
@@ -96,8 +41,8 @@ TABLES: dict[str, pa.Schema] = {
         cumulative_share=pa.float64(),
         is_function=pa.bool_(),
     ),
-    "occurrences": _schema(doc_id=pa.int64(), position=pa.int32(), token_id=pa.int32()),
-    "activations": _schema(
+    "occurrences": schema_of(doc_id=pa.int64(), position=pa.int32(), token_id=pa.int32()),
+    "activations": schema_of(
         layer=pa.int32(),
         doc_id=pa.int64(),
         position=pa.int32(),
@@ -105,7 +50,7 @@ TABLES: dict[str, pa.Schema] = {
         feature_id=pa.int32(),
         activation=pa.float32(),
     ),
-    "edges": _schema(
+    "edges": schema_of(
         layer=pa.int32(),
         token_id=pa.int32(),
         feature_id=pa.int32(),
@@ -113,21 +58,11 @@ TABLES: dict[str, pa.Schema] = {
         max_activation=pa.float32(),
         sum_activation=pa.float64(),
     ),
-    "token_degree": _schema(
-        layer=pa.int32(),
-        token_id=pa.int32(),
-        token=pa.string(),
-        rank=pa.int64(),
-        count=pa.int64(),
-        is_function=pa.bool_(),
-        degree=pa.int64(),
-        rarefied_degree=pa.float64(),
-        m=pa.int64(),
-    ),
-    "feature_degree": _schema(
+    "token_degree": _TOKEN_DEGREE,
+    "feature_degree": schema_of(
         layer=pa.int32(), feature_id=pa.int32(), degree=pa.int64(), n=pa.int64(), density=pa.float64()
     ),
-    "coverage": _schema(
+    "coverage": schema_of(
         layer=pa.int32(),
         rank=pa.int64(),
         token_id=pa.int32(),
@@ -137,7 +72,7 @@ TABLES: dict[str, pa.Schema] = {
         coverage=pa.float64(),
         dictionary_coverage=pa.float64(),
     ),
-    "graph_summary": _schema(
+    "graph_summary": schema_of(
         layer=pa.int32(),
         dictionary_size=pa.int64(),
         activated_features=pa.int64(),
@@ -149,7 +84,7 @@ TABLES: dict[str, pa.Schema] = {
         ks=pa.float64(),
     ),
     # beyond the contract: what the report says about the run
-    "dictionaries": _schema(
+    "dictionaries": schema_of(
         layer=pa.int32(),
         dictionary_size=pa.int64(),
         source=pa.string(),
@@ -160,24 +95,17 @@ TABLES: dict[str, pa.Schema] = {
         alive_share=pa.float64(),
         heldout_tokens=pa.float64(),
     ),
-    "run_info": _schema(key=pa.string(), value=pa.string()),
+    "run_info": schema_of(key=pa.string(), value=pa.string()),
     # consolidation (PAPER 1.4)
-    "checkpoints": _schema(
+    "checkpoints": schema_of(
         model=pa.string(),
         step=pa.int64(),
         source=pa.string(),
         tokens=pa.int64(),
         parameters=pa.int64(),
     ),
-    "training_losses": _schema(
-        model=pa.string(),
-        step=pa.int64(),
-        tokens=pa.int64(),
-        loss=pa.float64(),
-        learning_rate=pa.float64(),
-        gradient_norm=pa.float64(),
-    ),
-    "token_losses": _schema(
+    "training_losses": _of_checkpoint(SHARD_FILES["training_losses"]),
+    "token_losses": schema_of(
         model=pa.string(),
         step=pa.int64(),
         doc_id=pa.int64(),
@@ -186,7 +114,7 @@ TABLES: dict[str, pa.Schema] = {
         current_token_id=pa.int32(),
         token_id=pa.int32(),
     ),
-    "document_losses": _schema(
+    "document_losses": schema_of(
         model=pa.string(),
         step=pa.int64(),
         doc_id=pa.int64(),
@@ -194,7 +122,7 @@ TABLES: dict[str, pa.Schema] = {
         n=pa.int64(),
         loss=pa.float64(),  # nats, summed
     ),
-    "loss_buckets": _schema(
+    "loss_buckets": schema_of(
         model=pa.string(),
         step=pa.int64(),
         bucket=pa.string(),
@@ -206,40 +134,11 @@ TABLES: dict[str, pa.Schema] = {
         share_low=pa.float64(),
         share_high=pa.float64(),
     ),
-    "learned_features": _schema(
-        model=pa.string(),
-        step=pa.int64(),
-        layer=pa.int32(),
-        dictionary_size=pa.int64(),
-        learned_features=pa.int64(),
-        l0=pa.float64(),
-        explained_variance=pa.float64(),
-        ce_recovered=pa.float64(),
-        alive_features=pa.int64(),
-        dense_features=pa.int64(),
-        ce=pa.float64(),
-        ce_sae=pa.float64(),
-        ce_zero=pa.float64(),
-        heldout_tokens=pa.int64(),
-        min_density=pa.float64(),
-        max_density=pa.float64(),
-    ),
-    "checkpoint_degree": _schema(
-        model=pa.string(),
-        step=pa.int64(),
-        layer=pa.int32(),
-        token_id=pa.int32(),
-        token=pa.string(),
-        rank=pa.int64(),
-        count=pa.int64(),
-        is_function=pa.bool_(),
-        degree=pa.int64(),
-        rarefied_degree=pa.float64(),
-        m=pa.int64(),
-    ),
+    "learned_features": _of_checkpoint(SHARD_FILES["learned"]),
+    "checkpoint_degree": _of_checkpoint(_TOKEN_DEGREE),
     # each checkpoint's graph in a row: features that function tokens, content tokens, and the ten most frequent
     # tokens activated, as counts and as shares of the activated ones
-    "checkpoint_graph": _schema(
+    "checkpoint_graph": schema_of(
         model=pa.string(),
         step=pa.int64(),
         layer=pa.int32(),
@@ -254,12 +153,86 @@ TABLES: dict[str, pa.Schema] = {
         content_coverage=pa.float64(),
         top10_coverage=pa.float64(),
     ),
-    "generations": _schema(
-        model=pa.string(),
-        step=pa.int64(),
+    "generations": _of_checkpoint(SHARD_FILES["generations"]),
+    # reactivation and steering (PAPER 1.3); positions count the tokens that the model sees, from 0
+    "prompt_tokens": schema_of(
+        case=pa.string(),
+        relation=pa.string(),
         prompt=pa.string(),
-        continuation=pa.string(),
+        position=pa.int32(),
+        token_id=pa.int32(),
+        token=pa.string(),
+        is_function=pa.bool_(),
+        in_text=pa.bool_(),
+        in_place=pa.bool_(),
+        looked_at=pa.bool_(),
+    ),
+    "reactivations": schema_of(
+        case=pa.string(),
+        prompt=pa.string(),
+        position=pa.int32(),
+        token=pa.string(),
+        is_function=pa.bool_(),
+        layer=pa.int32(),
+        feature_id=pa.int32(),
+        activation=pa.float32(),
+        relation=pa.string(),
+        token_id=pa.int32(),
+        in_place=pa.bool_(),
+        is_own=pa.bool_(),  # active where the prompts differ, in this prompt and in no other of its case
+    ),
+    # how many of a prompt's own features are active again at a later position: in the prompt itself, at the same
+    # position of the case's other prompts, and at the same token in prompts of other relations. n_… are the
+    # chances: own features times prompts or occurrences.
+    "reactivation_positions": schema_of(
+        case=pa.string(),
+        relation=pa.string(),
+        prompt=pa.string(),
+        layer=pa.int32(),
+        position=pa.int32(),
+        token_id=pa.int32(),
+        token=pa.string(),
+        is_function=pa.bool_(),
+        in_text=pa.bool_(),
+        n_own=pa.int64(),
+        own=pa.int64(),
+        n_counterfactual=pa.int64(),
+        counterfactual=pa.int64(),
+        n_unrelated=pa.int64(),
+        unrelated=pa.int64(),
+    ),
+    # the same as shares, over all cases, with 95 % intervals by case; token is null for all of a kind. A position
+    # weighs as many as its prompt has own features, in every share; `unrelated` and the excess over it are of the
+    # positions whose token stands in prompts of other relations.
+    "reactivation_scores": schema_of(
+        layer=pa.int32(),
+        kind=pa.string(),  # `function` or `content`
+        token=pa.string(),
+        n_cases=pa.int64(),
+        n_positions=pa.int64(),
+        **{
+            f"{score}{end}": pa.float64()
+            for score in ("own", "counterfactual", "unrelated", "excess", "excess_unrelated")
+            for end in ("", "_low", "_high")
+        },
+    ),
+    "trait_layers": SHARD_FILES["trait_layers"],
+    "trait_features": SHARD_FILES["trait_features"],
+    "steering": SHARD_FILES["steering"],
+    # means over the experiments, with 95 % intervals by experiment; the advantage is over the random controls of
+    # the same setting, null for these
+    "steering_effects": schema_of(
         mode=pa.string(),
-        seed=pa.int64(),
+        place=pa.string(),
+        control=pa.string(),
+        strength=pa.float64(),
+        n=pa.int64(),
+        **{
+            f"{effect}{end}": pa.float64()
+            for effect in ("target_logprob_delta", "advantage", "kl", "log_perplexity_delta")
+            for end in ("", "_low", "_high")
+        },
+        changed=pa.float64(),  # share of the texts that are not the unsteered model's
+        relative_norm=pa.float64(),
     ),
 }

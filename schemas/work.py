@@ -11,6 +11,8 @@ Stage = Literal[
     "tokenize",
     "dictionaries",
     "features",
+    "reactivation",
+    "steering",
     "checkpoints",
     "losses",
     "growth",
@@ -22,6 +24,8 @@ STAGES: tuple[Stage, ...] = (
     "tokenize",
     "dictionaries",
     "features",
+    "reactivation",
+    "steering",
     "checkpoints",
     "losses",
     "growth",
@@ -200,6 +204,47 @@ class GeneratedTexts:
 
     checkpoint: Checkpoint
     folder: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseFeatures:
+    """The features of one case's prompts, at every position and layer.
+
+    Its folder holds `prompt_tokens.parquet` and `prompt_features.parquet`.
+    """
+
+    case: str
+    folder: str
+    n_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraitFeatures:
+    """A trait's strongest features at every layer, and how well each layer tells its prompts apart.
+
+    Its folder holds `trait_layers.parquet` and `trait_features.parquet`.
+    """
+
+    trait: str
+    folder: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteeredPrompt:
+    """One experiment's whole sweep; its folder holds `steering.parquet`."""
+
+    case: str
+    prompt: str
+    folder: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteeringResults:
+    """What the stages reactivation and steering have made, each in the order of the cases' file."""
+
+    cases: tuple[CaseFeatures, ...] = ()
+    traits: tuple[TraitFeatures, ...] = ()
+    experiments: tuple[SteeredPrompt, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,10 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from infra.cluster import extraction_client
-from infra.errors import ModelError
+from infra.errors import FunctokError, ModelError
 from infra.storage import Storage
 from schemas.config import Config, Model
-from schemas.work import Checkpoint
+from schemas.work import Checkpoint, Stage
 from tasks.checkpoints import config_of
 from tasks.language_models import LanguageModel, load_language_model
 from tasks.model_files import explained, location, revision
@@ -110,13 +110,11 @@ def _check_vocabulary(model: Model, storage: Storage, tokenizer: LoadedTokenizer
 
 
 @contextmanager
-def named(checkpoint: Checkpoint, stage: str) -> Iterator[None]:
-    """Say in every `ModelError` of the block which checkpoint it is about."""
+def named(checkpoint: Checkpoint, stage: Stage, of: type[FunctokError] = ModelError) -> Iterator[None]:
+    """Say in every such error of the block, which knows no checkpoints, which one it is about, and in which stage."""
     try:
         yield
-    except ModelError as error:
-        raise ModelError(
-            f"checkpoint {checkpoint.series}, step {checkpoint.step}: {error.message}",
-            hint=error.hint,
-            stage=error.stage or stage,
-        ) from error
+    except of as error:
+        message = f"checkpoint {checkpoint.series}, step {checkpoint.step}: {error.message}"
+        # The cause itself, not another error around it: it tells whether trying again can help.
+        raise type(error)(message, hint=error.hint, stage=stage) from error.__cause__ or error

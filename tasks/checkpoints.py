@@ -13,7 +13,7 @@ from pathlib import Path
 from infra.errors import ConfigError, FunctokError
 from infra.progress import Progress, silent
 from infra.storage import Storage
-from schemas.config import Config, Consolidation, Model, Revision, Series
+from schemas.config import Config, Model, Revision, Series, consolidation_of
 from schemas.work import Checkpoint, CorpusShards
 from tasks.models import is_gguf, model_key
 
@@ -78,20 +78,6 @@ def prepare_checkpoints(
 def config_of(config: Config, checkpoint: Checkpoint) -> Config:
     """The configuration under which the spine's functions read a checkpoint: its model, and no dictionary."""
     return config.model_copy(update={"model": checkpoint.model, "sae": []})
-
-
-def consolidation_of(config: Config) -> Consolidation:
-    """The section `consolidation`.
-
-    Raises:
-        ConfigError: if the configuration has none.
-    """
-    if config.consolidation is None:
-        raise ConfigError(
-            "this configuration has no consolidation section",
-            hint="configs/consolidation.toml shows one",
-        )
-    return config.consolidation
 
 
 def _find_series(

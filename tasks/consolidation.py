@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from infra.storage import Storage
-from schemas.config import Config
+from schemas.config import Config, consolidation_of
 from schemas.work import Checkpoint, CorpusShards, Stage, StagePlan
-from tasks.checkpoints import consolidation_of, find_checkpoints, unfinished_series
+from tasks.checkpoints import find_checkpoints, unfinished_series
 from tasks.consolidation_plan import ConsolidationResults
 
 
@@ -41,7 +41,8 @@ def plan_consolidation(
         unknown = "known once the corpus is tokenized"
         return [StagePlan(stage=stage, done=0, missing=None, reason=unknown) for stage in stages], None
     names = [series.name for series in consolidation_of(config).series]
-    untrained = unfinished_series(config, storage, shards)
+    checkpoints = find_checkpoints(config, storage, shards)
+    untrained = unfinished_series(config, storage, shards) if checkpoints is None else []
     plans = [
         StagePlan(
             stage="checkpoints",
@@ -53,7 +54,6 @@ def plan_consolidation(
             details=tuple(f"train {name}" for name in untrained),
         )
     ]
-    checkpoints = find_checkpoints(config, storage, shards)
     if checkpoints is None:
         unknown = "known once the checkpoints are there"
         rest = [StagePlan(stage=stage, done=0, missing=None, reason=unknown) for stage in stages[1:]]
@@ -76,7 +76,12 @@ def _results(
 
     section = consolidation_of(config)
     losses = find_losses(config, storage, shards, checkpoints)
-    done, missing = missing_losses(config, storage, shards, checkpoints)
+    # Equal shards, or equal weights under two names, have one folder.
+    done, missing = (
+        missing_losses(config, storage, shards, checkpoints)
+        if losses is None
+        else (len({loss.folder for loss in losses}), [])
+    )
     changed = "held-out documents or checkpoints are new, or how they are read changed"
     plans.append(
         StagePlan(
@@ -89,7 +94,9 @@ def _results(
     )
     growth = find_growth(config, storage, shards, checkpoints) if section.growth else []
     if section.growth:
-        n_grown, ungrown = missing_growth(config, storage, shards, checkpoints)
+        n_grown, ungrown = (
+            missing_growth(config, storage, shards, checkpoints) if growth is None else (len(growth), [])
+        )
         plans.append(
             StagePlan(
                 stage="growth",

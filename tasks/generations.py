@@ -13,11 +13,10 @@ from infra.errors import FunctokError, ModelError
 from infra.manifest import Manifest, commit, content_key, load_all
 from infra.progress import Progress, silent
 from infra.storage import Storage
-from schemas.config import Config, Generations
+from schemas.config import Config, Generations, consolidation_of
 from schemas.tables import SHARD_FILES
 from schemas.work import Checkpoint, GeneratedTexts
 from tasks.checkpoint_jobs import named, open_checkpoint, run_by_checkpoint
-from tasks.checkpoints import consolidation_of
 from tasks.tokenizers import LoadedTokenizer, load_tokenizer
 
 VERSION = 1

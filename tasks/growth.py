@@ -8,14 +8,14 @@ the same number of residuals and the same seed; they start fresh, or each from t
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from infra.errors import ConfigError, FunctokError
 from infra.progress import Progress, silent
 from infra.storage import Storage
 from schemas.config import Config, Sae
 from schemas.work import Checkpoint, CorpusShards, Dictionary, FeatureShard, GrownSae
+from tasks.checkpoint_jobs import named
 from tasks.checkpoints import config_of
 from tasks.dictionaries import find_dictionaries, prepare_dictionaries
 from tasks.dictionary_checks import check_layer
@@ -110,7 +110,7 @@ def grow(
     """
     chosen = selected(config, checkpoints)
     for checkpoint in chosen:
-        with _named(checkpoint):
+        with named(checkpoint, "growth", FunctokError):
             n_layers = model_dimensions(checkpoint.model, storage)[1]
             check_layer(_entry(config, storage, checkpoint, None), n_layers, checkpoint.model.name)
     parts = judging_parts(config, storage, shards)
@@ -119,7 +119,7 @@ def grow(
         is_next = bool(grown) and grown[-1].checkpoint.series == checkpoint.series
         own = _own_config(config, storage, checkpoint, grown[-1].dictionary if is_next else None)
         where = f"SAE of {checkpoint.series} at step {checkpoint.step} ({position} of {len(chosen)})"
-        with _named(checkpoint):
+        with named(checkpoint, "growth", FunctokError):
             dictionary, features = _spine(own, storage, shards, _within(progress, where))
             folder = write_learned(config, storage, checkpoint, dictionary, parts, _within(progress, where))
             grown.append(
@@ -198,13 +198,3 @@ def _within(progress: Progress, where: str) -> Progress:
         progress(done, total, f"{where}: {what}")
 
     return tell
-
-
-@contextmanager
-def _named(checkpoint: Checkpoint) -> Iterator[None]:
-    """Errors of the spine, which knows no checkpoints, with series and step."""
-    try:
-        yield
-    except FunctokError as error:
-        message = f"checkpoint {checkpoint.series}, step {checkpoint.step}: {error.message}"
-        raise type(error)(message, hint=error.hint, stage="growth") from error

@@ -17,7 +17,7 @@ import pyarrow as pa
 from infra.errors import CorpusError
 from infra.manifest import Manifest, commit, content_key, load_all
 from infra.storage import Storage
-from schemas.config import Config
+from schemas.config import Config, consolidation_of
 from schemas.tables import SHARD_FILES
 from schemas.work import CorpusShards, GraphShard, HeldoutPart, TokenShard
 from tasks.windows import read_shard_tokens
@@ -48,7 +48,7 @@ def heldout_parts(
     Raises:
         CorpusError: if no document is held out, or not a single one fits.
     """
-    share = _share(config)
+    share = consolidation_of(config).heldout_share
     left = max_tokens
     parts: list[HeldoutPart] = []
     any_heldout = False
@@ -85,7 +85,12 @@ def heldout_parts(
 
 def heldout_documents(config: Config, storage: Storage, shard: TokenShard) -> npt.NDArray[np.bool_]:
     """(n_documents,) whether each document of a shard is held out."""
-    return _is_heldout(document_hashes(storage, [shard])[0][0], _share(config))
+    return _is_heldout(document_hashes(storage, [shard])[0][0], consolidation_of(config).heldout_share)
+
+
+def heldout_key(part: HeldoutPart) -> dict[str, str]:
+    """What determines a part: its shard's content and which documents of it count."""
+    return {"shard": part.shard.folder, "documents": content_key(documents=part.documents)}
 
 
 def document_hashes(
@@ -110,11 +115,6 @@ def document_hashes(
         table = storage.read_parquet(f"{folder}/heldout.parquet")
         found[shard.folder] = (table["hash"].to_numpy(), table["n_tokens"].to_numpy())
     return [found[shard.folder] for shard in shards]
-
-
-def _share(config: Config) -> float:
-    assert config.consolidation is not None
-    return config.consolidation.heldout_share
 
 
 def _is_heldout(hashes: npt.NDArray[np.uint64], share: float) -> npt.NDArray[np.bool_]:

@@ -23,12 +23,12 @@ from infra.errors import CorpusError
 from infra.manifest import Manifest, commit, content_key, load
 from infra.progress import Progress, silent
 from infra.storage import Storage
-from schemas.config import Config, Growth
+from schemas.config import Config, Growth, consolidation_of
 from schemas.tables import SHARD_FILES
 from schemas.work import Checkpoint, CorpusShards, Dictionary, HeldoutPart
 from tasks.dictionaries import training_parts
 from tasks.dictionary_sample import leaves_out, n_documents_within
-from tasks.heldout import document_hashes, heldout_parts
+from tasks.heldout import document_hashes, heldout_key, heldout_parts
 from tasks.judgement import Judgement, judge
 from tasks.predictions import UNITS_PER_NAT
 from tasks.residuals import forward_key
@@ -69,9 +69,9 @@ def judging_parts(config: Config, storage: Storage, shards: CorpusShards) -> tup
 
 def growth_of(config: Config) -> Growth:
     """The section `consolidation.growth`."""
-    assert config.consolidation is not None
-    assert config.consolidation.growth is not None
-    return config.consolidation.growth
+    growth = consolidation_of(config).growth
+    assert growth is not None
+    return growth
 
 
 def find_learned(
@@ -147,9 +147,7 @@ def _counts_inputs(
         "dictionary": dictionary.key,
         "layer": dictionary.layer,
         "forward": forward_key(config, checkpoint.key),
-        "parts": [
-            {"shard": part.shard.folder, "documents": content_key(documents=part.documents)} for part in parts
-        ],
+        "parts": [heldout_key(part) for part in parts],
     }
 
 

@@ -27,8 +27,10 @@ from schemas.config import Config
 from schemas.tables import SHARD_FILES
 from schemas.work import Checkpoint, CorpusShards, HeldoutPart, LossShard
 from tasks.checkpoint_jobs import named, open_checkpoint, run_by_checkpoint
-from tasks.heldout import heldout_parts
+from tasks.function_tokens import function_token_ids
+from tasks.heldout import heldout_key, heldout_parts
 from tasks.predictions import Ids, Predictions, predict, sum_by_document
+from tasks.residuals import forward_key
 from tasks.windows import ShardTokens, read_heldout_tokens
 
 VERSION = 1
@@ -134,14 +136,7 @@ def compute_losses(
 
 def _function_ids(config: Config, storage: Storage, shards: CorpusShards) -> Ids | None:
     """(n,) ids of the function tokens where the files depend on them, else None."""
-    if config.losses.keep_tokens:
-        return None
-    from tasks.tables import build_corpus_tables
-
-    name = build_corpus_tables(config, storage, shards).tables["tokens"]
-    table = storage.read_parquet(name, columns=["token_id", "is_function"])
-    ids: Ids = np.sort(table["token_id"].to_numpy()[table["is_function"].to_numpy(zero_copy_only=False)])
-    return ids
+    return None if config.losses.keep_tokens else function_token_ids(config, storage, shards)
 
 
 def _units(
@@ -155,23 +150,20 @@ def _units(
     if function_ids is not None:
         kept["function_tokens"] = content_key(ids=function_ids.tolist())
     parts = heldout_parts(config, storage, shards, config.losses.max_tokens)
-    documents = [content_key(documents=part.documents) for part in parts]
+    keys = [heldout_key(part) for part in parts]
     return [
         _Unit(
             checkpoint=checkpoint,
             part=part,
             inputs={
                 "version": VERSION,
-                "model": checkpoint.key,
-                "shard": part.shard.folder,
-                "documents": chosen,
-                "windows": config.windows.model_dump(),
-                "batch_tokens": config.activations.batch_tokens,
+                **key,
+                **forward_key(config, checkpoint.key),
                 **kept,
             },
         )
         for checkpoint in checkpoints
-        for part, chosen in zip(parts, documents, strict=True)
+        for part, key in zip(parts, keys, strict=True)
     ]
 
 

@@ -27,7 +27,7 @@ from infra import storage as storage_module
 from infra.errors import CorpusError, StorageError
 from infra.manifest import content_key
 from infra.storage import Storage
-from schemas.config import Config
+from schemas.config import Config, consolidation_of
 from schemas.work import CorpusShards, GraphShard, TokenShard
 from tasks.heldout import heldout_documents
 from tasks.windows import read_shard_tokens
@@ -86,11 +86,11 @@ def training_text(config: Config, storage: Storage, shards: CorpusShards) -> Tra
         StorageError: if the cache cannot be written.
     """
     wanted = training_shards(shards)
-    assert config.consolidation is not None
+    share = consolidation_of(config).heldout_share
     key = content_key(
         version=VERSION,
         shards=[[shard.folder, shard.n_documents] for shard in wanted],
-        heldout_share=config.consolidation.heldout_share,
+        heldout_share=share,
     )
     folder = storage_module.LOCAL_CACHE / "training-text" / key
     try:
@@ -100,7 +100,7 @@ def training_text(config: Config, storage: Storage, shards: CorpusShards) -> Tra
         if len(starts) < 2:
             raise CorpusError(
                 f"none of {shards.n_documents:,} documents is left to train on: consolidation.heldout_share = "
-                f"{config.consolidation.heldout_share} holds them all out",
+                f"{share} holds them all out",
                 hint="lower it, or give more documents",
                 stage="checkpoints",
             )

@@ -6,6 +6,9 @@ import atexit
 import os
 import shutil
 import tempfile
+from pathlib import Path
+
+import pytest
 
 _CACHE = tempfile.mkdtemp(prefix="functok-test-cache-")
 os.environ["FUNCTOK_CACHE"] = _CACHE
@@ -22,3 +25,27 @@ settings.register_profile("functok", deadline=None, suppress_health_check=[Healt
 settings.load_profile("functok")
 
 __all__ = ["ceph_server", "moto_server", "prefect_api", "prefect_database", "s3_root"]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a configuration (`tiny.toml`) and its finished run (`run`), to be left as it is."""
+    import plain
+    import tiny
+
+    from schemas.config import load_config
+    from tasks import extraction
+
+    folder = tmp_path_factory.mktemp("finished")
+    tiny.save_model(folder / "model")
+    tiny.save_sae(folder / "sae")
+    tiny.write_jsonl(folder / "corpus.jsonl", tiny.texts(20))
+    (folder / "tiny.toml").write_text(
+        f'[corpus]\nurls = ["{folder}/corpus.jsonl"]\n[model]\nname = "{folder}/model"\n'
+        f'[windows]\ncontext_size = 64\n[[sae]]\nlayer = 1\npath = "{folder}/sae"\n[storage]\nroot = "{folder}/run"\n'
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tasks.tokenization._Watched", plain.InThisProcess)
+        extraction.forget_loaded()
+        plain.run_plain(load_config(folder / "tiny.toml"))
+    return folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,29 @@ def trained(prepared: Training, tmp_path_factory: pytest.TempPathFactory) -> Tra
 @pytest.fixture
 def untrained(prepared: Training, tmp_path: Path) -> Training:
     return prepared.copy(tmp_path / "copy")
+
+
+@pytest.fixture
+def stop_before(untrained: Training, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Trains `untrained` as `config()` says, and kills it before a step."""
+
+    class Stop(Exception):
+        pass
+
+    step = Trainer.step
+
+    def train_until(last: int) -> None:
+        def stopping(self: Trainer, number: int) -> Any:
+            if number == last:
+                raise Stop
+            return step(self, number)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "step", stopping)
+            with pytest.raises(Stop):
+                untrained.train(untrained.config())
+
+    return train_until
 
 
 def plan_of(training: Training, config: Config) -> TrainingPlan:
@@ -196,22 +220,9 @@ def test_is_trained_once_and_again_only_for_steps_that_are_missing(
 
 
 def test_goes_on_from_the_newest_state_before_which_nothing_is_missing(
-    trained: Training, untrained: Training, monkeypatch: pytest.MonkeyPatch
+    trained: Training, untrained: Training, stop_before: Callable[[int], None]
 ) -> None:
-    class Stop(Exception):
-        pass
-
-    step = Trainer.step
-
-    def stopping(self: Trainer, number: int) -> Any:
-        if number == 10:
-            raise Stop
-        return step(self, number)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", stopping)
-        with pytest.raises(Stop):
-            untrained.train(untrained.config())
+    stop_before(10)
     assert untrained.states() == ["state-00000008"]
     more = untrained.config(checkpoints=6)
     # Steps 2 and 6 are wanted now and behind the state; 3, 7 and 8 are not.
@@ -221,22 +232,9 @@ def test_goes_on_from_the_newest_state_before_which_nothing_is_missing(
 
 
 def test_a_checkpoint_that_is_missing_at_the_state_itself_is_made_of_it(
-    trained: Training, untrained: Training, monkeypatch: pytest.MonkeyPatch
+    trained: Training, untrained: Training, stop_before: Callable[[int], None]
 ) -> None:
-    class Stop(Exception):
-        pass
-
-    step = Trainer.step
-
-    def stopping(self: Trainer, number: int) -> Any:
-        if number == 8:
-            raise Stop
-        return step(self, number)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", stopping)
-        with pytest.raises(Stop):
-            untrained.train(untrained.config())
+    stop_before(8)
     config = untrained.config()
     folder = plan_of(untrained, config).checkpoint_folder(7)
     untrained.storage.delete(folder)

@@ -11,12 +11,9 @@ import sys
 import tomllib
 from pathlib import Path
 
-import plain
 import pytest
-import tiny
 
-from schemas.config import Config, load_config
-from tasks import extraction
+from schemas.config import Config
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -41,20 +38,12 @@ MAKE = [line for line in commands() if line.startswith("make ")]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder laid out as the README's reader has it: `my.toml`, and a finished run in `runs/demo`."""
     folder = tmp_path_factory.mktemp("readme")
-    tiny.save_model(folder / "model")
-    tiny.save_sae(folder / "sae")
-    tiny.write_jsonl(folder / "corpus.jsonl", tiny.texts(12))
-    (folder / "my.toml").write_text(
-        f'[corpus]\nurls = ["{folder}/corpus.jsonl"]\n[model]\nname = "{folder}/model"\n[windows]\n'
-        f'context_size = 64\n[[sae]]\nlayer = 1\npath = "{folder}/sae"\n[storage]\nroot = "{folder}/runs/demo"\n'
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tasks.tokenization._Watched", plain.InThisProcess)
-        extraction.forget_loaded()
-        plain.run_plain(load_config(folder / "my.toml"))
+    shutil.copytree(finished / "run", folder / "runs" / "demo")
+    config = (finished / "tiny.toml").read_text()
+    (folder / "my.toml").write_text(config.replace(f"{finished}/run", f"{folder}/runs/demo"))
     return folder
 
 
