@@ -1,4 +1,4 @@
-"""What the configurations of model and dictionaries tell to be wrong, before any work is done."""
+"""What the configurations of model and dictionaries, and the cases, tell to be wrong, before any work is done."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import fsspec
 from infra.hashing import storage_options
 from infra.storage import Storage
 from schemas.config import Config
+from tasks.cases import check_cases
 from tasks.dictionary_checks import check_facts, check_layer, facts_of
 from tasks.models import check_windows, context_length, model_dimensions
 
 
 def check_fit(config: Config, storage: Storage) -> None:
-    """Whether layers, windows and the dictionaries on disk fit the model; reads no weights.
+    """Whether layers, windows, cases and the dictionaries on disk fit the model; reads no weights.
 
     Raises:
+        ConfigError: if the file of cases cannot be used as asked.
         ModelError: if a window does not fit, or the model's configuration cannot be read.
         DictionaryError: if a layer does not exist, or a dictionary on disk does not fit it.
     """
@@ -37,3 +39,5 @@ def check_fit(config: Config, storage: Storage) -> None:
             # The stage that copies it says what is missing or damaged, file by file.
             continue
         check_facts(facts, entry, d_model, n_layers)
+    if config.steering is not None:
+        check_cases(config, storage)
