@@ -20,6 +20,7 @@ from infra.storage import Storage
 from schemas.config import Model
 from tasks.model_files import explained, location, revision
 from tasks.models import context_length, decoder_blocks, prepared_device, resolve_dtype, text_config
+from tasks.text_generation import continuations
 
 CHUNK_BYTES = 64 << 20
 """Bytes of float32 logits at a time, at most (one token's at least)."""
@@ -92,13 +93,17 @@ class LanguageModel:
         """(n,) losses of the wanted predictions in order."""
         hidden = self._hidden(ids)[:, :-1][wanted]
         targets = ids[:, 1:][wanted]
-        size = max(1, CHUNK_BYTES // (4 * self.vocabulary))
+        size = self._tokens_at_a_time
         return torch.cat(
             [
                 torch.nn.functional.cross_entropy(self._logits(rows), aims, reduction="none")
                 for rows, aims in zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
             ]
         )
+
+    @property
+    def _tokens_at_a_time(self) -> int:
+        return max(1, CHUNK_BYTES // (4 * self.vocabulary))
 
     def _by_windows(self, ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         """(n,) losses of the wanted predictions in order."""
@@ -153,14 +158,15 @@ class LanguageModel:
 
         Args:
             layer: Decoder block, counted from 0.
-            replace: From (windows, padded length, d_model) to the same shape; called once for each
-                `token_losses`, with its whole batch.
+            replace: From (windows, padded length, d_model) to the same shape; called with the whole batch,
+                once for each `token_losses` or `next_log_probs`, and once for each token of `generate_rows`.
 
         Raises:
             ModelError: if there is no such block.
         """
         if not 0 <= layer < len(self.blocks):
-            raise ModelError(f"{self.name} has no block {layer}: it has {len(self.blocks)}")
+            known = f"choose one of 0 to {len(self.blocks) - 1}"
+            raise ModelError(f"{self.name} has no block {layer}: it has {len(self.blocks)}", hint=known)
 
         def hook(_module: Any, _inputs: Any, output: Any) -> Any:
             return (replace(output[0]), *output[1:]) if isinstance(output, tuple) else replace(output)
@@ -204,51 +210,58 @@ class LanguageModel:
             ModelError: if a prompt is empty, leaves no room in the model's context, or has ids outside the
                 vocabulary, or logits are not finite.
         """
-        from transformers import GenerationConfig, LogitsProcessorList
+        for prompt in prompts:
+            self._check_prompt(prompt, max_new_tokens)
+        batches = [torch.tensor([list(prompt)], device=self.device) for prompt in prompts]
+        sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
+        return continuations(self.module, self.name, batches, max_new_tokens, stop_ids=stop_ids, **sampling)
 
-        stops = sorted({*stop_ids, *self._own_stops()})
-        sampling: dict[str, Any] = (
-            {} if temperature is None else {"temperature": temperature, "top_p": top_p, "top_k": 0}
-        )
-        settings = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=temperature is not None,
-            eos_token_id=stops or None,
-            pad_token_id=stops[0] if stops else 0,
-            use_cache=True,
-            **sampling,
-        )
-        texts = []
-        seeded = range(torch.cuda.device_count() if self.device.type == "cuda" else 0)
-        with torch.random.fork_rng(devices=seeded), self._bare():
-            for prompt in prompts:
-                self._check_prompt(prompt, max_new_tokens)
-                torch.manual_seed(seed)
-                ids = torch.tensor([list(prompt)], device=self.device)
-                made = self.module.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    generation_config=settings,
-                    logits_processor=LogitsProcessorList([self._refuse_not_finite]),
-                )
-                new = made[0, len(prompt) :].tolist()
-                texts.append(new[:-1] if new and new[-1] in stops else new)
-        return texts
+    def generate_rows(
+        self, input_ids: torch.Tensor, max_new_tokens: int, stop_ids: Iterable[int] = ()
+    ) -> list[list[int]]:
+        """Continue the rows of one batch together, greedily: for rows that are one prompt in many settings.
 
-    def _own_stops(self) -> list[int]:
-        own = getattr(self.module.generation_config, "eos_token_id", None)
-        return [own] if isinstance(own, int) else list(own or ())
+        Rows have one length, so nothing is padded; a batch of another shape may round differently.
 
-    @contextmanager
-    def _bare(self) -> Iterator[None]:
-        # What a checkpoint's own generation_config says (penalties, another top_k) fills every gap in ours.
-        from transformers import GenerationConfig
+        Args:
+            input_ids: (rows, n) ids, any device.
+            max_new_tokens: New tokens at most.
+            stop_ids: As in `generate`.
 
-        own, self.module.generation_config = self.module.generation_config, GenerationConfig()
-        try:
-            yield
-        finally:
-            self.module.generation_config = own
+        Returns:
+            The new ids of each row.
+
+        Raises:
+            ModelError: as `generate` does.
+        """
+        self._check_rows(input_ids, max_new_tokens)
+        batch = input_ids.to(self.device)
+        return continuations(self.module, self.name, [batch], max_new_tokens, stop_ids=stop_ids)
+
+    def next_log_probs(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """How likely each token is to come after the last one.
+
+        Args:
+            input_ids: (rows, n) ids, rows of equal length, any device.
+
+        Returns:
+            (rows, vocabulary) float32 natural log-probabilities on the CPU.
+
+        Raises:
+            ModelError: if rows are empty or longer than the model's context, or ids are outside the vocabulary.
+        """
+        self._check_rows(input_ids, 0)
+        ids = input_ids.to(self.device)
+        with torch.inference_mode():
+            if not self.is_chunked:
+                logits = self.module(input_ids=ids, use_cache=False).logits[:, -1].float()
+                return torch.log_softmax(logits, dim=-1).cpu()
+            hidden = torch.split(self._hidden(ids)[:, -1], self._tokens_at_a_time)
+            return torch.cat([torch.log_softmax(self._logits(rows), dim=-1).cpu() for rows in hidden])
+
+    def _check_rows(self, input_ids: torch.Tensor, max_new_tokens: int) -> None:
+        self._check_ids(input_ids)
+        self._check_prompt(input_ids[0].tolist(), max_new_tokens)
 
     def _check_prompt(self, prompt: Sequence[int], max_new_tokens: int) -> None:
         if not prompt:
@@ -260,12 +273,6 @@ class LanguageModel:
                 f"built for ({self.context_length})",
                 hint="shorten the prompt, or lower max_new_tokens",
             )
-
-    def _refuse_not_finite(self, _ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        # Minus infinity is a token that the model rules out.
-        if bool((scores.isnan() | (scores == torch.inf)).any()):
-            raise ModelError(f"the logits of {self.name} are not finite", hint="try model.dtype = 'float32'")
-        return scores
 
 
 def load_language_model(model: Model, storage: Storage) -> LanguageModel:

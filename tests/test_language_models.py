@@ -331,6 +331,76 @@ def test_logits_that_are_not_finite_make_no_text(folder: Path, temperature: floa
     assert model.token_losses(windows()).isnan().all()
 
 
+@pytest.mark.parametrize(
+    ("architecture", "is_usual"), [("gpt_neox", True), ("gemma2", True), ("gpt_neox", False)]
+)
+def test_what_comes_next_is_the_softmax_of_the_last_logits(
+    folder: Path, architecture: str, is_usual: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(folder, architecture) if is_usual else unusual(folder, monkeypatch)
+    # Two rows a chunk, the last one short.
+    monkeypatch.setattr(language_models, "CHUNK_BYTES", 4 * 400 * 2)
+    ids = windows()[:, :8]
+    found = model.next_log_probs(ids)
+    with torch.no_grad():
+        expected = torch.stack([model.module(row[None]).logits[0, -1].double().log_softmax(0) for row in ids])
+    assert found.dtype == torch.float32
+    assert found.shape == (5, 400)
+    assert torch.allclose(found.double(), expected, atol=1e-5)
+    assert torch.allclose(found.double().exp().sum(1), torch.ones(5, dtype=torch.float64), atol=1e-5)
+
+
+def test_what_comes_next_is_in_float32_whatever_the_weights_are(folder: Path) -> None:
+    model = load_language_model(
+        Model(name=str(folder / "llama"), dtype="bfloat16"), Storage(str(folder / "storage"))
+    )
+    found = model.next_log_probs(windows()[:, :8])
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, load(folder).next_log_probs(windows()[:, :8]), atol=0.2)
+    assert (found.bfloat16().float() != found).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_rows_of_a_batch_are_continued_as_each_alone(folder: Path, architecture: str) -> None:
+    model = load(folder, architecture)
+    model.module.generation_config.eos_token_id = None
+    model.module.generation_config.repetition_penalty = 3.0
+    ids = windows()[:, :8]
+    found = model.generate_rows(ids, 10)
+    assert found == model.generate(ids.tolist(), 10)
+    assert len({tuple(text) for text in found}) > 1
+    # Rows that end early are filled up while the others go on.
+    stops = [found[0][3], found[1][6]]
+    expected = [row[: min((row.index(stop) for stop in stops if stop in row), default=10)] for row in found]
+    assert model.generate_rows(ids, 10, stop_ids=stops) == expected
+    assert model.generate(ids.tolist(), 10, stop_ids=stops) == expected
+    assert len({len(text) for text in expected}) > 1
+
+
+@pytest.mark.parametrize(
+    ("ids", "n", "message"),
+    [
+        (torch.empty(2, 0, dtype=torch.int64), 1, "a prompt has no token"),
+        (torch.tensor([[5] * 120] * 2), 9, r"120 tokens and 9 new ones .* built for .128"),
+        (torch.tensor([[5, 6], [5, 400]]), 1, "token id 400 is outside the vocabulary"),
+    ],
+)
+def test_rows_that_do_not_fit_are_named(folder: Path, ids: torch.Tensor, n: int, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        load(folder).generate_rows(ids, n)
+
+
+def test_a_sequence_that_is_longer_than_the_context_has_no_next_token(folder: Path) -> None:
+    model = load(folder)
+    assert model.next_log_probs(torch.full((1, 128), 5)).shape == (1, 400)
+    with pytest.raises(ModelError, match=r"a prompt of 129 tokens .* built for .128"):
+        model.next_log_probs(torch.full((1, 129), 5))
+    with pytest.raises(ModelError, match="a prompt has no token"):
+        model.next_log_probs(torch.empty(1, 0, dtype=torch.int64))
+    with pytest.raises(ModelError, match="token id 400"):
+        model.next_log_probs(torch.tensor([[400]]))
+
+
 def test_threads_construct_one_model_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import LlamaModel, PreTrainedModel
 
