@@ -1,0 +1,110 @@
+"""A trait as steering uses it: what `tasks.traits` has found, read back, and the layer to steer at (PAPER 1.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from infra.errors import ConfigError
+from infra.storage import Storage
+from schemas.config import Config, steering_of
+from schemas.work import TraitFeatures
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraitFeature:
+    """One feature of a trait at a layer; its attributes are columns of `trait_features`."""
+
+    feature_id: int
+    coefficient: float
+    clamp_value: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraitLayer:
+    """One layer of a trait; its attributes are columns of `trait_layers`. None: the trait's features are given."""
+
+    layer: int
+    separation: float | None
+    accuracy: float | None
+    explained_variance: float | None
+    n_pairs: int
+    is_most_informative: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedTrait:
+    """A trait as steering needs it.
+
+    Attributes:
+        trait: Its name.
+        layers: Every layer it was looked for at, ascending; that of a given trait alone.
+        features: By layer, strongest first, or in the order in which they are given; a layer may have none.
+    """
+
+    trait: str
+    layers: tuple[TraitLayer, ...]
+    features: dict[int, tuple[TraitFeature, ...]]
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the cases' file names its features, and nothing was looked for."""
+        return all(layer.separation is None for layer in self.layers)
+
+    def strongest(self, layer: int, n: int) -> tuple[TraitFeature, ...]:
+        """What is steered together at a layer: its `n` strongest features, or all of those that are given.
+
+        Raises:
+            ConfigError: if it has none there.
+        """
+        found = self.features.get(layer, ())
+        if not found:
+            known = ", ".join(str(at) for at, features in self.features.items() if features) or "none"
+            given = "its features are given at another layer" if self.is_given else "it has no feature there"
+            raise ConfigError(
+                f"[[trait]] {self.trait!r} cannot be steered at layer {layer}: {given} (layers with features: {known})",
+                hint="choose another steering.layer, give prompts that differ more, or name the trait's features",
+                stage="steering",
+            )
+        return found if self.is_given else found[:n]
+
+
+def load_trait(storage: Storage, found: TraitFeatures) -> LoadedTrait:
+    """Read what `compute_traits` has kept of a trait."""
+    rows = storage.read_parquet(f"{found.folder}/trait_layers.parquet").to_pylist()
+    layers = tuple(TraitLayer(**{name: row[name] for name in TraitLayer.__annotations__}) for row in rows)
+    features: dict[int, list[TraitFeature]] = {layer.layer: [] for layer in layers}
+    for row in storage.read_parquet(f"{found.folder}/trait_features.parquet").to_pylist():
+        columns = {name: row[name] for name in TraitFeature.__annotations__}
+        features[row["layer"]].append(TraitFeature(**columns))
+    return LoadedTrait(
+        trait=found.trait,
+        layers=layers,
+        features={layer: tuple(group) for layer, group in features.items()},
+    )
+
+
+def choose_layer(config: Config, traits: Sequence[LoadedTrait]) -> int:
+    """The layer at which some traits are steered together.
+
+    It is `steering.layer`; else that of the traits whose features are given; else the one with the largest sum of the
+    traits' separations (the lowest of equal ones), which for one trait is its most informative layer.
+
+    Raises:
+        ConfigError: if a trait has no features there.
+    """
+    layer = steering_of(config).layer
+    if layer is None:
+        given = [trait.layers[0].layer for trait in traits if trait.is_given]
+        layer = given[0] if given else _most_informative(traits)
+    for trait in traits:
+        trait.strongest(layer, 1)
+    return layer
+
+
+def _most_informative(traits: Sequence[LoadedTrait]) -> int:
+    sums: dict[int, float] = {}
+    for trait in traits:
+        for at in trait.layers:
+            sums[at.layer] = sums.get(at.layer, 0.0) + (at.separation or 0.0)
+    return min(sums, key=lambda layer: (-sums[layer], layer))

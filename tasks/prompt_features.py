@@ -1,0 +1,100 @@
+"""The residual stream and the features of single prompts (PAPER 1.3).
+
+A prompt is a forward of its own: in a batch, padding and another shape of the products would round differently, and a
+feature at its threshold would depend on the prompt's neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from infra.errors import FunctokError, ModelError
+from infra.storage import Storage
+from schemas.work import Dictionary, Stage
+from tasks.dictionaries import load_dictionary
+from tasks.encoding import Encoder, build_encoder
+from tasks.models import LoadedModel
+
+
+def residuals_of(model: LoadedModel, ids: Sequence[int], layers: Iterable[int]) -> dict[int, torch.Tensor]:
+    """The residual stream after each of some decoder blocks, at every position of one prompt.
+
+    Args:
+        model: The decoder.
+        ids: The prompt's token ids, BOS and the chat template's included.
+        layers: Decoder blocks, counted from 0.
+
+    Returns:
+        (n_tokens, d_model) float32 of each layer, on the model's device.
+
+    Raises:
+        ModelError: if the prompt is empty, longer than the model's context or has ids outside its vocabulary, there is
+            no such block, or a residual is not finite.
+    """
+    wanted = sorted(set(layers))
+    _check(model, ids, wanted)
+    found: dict[int, torch.Tensor] = {}
+
+    def receive(layer: int, hidden: torch.Tensor) -> None:
+        # A copy: what comes after the block may change its output in place.
+        found[layer] = hidden[0].to(torch.float32, copy=True)
+
+    if wanted:
+        model.forward(torch.tensor([list(ids)]), wanted, receive)
+    for layer in wanted:
+        if not bool(torch.isfinite(found[layer]).all()):
+            raise ModelError(
+                f"layer {layer}: the residual stream of a prompt is not finite",
+                hint="try model.dtype = 'float32'",
+            )
+    return found
+
+
+def load_encoders(
+    storage: Storage, dictionaries: Sequence[Dictionary], device: torch.device
+) -> dict[int, Encoder]:
+    """Every dictionary's own encoder on a device, by layer; the SAE itself is the encoder's `sae`.
+
+    Raises:
+        DictionaryError: if a dictionary's files no longer load.
+    """
+    return {
+        entry.layer: build_encoder(load_dictionary(storage, entry, device), device) for entry in dictionaries
+    }
+
+
+@contextmanager
+def about(stage: Stage, entry: str = "") -> Iterator[None]:
+    """Say in every error of the block in which stage it is, and which entry of the cases' file it is about.
+
+    Args:
+        stage: The stage, where the error does not know it.
+        entry: For instance `[[trait]] 'Speak Chinese'`, where the error does not say it.
+    """
+    try:
+        yield
+    except FunctokError as error:
+        message = error.message if entry in error.message else f"{entry}: {error.message}"
+        raise type(error)(message, hint=error.hint, stage=error.stage or stage) from error
+
+
+def _check(model: LoadedModel, ids: Sequence[int], layers: Sequence[int]) -> None:
+    if not ids:
+        raise ModelError("a prompt has no token", hint="give it text")
+    if model.context_length is not None and len(ids) > model.context_length:
+        raise ModelError(
+            f"a prompt of {len(ids)} tokens is longer than the model was built for ({model.context_length})",
+            hint="shorten it",
+        )
+    vocabulary = int(model.module.get_input_embeddings().weight.shape[0])
+    if max(ids) >= vocabulary:
+        raise ModelError(
+            f"token id {max(ids)} is outside the model's vocabulary ({vocabulary:,} tokens)",
+            hint="its tokenizer is another one than the corpus'; model.tokenizer names the right one",
+        )
+    for layer in layers:
+        if not 0 <= layer < model.n_layers:
+            raise ModelError(f"the model has no block {layer}: it has {model.n_layers}")

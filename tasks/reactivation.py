@@ -1,0 +1,217 @@
+"""The features of each case's prompts at every position and layer: what function tokens re-activate (PAPER 1.3).
+
+Two prompts of a case differ in one place, and later tokens are the same. What is kept here is what is active where;
+which features tell the contexts apart and come back is SQL over it. One content-keyed folder a case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from infra.errors import FunctokError
+from infra.manifest import Manifest, commit, content_key, load_all
+from infra.progress import Progress, silent
+from infra.storage import Storage
+from schemas.config import Config
+from schemas.steering import Case
+from schemas.tables import SHARD_FILES
+from schemas.work import CaseFeatures, Dictionary
+from tasks.cases import place_of, read_cases
+from tasks.encoding import Encoder
+from tasks.features import round_mantissa
+from tasks.models import LoadedModel, load_model, model_key
+from tasks.prompt_features import about, load_encoders, residuals_of
+from tasks.prompts import Prompt, tokenized
+from tasks.tokenizers import load_tokenizer
+
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Unit:
+    """One case: a folder to make or to find.
+
+    Attributes:
+        case: The case.
+        inputs: What determines its features.
+        prompts: Its prompts, tokenized.
+        place: [first, end) positions at which they differ.
+    """
+
+    case: Case
+    inputs: dict[str, Any]
+    prompts: tuple[Prompt, ...]
+    place: tuple[int, int]
+
+    @property
+    def folder(self) -> str:
+        return f"reactivation/{content_key(**self.inputs)}"
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that are not special."""
+        return sum(not special for prompt in self.prompts for special in prompt.is_special)
+
+
+def find_reactivations(
+    config: Config, storage: Storage, dictionaries: Sequence[Dictionary]
+) -> list[CaseFeatures] | None:
+    """The features of all cases, in the order of their file, or None if any is missing.
+
+    Raises:
+        ConfigError: if the cases cannot be used.
+    """
+    return _found(storage, _units(config, storage, dictionaries))
+
+
+def missing_reactivations(
+    config: Config, storage: Storage, dictionaries: Sequence[Dictionary]
+) -> tuple[int, list[str]]:
+    """The number of cases that are done, and a line for each that is not.
+
+    Raises:
+        ConfigError: if the cases cannot be used.
+    """
+    units = _units(config, storage, dictionaries)
+    done = load_all(storage, [unit.folder for unit in units])
+    missing = [_named(unit.case) for unit in units if unit.folder not in done]
+    return len(units) - len(missing), missing
+
+
+def compute_reactivations(
+    config: Config, storage: Storage, dictionaries: Sequence[Dictionary], progress: Progress = silent
+) -> list[CaseFeatures]:
+    """Make what is missing of the cases' features.
+
+    Args:
+        config: The configuration.
+        storage: Where everything is.
+        dictionaries: The run's: every one of their layers is read.
+        progress: Called after each case with tokens read.
+
+    Returns:
+        One for each `[[case]]`, in the order of their file.
+
+    Raises:
+        ConfigError: if the cases cannot be used.
+        DictionaryError: if a dictionary no longer loads.
+        ModelError: if the model cannot be loaded or a residual is not finite.
+    """
+    units = _units(config, storage, dictionaries)
+    done = load_all(storage, [unit.folder for unit in units])
+    missing = [unit for unit in units if unit.folder not in done]
+    if missing:
+        total, seen = sum(unit.n_tokens for unit in missing), 0
+        progress(0, total, "tokens, cases")
+        model = load_model(config.model, storage)
+        encoders = load_encoders(storage, dictionaries, model.device)
+        for unit in missing:
+            with about("reactivation", _named(unit.case)):
+                _make(config, storage, unit, model, encoders)
+            seen += unit.n_tokens
+            progress(seen, total, "tokens, cases")
+    found = _found(storage, units)
+    if found is None:
+        raise FunctokError("cases vanished while they were made", stage="reactivation", hint="run again")
+    return found
+
+
+def _named(case: Case) -> str:
+    return f"[[case]] {case.name!r}"
+
+
+def _units(config: Config, storage: Storage, dictionaries: Sequence[Dictionary]) -> list[_Unit]:
+    with about("reactivation"):
+        cases = read_cases(config, storage).case
+    if not cases:
+        return []
+    tokenizer, key_of_model = load_tokenizer(config.model, storage), model_key(config.model, storage)
+    layers = sorted([entry.layer, entry.key] for entry in dictionaries)
+    units = []
+    for case in cases:
+        with about("reactivation", _named(case)):
+            prompts = tuple(tokenized(text, config, tokenizer) for text in case.prompts)
+            place = place_of(case, prompts)
+        inputs = {
+            "version": VERSION,
+            "model": key_of_model,
+            "case": case.name,
+            "relation": case.relation,
+            "look_at": case.look_at,
+            "prompts": [vars(prompt) for prompt in prompts],
+            "place": place,
+            "layers": layers,
+            "mantissa_bits": config.activations.mantissa_bits,
+        }
+        units.append(_Unit(case=case, inputs=inputs, prompts=prompts, place=place))
+    return units
+
+
+def _found(storage: Storage, units: Sequence[_Unit]) -> list[CaseFeatures] | None:
+    done = load_all(storage, [unit.folder for unit in units])
+    if any(unit.folder not in done for unit in units):
+        return None
+    return [CaseFeatures(case=unit.case.name, folder=unit.folder, n_tokens=unit.n_tokens) for unit in units]
+
+
+def _make(
+    config: Config, storage: Storage, unit: _Unit, model: LoadedModel, encoders: dict[int, Encoder]
+) -> None:
+    features = [
+        _features(prompt, model, encoders, config.activations.mantissa_bits) for prompt in unit.prompts
+    ]
+    tokens = pa.Table.from_pylist(_tokens(unit), schema=SHARD_FILES["prompt_tokens"])
+    storage.write_parquet(f"{unit.folder}/prompt_tokens.parquet", tokens)
+    storage.write_parquet(f"{unit.folder}/prompt_features.parquet", pa.concat_tables(features))
+    stats = {"n_tokens": unit.n_tokens, "n_activations": sum(table.num_rows for table in features)}
+    commit(storage, unit.folder, Manifest(stage="reactivation", inputs=unit.inputs, stats=stats))
+
+
+def _tokens(unit: _Unit) -> list[dict[str, Any]]:
+    """The rows of `prompt_tokens`, prompts and positions in order."""
+    (first, end), look_at = unit.place, unit.case.look_at
+    return [
+        {
+            "case": unit.case.name,
+            "relation": unit.case.relation,
+            "prompt": prompt.text,
+            "position": position,
+            "token_id": prompt.ids[position],
+            "token": prompt.tokens[position],
+            "in_text": prompt.in_text[position],
+            "in_place": first <= position < end,
+            "looked_at": position >= end and (look_at is None or prompt.tokens[position] in look_at),
+        }
+        for prompt in unit.prompts
+        for position in range(len(prompt.ids))
+        if not prompt.is_special[position]
+    ]
+
+
+def _features(
+    prompt: Prompt, model: LoadedModel, encoders: dict[int, Encoder], mantissa_bits: int
+) -> pa.Table:
+    """The rows of `prompt_features` of one prompt, in (layer, position, feature) order."""
+    positions = torch.tensor([at for at, special in enumerate(prompt.is_special) if not special])
+    residuals, tables = residuals_of(model, prompt.ids, encoders), []
+    for layer, encoder in encoders.items():
+        sparse = encoder(residuals[layer][positions.to(model.device)])
+        n = len(sparse.row)
+        tables.append(
+            pa.table(
+                [
+                    pa.repeat(prompt.text, n),
+                    positions[sparse.row.cpu()].to(torch.int32).numpy(),
+                    pa.repeat(pa.scalar(layer, pa.int32()), n),
+                    sparse.feature.to(torch.int32).cpu().numpy(),
+                    round_mantissa(sparse.value.cpu().numpy(), mantissa_bits),
+                ],
+                schema=SHARD_FILES["prompt_features"],
+            )
+        )
+    return pa.concat_tables(tables)
