@@ -33,7 +33,7 @@ class ShardFile:
     Attributes:
         name: File name relative to the storage root.
         doc_offset: `doc_id` of the shard's document 0.
-        source: URL of the corpus file that the shard was cut from.
+        source: URL of the corpus file that the shard was cut from, or the case whose prompts it is of.
         layer: Decoder block, where the table has one.
         model: Checkpoint series, where the table has one.
         step: Optimizer step of the checkpoint, where the table has one.
@@ -182,6 +182,10 @@ SHARDED_SELECT = {
     "shard_graph_counts": "s.layer, f.token_id, f.count",
     "shard_document_losses": "s.doc_offset + f.doc AS doc_id, f.current_is_function, f.next_is_function, f.n, "
     "f.loss_units",
+    "shard_prompt_tokens": 'f."case", f.relation, f.prompt, f.position, f.token_id, f.token, f.in_text, f.in_place, '
+    "f.looked_at",
+    # `source` is the case here: what is active in its prompts does not name it
+    "shard_prompt_features": 's.source AS "case", f.prompt, f.position, f.layer, f.feature_id, f.activation',
 }
 
 

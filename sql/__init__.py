@@ -1,4 +1,4 @@
-"""Analysis: one `.sql` file a table; the file name is the table name."""
+"""Analysis: one `.sql` file a table, of the catalogue or on the way to one; the file name is the table name."""
 
 from importlib.resources import files
 

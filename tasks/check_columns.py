@@ -25,8 +25,13 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "consolidation": ("checkpoints", "document_losses", "loss_buckets"),
 }
-TOGETHER = ("learned_features", "checkpoint_degree", "checkpoint_graph")
-"""Where one of these is there, all are."""
+TOGETHER = (
+    ("learned_features", "checkpoint_degree", "checkpoint_graph"),
+    ("prompt_tokens", "reactivations", "reactivation_positions", "reactivation_scores"),
+    ("trait_layers", "trait_features"),
+    ("steering", "steering_effects"),
+)
+"""Where one of a line is there, all are."""
 
 _COLUMNS = Query(
     name="tables have their columns",
@@ -45,7 +50,8 @@ def check_columns(connection: Any, catalog: Catalog, views: set[str]) -> Finding
         views: Names of the views that are there.
     """
     tables = views | {table for group in catalog.lineage for table in GROUPS.get(group, ())}
-    tables |= set(TOGETHER) if views.intersection(TOGETHER) else set()
+    for together in TOGETHER:
+        tables |= set(together) if views.intersection(together) else set()
     offenders = []
     for table in sorted(tables & set(TABLES)):
         described = connection.execute(f"DESCRIBE {table}").fetchall() if table in views else []
@@ -66,4 +72,5 @@ _DUCKDB_TYPES = {
     pa.float32(): "FLOAT",
     pa.float64(): "DOUBLE",
     pa.bool_(): "BOOLEAN",
+    pa.list_(pa.int32()): "INTEGER[]",
 }

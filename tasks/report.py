@@ -1,7 +1,8 @@
 """The report: one HTML file with the paper's figures and tables, made from the published tables alone.
 
 It needs nothing else to be read: no script, no font, no address outside it. The same tables give the same
-bytes. Figures of the graph appear when the graph's tables are published, those of checkpoints when theirs are.
+bytes. Figures of the graph appear when the graph's tables are published, those of cases, of experiments and of
+checkpoints when theirs are.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ from tasks.report_graph import (
 )
 from tasks.report_page import Section, Table, picture, render
 from tasks.report_rows import CorpusSummary
+from tasks.report_steering import steering_facts, steering_sections
 from tasks.report_text import integer, percent, quoted, signed
 
-VERSION = 2
+VERSION = 3
 REPORT = "report.html"
 RECEIPT = "report.json"
 CORPUS_TABLES = {"documents", "rejects", "tokens"}
@@ -113,6 +115,7 @@ def build_report(connection: Any, storage: Storage, progress: Progress = silent)
             if has_edges
             else [lambda: _no_graph(tables)] * (not consolidation or tables >= GRAPH_TABLES)
         ),
+        *steering_sections(connection),
         *consolidation,
         lambda: _run(connection, tables),
     ]
@@ -141,7 +144,7 @@ def _facts(connection: Any, summary: CorpusSummary, tables: set[str]) -> list[tu
             ("edges", integer(edges)),
             ("tokens in the graph", integer(in_graph)),
         ]
-    return facts + consolidation_facts(connection)
+    return facts + steering_facts(connection) + consolidation_facts(connection)
 
 
 def _zipf(connection: Any, summary: CorpusSummary) -> Section:

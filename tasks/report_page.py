@@ -54,12 +54,13 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A figure as a data URI, its size in CSS pixels, and the text that stands for it."""
+    """A figure as a data URI, its size in CSS pixels, the text that stands for it, and one to go below it."""
 
     uri: str
     width: int
     height: int
     alt: str
+    caption: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,7 @@ class Section:
         title: Heading.
         shows: What the figure or the tables show, and how to read them.
         picture: The figure, if there is one.
+        pictures: More figures, where one is not enough.
         findings: What was found here.
         tables: Tables below it.
         missing: Why there is nothing to show, and the way out; empty where there is.
@@ -80,12 +82,18 @@ class Section:
     title: str
     shows: str = ""
     picture: Picture | None = None
+    pictures: Sequence[Picture] = ()
     findings: Sequence[Finding] = ()
     tables: Sequence[Table] = field(default_factory=tuple)
     missing: str = ""
 
+    @property
+    def shown(self) -> list[Picture]:
+        """All figures, in order."""
+        return [*([self.picture] if self.picture is not None else []), *self.pictures]
 
-def picture(figure: Figure, alt: str) -> Picture:
+
+def picture(figure: Figure, alt: str, caption: str = "") -> Picture:
     """A figure as the page shows it."""
     width, height = figure.get_size_inches()
     return Picture(
@@ -93,6 +101,7 @@ def picture(figure: Figure, alt: str) -> Picture:
         width=round(width * PIXELS_PER_INCH),
         height=round(height * PIXELS_PER_INCH),
         alt=alt,
+        caption=caption,
     )
 
 

@@ -6,7 +6,7 @@ import re
 
 from functok import __version__
 from infra.storage import Storage
-from schemas.config import Config, Series
+from schemas.config import Config, Series, Steering
 from schemas.work import CorpusShards
 from tasks.graph import graph_shards
 from tasks.heldout import heldout_parts
@@ -50,6 +50,8 @@ def run_info_rows(
         }
     if config.consolidation is not None:
         values |= _consolidation(config, storage, shards)
+    if config.steering is not None:
+        values |= steering_values(config.steering)
     return [{"key": key, "value": str(value)} for key, value in values.items() if value is not None]
 
 
@@ -71,6 +73,19 @@ def _consolidation(config: Config, storage: Storage, shards: CorpusShards) -> di
             f"byte-level BPE of {section.train.vocabulary_size} tokens, trained on the corpus"
         )
     return values
+
+
+def steering_values(section: Steering) -> dict[str, object]:
+    """What is said of reactivation and steering."""
+    return {
+        "steering_cases": without_credentials(section.cases),
+        "steering_chat_template": str(section.chat_template).lower(),
+        "steering_decomposition": section.decomposition,
+        "steering_features": section.features,
+        "steering_random_controls": section.random_controls,
+        "steering_resamples": section.resamples,
+        "steering_seed": section.seed,
+    }
 
 
 def _series(config: Config, series: Series) -> str:

@@ -17,7 +17,7 @@ from infra.manifest import content_key
 from schemas.config import Config
 from schemas.work import CorpusShards, Dictionary, FeatureShard
 from tasks import powerlaw_fit
-from tasks.run_info import without_credentials
+from tasks.run_info import steering_values, without_credentials
 
 VERSION = 1
 """Raise when the SQL or what runs it changes what is in a table."""
@@ -30,10 +30,16 @@ CONSOLIDATION_TABLES = ("checkpoints", "loss_buckets", "training_losses", "learn
 CHECKPOINT_TABLES = ("document_losses", "checkpoint_degree", "checkpoint_graph")
 """One file a checkpoint, so that one more leaves those of the others as they are."""
 
+REACTIVATION_TABLES = ("prompt_tokens", "reactivations", "reactivation_positions", "reactivation_scores")
+TRAIT_TABLES = ("trait_layers", "trait_features")
+EXPERIMENT_TABLES = ("steering", "steering_effects")
+"""In the order in which they are made."""
+
 MEMBERS: dict[str, tuple[str, ...]] = {
     "corpus": (*CORPUS_TABLES, "documents", "rejects", "occurrences"),
     "graph": (*GRAPH_TABLES, "activations", "edges"),
     "consolidation": (*CONSOLIDATION_TABLES, *CHECKPOINT_TABLES, "token_losses"),
+    "steering": (*REACTIVATION_TABLES, *TRAIT_TABLES, *EXPERIMENT_TABLES),
 }
 
 
@@ -42,7 +48,7 @@ class Group:
     """A group of tables as it would be published.
 
     Attributes:
-        name: `corpus`, `graph` or `consolidation`.
+        name: `corpus`, `graph`, `consolidation` or `steering`.
         key: Content key of the whole group.
         key_parts: What the key is made of, readable.
         tables: Table to its file.
@@ -171,7 +177,7 @@ def checked_layers(features: Sequence[FeatureShard], dictionaries: Sequence[Dict
 def merged(published: Catalog, *groups: Group) -> Catalog:
     """A catalogue, published or itself a candidate, with `groups` in place of those of the same names.
 
-    What was made from another corpus (a graph, a consolidation) goes with the old corpus; `expectations`
+    What was made from another corpus (a graph, a consolidation, …) goes with the old corpus; `expectations`
     goes always, as it is written again when the candidate is published.
     """
     replaced = {group.name for group in groups}
@@ -199,4 +205,5 @@ def _shown(config: Config) -> list[Any]:
         config.graph.model_dump(),
         [entry.layer for entry in config.sae],
         *([section.model_dump(), config.losses.model_dump()] if section is not None else []),
+        *([steering_values(config.steering)] if config.steering is not None else []),
     ]

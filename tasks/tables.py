@@ -1,7 +1,7 @@
 """The table stage: from committed shards to the contract's tables, by the SQL in `sql/`.
 
 Two groups of tables: `corpus` (counts alone, PAPER 1.1) and `graph` (PAPER 1.2); `tasks.consolidation_tables`
-makes a third. Each table is one COPY of
+makes a third, `tasks.steering_tables` a fourth. Each table is one COPY of
 `sql/<table>.sql` into a folder named by what determines it; edges, the costly ones, have a folder a layer and
 are made in as many passes as `duckdb.memory_limit` wants, so they may be many times larger than memory. All
 sums are sums of integers: sharding, order and threads cannot change a bit.
@@ -23,11 +23,12 @@ from infra.progress import Progress, silent
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.tables import TABLES
-from schemas.work import CorpusShards, Dictionary, FeatureShard
+from schemas.work import CorpusShards, Dictionary, FeatureShard, SteeringResults
 from tasks.catalog_file import write_catalog_file
 from tasks.consolidation_plan import ConsolidationResults, consolidation_group
 from tasks.powerlaw_fit import fit_power_law
 from tasks.run_info import run_info_rows
+from tasks.steering_plan import steering_group
 from tasks.table_edges import edge_files, ensure_edges
 from tasks.table_plan import (
     GRAPH_TABLES,
@@ -125,6 +126,7 @@ def find_tables(
     features: Sequence[FeatureShard] | None,
     dictionaries: Sequence[Dictionary] | None,
     results: ConsolidationResults | None = None,
+    steering: SteeringResults | None = None,
 ) -> bool:
     """Whether the published tables are those that a run would make now, and all of their files are there.
 
@@ -135,8 +137,13 @@ def find_tables(
         features: The graph's feature shards, where dictionaries are configured.
         dictionaries: The dictionaries, where some are configured.
         results: What the checkpoint stages have made, where a consolidation is configured.
+        steering: What reactivation and steering have made, where cases are configured.
     """
     groups = [corpus_group(config, shards)]
+    if config.steering is not None:
+        if steering is None:
+            return False
+        groups.append(steering_group(config, shards, steering))
     if config.consolidation is not None:
         if results is None:
             return False
