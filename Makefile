@@ -20,10 +20,11 @@ RUN_STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-for-tests
 SYSTEM_STAMP := $(VENV)/.system-packages
 
-.PHONY: help venv venv-tests system assets demo demo-consolidation bench test lint format clean
+.PHONY: help venv venv-tests system assets demo demo-steering demo-consolidation bench test lint format clean
 
 help:
 	@echo "make demo    environment, assets, and the whole pipeline on a real model and corpus"
+	@echo "make demo-steering   case studies and steering: do function tokens carry the context's features, and decide?"
 	@echo "make demo-consolidation   two models trained from scratch, and what their checkpoints learn (half an hour)"
 	@echo "make test    everything the tests need, then the tests"
 	@echo "make bench   how fast, side by side: the table of bench/README.md (half an hour)"
@@ -67,6 +68,9 @@ assets: $(RUN_STAMP)
 demo: assets
 	$(BIN)/functok run configs/demo.toml $(DEMO_OPTIONS)
 
+demo-steering: assets
+	$(BIN)/functok run configs/steering.toml $(DEMO_OPTIONS)
+
 demo-consolidation: assets
 	$(BIN)/functok run configs/consolidation.toml $(DEMO_OPTIONS)
 
@@ -86,5 +90,5 @@ format: $(TEST_STAMP)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(ASSETS) runs/demo runs/consolidation build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(ASSETS) runs/demo runs/steering runs/consolidation build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

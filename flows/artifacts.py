@@ -5,18 +5,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from prefect.artifacts import create_link_artifact, create_table_artifact
+from prefect.artifacts import create_image_artifact, create_link_artifact, create_table_artifact
 
 from infra.duck import CATALOG, connect, read_catalog
 from infra.storage import Storage
 from schemas.config import Config
-from schemas.work import Checkpoint, CorpusShards, Dictionary, FeatureShard, GrownSae
+from schemas.work import (
+    CaseFeatures,
+    Checkpoint,
+    CorpusShards,
+    Dictionary,
+    FeatureShard,
+    GrownSae,
+    SteeredPrompt,
+    TraitFeatures,
+)
 
 COVERAGE_RANKS = 10
 """The ranks of PAPER 1.2's table."""
 
 FUNCTION_TOKENS = 200
 """Rows of the function token table at most; the paper's corpus has 122."""
+
+HEAT_MAPS = 6
+STEERED_TEXTS = 200
+"""Heat maps and rows of steered texts at most."""
+
+TRAIT_FEATURES = 5
+"""Features shown of a trait's most informative layer."""
 
 
 def show_corpus(storage: Storage, shards: CorpusShards) -> None:
@@ -62,17 +78,13 @@ def show_features(features: Sequence[FeatureShard]) -> None:
 
 def show_checkpoints(checkpoints: Sequence[Checkpoint]) -> None:
     """A table of the checkpoints of every series."""
-    rows = [
-        {
-            "model": entry.series,
-            "step": entry.step,
-            "tokens": entry.tokens,
-            "parameters": entry.parameters,
-            "source": " ".join(part for part in (entry.model.name, entry.model.revision) if part),
-        }
-        for entry in checkpoints
-    ]
-    create_table_artifact(table=rows, key="checkpoints", description="The checkpoints of every series")
+    from tasks.consolidation_plan import checkpoint_rows
+
+    create_table_artifact(
+        table=checkpoint_rows(checkpoints),
+        key="checkpoints",
+        description="The checkpoints of every series",
+    )
 
 
 def show_growth(storage: Storage, grown: Sequence[GrownSae]) -> None:
@@ -86,6 +98,66 @@ def show_growth(storage: Storage, grown: Sequence[GrownSae]) -> None:
         for entry in grown
     ]
     create_table_artifact(table=rows, key="learned-features", description="Learned features by checkpoint")
+
+
+def show_reactivation(storage: Storage, read: Sequence[CaseFeatures]) -> None:
+    """A table of the cases: their prompts, and how many tokens were read."""
+    rows = []
+    for case in read:
+        prompts = storage.read_parquet(f"{case.folder}/prompt_tokens.parquet", columns=["prompt"])["prompt"]
+        rows.append(
+            {
+                "case": case.case,
+                "prompts": " / ".join(prompts.unique().to_pylist()),
+                "tokens": case.n_tokens,
+            }
+        )
+    create_table_artifact(table=rows, key="cases", description="Prompts that differ in one place")
+
+
+def show_steering(
+    storage: Storage, traits: Sequence[TraitFeatures], steered: Sequence[SteeredPrompt]
+) -> None:
+    """Tables of each trait's strongest features, and of what each experiment answers at each strength."""
+    create_table_artifact(
+        table=[row for trait in traits for row in _trait_rows(storage, trait)],
+        key="traits",
+        description="Each trait's strongest features at its most informative layer",
+    )
+    rows = [row for made in steered for row in _steered_rows(storage, made)]
+    create_table_artifact(
+        table=rows[:STEERED_TEXTS],
+        key="steered-texts",
+        description="Answers before and after the trait's features are set at the last function token",
+    )
+
+
+def _trait_rows(storage: Storage, trait: TraitFeatures) -> list[dict[str, Any]]:
+    layers = storage.read_parquet(f"{trait.folder}/trait_layers.parquet").to_pylist()
+    [best] = [row for row in layers if row["is_most_informative"]]
+    features = storage.read_parquet(f"{trait.folder}/trait_features.parquet").to_pylist()
+    return [
+        {
+            "trait": trait.trait,
+            "layer": best["layer"],
+            "separation": best["separation"],
+            "accuracy": best["accuracy"],
+            **{name: row[name] for name in ("place", "feature_id", "coefficient", "contribution")},
+        }
+        for row in features
+        if row["layer"] == best["layer"] and row["place"] <= TRAIT_FEATURES
+    ]
+
+
+def _steered_rows(storage: Storage, made: SteeredPrompt) -> list[dict[str, Any]]:
+    rows = storage.read_parquet(f"{made.folder}/steering.parquet").to_pylist()
+    places = [row["place"] for row in rows if row["control"] == "trait"]
+    shown = ("case", "prompt", "mode", "place", "strength", "baseline_text", "steered_text")
+    return [
+        {name: row[name] for name in shown}
+        for row in rows
+        if row["control"] == "trait" and row["place"] in places[:1]
+    ]
 
 
 def show_tables(config: Config, storage: Storage) -> None:
@@ -125,6 +197,32 @@ def show_tables(config: Config, storage: Storage) -> None:
                 description="Share of the activated features that the most frequent tokens reach together",
             )
     show_link("catalogue", link_of(storage.url(CATALOG)), f"The tables of {storage.root}")
+
+
+def show_heat_maps(config: Config, storage: Storage) -> None:
+    """What steering does, by strength, and heat maps of reactivation, from the published tables."""
+    from tasks.steering_figures import heat_map, heat_map_alt, png_uri
+    from tasks.steering_rows import RULE, heat_maps
+
+    published = read_catalog(storage).tables
+    with connect(storage, config.duckdb) as connection:
+        if "steering_effects" in published:
+            found = connection.execute(
+                "SELECT mode, place, control, strength, n, target_logprob_delta, advantage, kl, "
+                "log_perplexity_delta, changed FROM steering_effects ORDER BY ALL"
+            )
+            names = [column[0] for column in found.description]
+            create_table_artifact(
+                table=[dict(zip(names, row, strict=True)) for row in found.fetchall()],
+                key="steering-effects",
+                description="What steering does to the answers, on average over the experiments, beside its controls",
+            )
+        for place, drawn in enumerate(heat_maps(connection, HEAT_MAPS), 1):
+            create_image_artifact(
+                image_url=png_uri(heat_map(drawn)),
+                key=f"heat-map-{place}",
+                description=f"{heat_map_alt(drawn)} {RULE}",
+            )
 
 
 def coverage_rows(found: Sequence[tuple[int, str, int, float]]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Stage 9: the report, from the published tables alone."""
+"""Stage 11: the report, from the published tables alone."""
 
 from __future__ import annotations
 

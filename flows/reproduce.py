@@ -1,4 +1,4 @@
-"""The whole of PAPER 1.1, 1.2 and 1.4: from a corpus and models to the tables and their report."""
+"""The whole of PAPER 1.1 to 1.4: from a corpus and models to the tables and their report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from flows.features import features
 from flows.generations import generations
 from flows.growth import growth
 from flows.losses import losses
+from flows.reactivation import reactivation
 from flows.report import report
+from flows.steering import steering
 from flows.support import refuse_secrets, stage_flow, watching
 from flows.tables import tables
 from flows.tokenize import tokenize
@@ -39,6 +41,10 @@ def reproduce(config: Config, only: Stage | None = None, start_from: Stage | Non
         dictionaries(config)
     if "features" in stages:
         features(config)
+    if "reactivation" in stages:
+        reactivation(config)
+    if "steering" in stages:
+        steering(config)
     if "checkpoints" in stages:
         checkpoints(config)
     if "losses" in stages:
@@ -67,7 +73,8 @@ def stages_to_run(config: Config, only: Stage | None, start_from: Stage | None) 
     if not stages:
         raise ConfigError(
             f"the stage {only or start_from} does not apply to this configuration",
-            hint=f"it has {', '.join(stages_of(config))}; [[sae]] gives a graph, [consolidation] checkpoints",
+            hint=f"it has {', '.join(stages_of(config))}; [[sae]] gives a graph, [steering] what its features do, "
+            "[consolidation] checkpoints",
         )
     return stages
 
@@ -102,6 +109,8 @@ def imports(stages: tuple[Stage, ...]) -> Iterator[ModuleType]:
         "tokenize": ("transformers", "tasks.tokenization", "tasks.validation"),
         "dictionaries": ("torch", "tasks.dictionaries", "sae_lens"),
         "features": ("tasks.features",),
+        "reactivation": ("tasks.reactivation", "sae_lens"),
+        "steering": ("tasks.steering", "sae_lens"),
         "checkpoints": ("tasks.checkpoints", "tasks.pretraining"),
         "losses": ("tasks.losses",),
         "growth": ("tasks.growth", "sae_lens"),

@@ -1,10 +1,10 @@
-"""Stage 8 (PAPER 1.1, 1.2, 1.4): the tables, in SQL over the shards; checked, then published together."""
+"""Stage 10 (PAPER 1.1 to 1.4): the tables, in SQL over the shards; checked, then published together."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flows.artifacts import show_tables
+from flows.artifacts import show_heat_maps, show_tables
 from flows.dictionaries import finished_dictionaries
 from flows.features import finished_features
 from flows.support import needed, open_storage, reported_progress, stage_flow, step
@@ -13,7 +13,7 @@ from infra.duck import Catalog
 from infra.errors import FunctokError
 from infra.storage import Storage
 from schemas.config import Config
-from schemas.work import CorpusShards, Dictionary, FeatureShard
+from schemas.work import CorpusShards, Dictionary, FeatureShard, SteeringResults
 
 if TYPE_CHECKING:
     from tasks.consolidation_plan import ConsolidationResults
@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 def tables(config: Config) -> None:
     """Build the tables from the shards, check them against each other, and publish them as one.
 
-    Where the features or the checkpoints' results are not finished, the other tables are published before
-    the flow fails.
+    Where the features, the cases or the checkpoints' results are not finished, the other tables are published
+    before the flow fails.
 
     Args:
-        config: The whole configuration; `function_tokens`, `graph`, `losses` and `duckdb` matter here.
+        config: The whole configuration; `function_tokens`, `graph`, `losses`, `steering` and `duckdb` matter
+            here.
     """
     storage = open_storage(config)
     config, shards = needed(finished_tokens(config, storage), "tokenize", storage)
@@ -37,16 +38,29 @@ def tables(config: Config) -> None:
     catalog = build_corpus_tables(config, storage, shards)
     if dictionaries and features:
         catalog = build_graph_tables(config, storage, shards, features, dictionaries)
+    steered = (
+        finished_steering(config, storage, shards, dictionaries) if config.steering and dictionaries else None
+    )
+    if steered:
+        catalog = build_steering_tables(config, storage, shards, steered, catalog)
     results = finished_consolidation(config, storage, shards) if config.consolidation else None
     if results:
         catalog = build_consolidation_tables(config, storage, shards, results, catalog)
     check_tables(config, storage, catalog)
     publish(config, storage, catalog)
     show_tables(config, storage)
+    if steered:
+        show_heat_maps(config, storage)
 
     if config.sae:
         needed(dictionaries, "dictionaries", storage)
         needed(features, "features", storage)
+    if config.steering and not steered:
+        raise FunctokError(
+            f"the stage reactivation or steering is not finished for this configuration in {storage.root}",
+            stage="tables",
+            hint="functok status says which; run it, or both: functok run CONFIG --from reactivation",
+        )
     if config.consolidation and not results:
         raise FunctokError(
             f"a checkpoint stage is not finished for this configuration in {storage.root}",
@@ -77,6 +91,27 @@ def build_graph_tables(
 
     with reported_progress("tables") as progress:
         return tables.build_graph_tables(config, storage, shards, features, dictionaries, progress)
+
+
+@step("tables", "look for {cases}")
+def finished_steering(
+    config: Config, storage: Storage, shards: CorpusShards, dictionaries: list[Dictionary]
+) -> SteeringResults | None:
+    """What reactivation and steering have made; None if any of it is missing."""
+    from tasks import steering_stages
+
+    return steering_stages.find_steering_results(config, storage, shards, dictionaries)
+
+
+@step("tables", "{cases}")
+def build_steering_tables(
+    config: Config, storage: Storage, shards: CorpusShards, results: SteeringResults, catalog: Catalog
+) -> Catalog:
+    """Reactivation, traits and the effects of steering, beside what the candidate already has."""
+    from tasks import steering_tables
+
+    with reported_progress("tables") as progress:
+        return steering_tables.build_steering_tables(config, storage, shards, results, progress, onto=catalog)
 
 
 @step("tables", "look for {series}")

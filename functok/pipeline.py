@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from infra.duck import connect, read_catalog
@@ -49,6 +50,8 @@ def show_results(config: Config, storage: Storage, seconds: float) -> None:
     catalog = read_catalog(storage)
     if "coverage" in catalog.tables:
         console.print(coverage_table(storage))
+    if {"reactivation_scores", "steering_effects"} & catalog.tables.keys():
+        show_steering(storage, console)
     if "loss_buckets" in catalog.tables:
         show_consolidation(storage, console)
     console.print(
@@ -118,6 +121,19 @@ def show_consolidation(storage: Storage, console: Any) -> None:
     for bucket in dict.fromkeys(row.bucket for row in losses):
         table.add_row(bucket, *(cells.get((bucket, model), "") for model, _ in series))
     console.print(table)
+    _show_findings(findings, console)
+
+
+def show_steering(storage: Storage, console: Any) -> None:
+    """Print whether the findings of PAPER 1.3 hold here."""
+    from tasks.report_steering import steering_findings_text
+
+    with connect(storage) as connection:
+        findings = steering_findings_text(connection)
+    _show_findings(findings, console)
+
+
+def _show_findings(findings: Sequence[tuple[str, str, str]], console: Any) -> None:
     for title, verdict, text in findings:
         console.print(f"\n{title}: {verdict.upper()}. {printable(text)}", markup=False, highlight=False)
 

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 
 from infra.storage import Storage
 from schemas.config import Config
-from schemas.work import STAGES, CorpusShards, Dictionary, FeatureShard, Stage, StagePlan
+from schemas.work import (
+    STAGES,
+    CorpusShards,
+    Dictionary,
+    FeatureShard,
+    Stage,
+    StagePlan,
+    SteeringResults,
+)
 
 if TYPE_CHECKING:
     from tasks.consolidation_tables import ConsolidationResults
@@ -18,9 +26,11 @@ def stages_of(
 ) -> tuple[Stage, ...]:
     """The stages that a run walks through: all that apply, one, or one and those after it."""
     from tasks.consolidation import consolidation_stages
+    from tasks.steering_stages import steering_stages
 
     graph: tuple[Stage, ...] = ("dictionaries", "features") if config.sae else ()
-    asked = {"tokenize", *graph, *consolidation_stages(config), "tables", "report"}
+    of_sections = (*steering_stages(config), *consolidation_stages(config))
+    asked = {"tokenize", *graph, *of_sections, "tables", "report"}
     applying = tuple(stage for stage in STAGES if stage in asked)
     if only is not None:
         return tuple(stage for stage in applying if stage == only)
@@ -38,6 +48,7 @@ def plan_run(config: Config, storage: Storage) -> list[StagePlan]:
     from tasks.consolidation import plan_consolidation
     from tasks.corpus_tokenizer import with_tokenizer
     from tasks.preflight import check_fit
+    from tasks.steering_stages import plan_steering
 
     check_fit(config, storage)
     plans: list[StagePlan] = []
@@ -54,6 +65,10 @@ def plan_run(config: Config, storage: Storage) -> list[StagePlan]:
     if config.sae:
         dictionaries = _plan_dictionaries(config, storage, shards, plans)
         features = _plan_features(config, storage, shards, dictionaries, plans)
+    steered: SteeringResults | None = None
+    if config.steering is not None:
+        found, steered = plan_steering(config, storage, shards, dictionaries)
+        plans += found
     results: ConsolidationResults | None = None
     if config.consolidation is not None:
         found, results = plan_consolidation(config, storage, shards)
@@ -61,9 +76,11 @@ def plan_run(config: Config, storage: Storage) -> list[StagePlan]:
     is_ready = (
         shards is not None
         and (not config.sae or features is not None)
+        and (config.steering is None or steered is not None)
         and (config.consolidation is None or results is not None)
     )
-    _plan_tables(config, storage, shards if is_ready else None, features, dictionaries, results, plans)
+    found_shards = shards if is_ready else None
+    _plan_tables(config, storage, found_shards, features, dictionaries, results, steered, plans)
     return plans
 
 
@@ -162,6 +179,7 @@ def _plan_tables(
     features: list[FeatureShard] | None,
     dictionaries: list[Dictionary] | None,
     results: ConsolidationResults | None,
+    steered: SteeringResults | None,
     plans: list[StagePlan],
 ) -> None:
     from tasks.report import is_report_current
@@ -175,7 +193,7 @@ def _plan_tables(
             StagePlan(stage="report", done=0, missing=None, reason="known once the tables are there")
         )
         return
-    is_current = find_tables(config, storage, shards, features, dictionaries, results)
+    is_current = find_tables(config, storage, shards, features, dictionaries, results, steered)
     reason = (
         "the published tables are current"
         if is_current

@@ -15,8 +15,8 @@ from typing import IO, Any
 
 from infra.duck import Catalog
 from infra.storage import Storage
-from schemas.config import Config, load_config
-from schemas.work import CorpusShards
+from schemas.config import Config, consolidation_of, load_config
+from schemas.work import CorpusShards, Dictionary
 
 
 class InThisProcess:
@@ -61,6 +61,8 @@ def run_plain(config: Config, storage: Storage | None = None, *, checked: bool =
         if checked:
             validation.check_features(config, storage, activated, made)
         catalog = tables.build_graph_tables(config, storage, shards, activated, made)
+        if config.steering is not None:
+            catalog = _steer(config, storage, shards, made, catalog, checked=checked)
     if config.consolidation is not None:
         catalog = _consolidate(config, storage, shards, catalog, checked=checked)
     if checked:
@@ -68,6 +70,28 @@ def run_plain(config: Config, storage: Storage | None = None, *, checked: bool =
     tables.publish(storage, catalog)
     report.write_report(storage, config.duckdb)
     return storage
+
+
+def _steer(
+    config: Config,
+    storage: Storage,
+    shards: CorpusShards,
+    made: list[Dictionary],
+    catalog: Catalog,
+    *,
+    checked: bool,
+) -> Catalog:
+    """The stages reactivation and steering, and their tables."""
+    from tasks import reactivation, steering, steering_stages, steering_tables, steering_validation
+
+    cases = reactivation.compute_reactivations(config, storage, made)
+    traits, steered = steering.run_steering(config, storage, shards, made)
+    if checked:
+        steering_validation.check_reactivation(config, storage, shards, made, cases)
+        steering_validation.check_steering(config, storage, made, traits, steered)
+    results = steering_stages.find_steering_results(config, storage, shards, made)
+    assert results is not None
+    return steering_tables.build_steering_tables(config, storage, shards, results, onto=catalog)
 
 
 def _consolidate(
@@ -86,7 +110,7 @@ def _consolidate(
 
     found = checkpoints.prepare_checkpoints(config, storage, shards)
     measured = losses.compute_losses(config, storage, shards, found)
-    section = checkpoints.consolidation_of(config)
+    section = consolidation_of(config)
     grown = growth.grow(config, storage, shards, found) if section.growth else []
     texts = generations.generate_texts(config, storage, found) if section.generations else []
     if checked:

@@ -23,8 +23,9 @@ from infra.errors import ConfigError, CorpusError, ExpectationError, FunctokErro
 from infra.progress import Progress
 from infra.storage import Storage
 from schemas.config import Config, Model
-from schemas.tables import TABLES
+from schemas.tables import SHARD_FILES, TABLES
 from schemas.work import (
+    CaseFeatures,
     Checkpoint,
     CorpusShards,
     Dictionary,
@@ -33,8 +34,12 @@ from schemas.work import (
     GraphShard,
     GrownSae,
     LossShard,
+    SteeredPrompt,
+    SteeringResults,
     TokenShard,
+    TraitFeatures,
 )
+from tasks.steering_values import HeatMap, HeatPanel
 
 SHARD = TokenShard(folder="tokens/k/0", source="a.txt", doc_offset=0, n_documents=3, n_tokens=40, n_rejects=1)
 SHARDS = CorpusShards(shards=(SHARD,), tokenizer_key="t", vocabulary="tokenizers/t/vocabulary.parquet")
@@ -60,6 +65,15 @@ def counting(config: Config) -> Config:
 CHECKPOINTS = [
     Checkpoint(series="small", step=7, model=Model(name="storage:checkpoints/k"), key="k", tokens=70)
 ]
+
+
+CASE = CaseFeatures(case="c", folder="reactivation/c", n_tokens=8)
+TRAIT = TraitFeatures(trait="t", folder="traits/t")
+EXPERIMENT = SteeredPrompt(case="t", prompt="p", folder="steering/t")
+
+
+def write_rows(storage: Storage, name: str, schema: pa.Schema, rows: list[dict[str, Any]]) -> None:
+    storage.write_parquet(name, pa.Table.from_pylist(rows, schema=schema))
 
 
 class StandIn:
@@ -235,6 +249,72 @@ class StandIn:
         self._make("consolidation tables", progress)
         return Catalog(tables=onto.tables, lineage=onto.lineage | {"consolidation": "k"})
 
+    def check_cases(self, config: Config, storage: Storage) -> None:
+        self._make("check cases")
+
+    def compute_reactivations(
+        self, config: Config, storage: Storage, dictionaries: list[Dictionary], progress: Progress
+    ) -> list[CaseFeatures]:
+        self._make("reactivation", progress)
+        rows = [{"case": "c", "prompt": prompt, "position": 0} for prompt in ("of A", "of B")]
+        write_rows(storage, "reactivation/c/prompt_tokens.parquet", SHARD_FILES["prompt_tokens"], rows)
+        return [CASE]
+
+    def run_steering(
+        self,
+        config: Config,
+        storage: Storage,
+        shards: CorpusShards,
+        dictionaries: list[Dictionary],
+        progress: Progress,
+    ) -> tuple[list[TraitFeatures], list[SteeredPrompt]]:
+        self._make("steering", progress)
+        layers = [{"trait": "t", "layer": layer, "is_most_informative": layer == 15} for layer in (7, 15)]
+        write_rows(storage, "traits/t/trait_layers.parquet", SHARD_FILES["trait_layers"], layers)
+        ranked = [
+            {"trait": "t", "layer": layer, "place": place, "feature_id": layer + place}
+            for layer in (7, 15)
+            for place in range(1, 9)
+        ]
+        write_rows(storage, "traits/t/trait_features.parquet", SHARD_FILES["trait_features"], ranked)
+        texts = [
+            {"case": "t", "prompt": "p", "place": place, "control": control, "strength": strength}
+            | {"mode": "add", "baseline_text": "Japan", "steered_text": f"日本 {strength}"}
+            for place in ("last function token", "all positions")
+            for control in ("trait", "random")
+            for strength in (0.0, 2.0)
+        ]
+        write_rows(storage, "steering/t/steering.parquet", SHARD_FILES["steering"], texts)
+        return [TRAIT], [EXPERIMENT]
+
+    def find_steering_results(
+        self, config: Config, storage: Storage, shards: CorpusShards, dictionaries: list[Dictionary]
+    ) -> SteeringResults | None:
+        if not {"reactivation", "steering"} <= self.done:
+            return None
+        return SteeringResults(cases=(CASE,), traits=(TRAIT,), experiments=(EXPERIMENT,))
+
+    def build_steering_tables(
+        self,
+        config: Config,
+        storage: Storage,
+        shards: CorpusShards,
+        results: SteeringResults,
+        progress: Progress,
+        onto: Catalog,
+    ) -> Catalog:
+        assert results.experiments == (EXPERIMENT,)
+        self._make("steering tables", progress)
+        effects = [
+            {"mode": "add", "place": "last function token", "control": "trait", "strength": 2.0, "n": 1}
+            | {"kl": 0.5, "advantage": float("nan")}
+        ]
+        name = "tables/steering_effects.parquet"
+        write_rows(storage, name, TABLES["steering_effects"], effects)
+        return Catalog(
+            tables=onto.tables | {"steering_effects": name}, lineage=onto.lineage | {"steering": "s"}
+        )
+
     def check(self, name: str) -> Callable[..., None]:
         return lambda *_args: self._make(f"check {name}")
 
@@ -263,12 +343,38 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> StandIn:
         "consolidation",
         "consolidation_tables",
     )
-    for module in (*spine, *consolidation, "corpus_tokenizer"):
+    steering = ("cases", "reactivation", "steering", "steering_stages", "steering_tables")
+    of_steering = SimpleNamespace(
+        check_reactivation=stand_in.check("reactivation"), check_steering=stand_in.check("steering")
+    )
+    for module in (*spine, *consolidation, *steering, "corpus_tokenizer"):
         monkeypatch.setattr(tasks, module, stand_in, raising=False)
     monkeypatch.setattr(tasks, "validation", checks, raising=False)
     monkeypatch.setattr(tasks, "consolidation_validation", of_checkpoints, raising=False)
+    monkeypatch.setattr(tasks, "steering_validation", of_steering, raising=False)
     return stand_in
 
+
+HEAT_MAP = HeatMap(
+    case="c",
+    relation="capital",
+    layer=7,
+    share=0.5,
+    prompts=2,
+    panels=tuple(
+        HeatPanel(
+            prompt=prompt,
+            tokens=("of", prompt[-1], "\n"),
+            is_function=(True, False, True),
+            in_place=(False, True, False),
+            values=((0.0, 1.0, 0.5),),
+        )
+        for prompt in ("of A", "of B")
+    ),
+    features=(3,),
+    owners=(0,),
+    own=(1, 0),
+)
 
 WHOLE = [
     "tokenize",
@@ -425,6 +531,114 @@ def test_a_checkpoint_stage_that_does_not_apply_says_so(config: Config, stages: 
     with pytest.raises(ConfigError, match="no consolidation section"):
         getattr(importlib.import_module(f"flows.{flow}"), flow)(config)
     assert stages.journal == []
+
+
+@pytest.fixture
+def steering(config: Config) -> Config:
+    return Config.model_validate(config.model_dump() | {"steering": {"cases": "assets/my-cases.toml"}})
+
+
+STEERING = [
+    *WHOLE[: WHOLE.index("corpus tables")],
+    "check cases",
+    "reactivation",
+    "check reactivation",
+    "steering",
+    "check steering",
+    "corpus tables",
+    "graph tables",
+    "steering tables",
+    "check tables",
+    "publish",
+    "report",
+]
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_reactivation_and_steering_have_stages_of_their_own(
+    steering: Config, stages: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.reproduce import reproduce
+
+    monkeypatch.setattr("tasks.steering_rows.heat_maps", lambda connection, limit: [HEAT_MAP] * 2)
+    reproduce(steering)
+
+    assert stages.journal == STEERING
+    shown = artifacts()
+    [case] = json.loads(shown["cases"]["data"])
+    assert case == {"case": "c", "prompts": "of A / of B", "tokens": 8}
+    traits = json.loads(shown["traits"]["data"])
+    assert [(row["layer"], row["place"], row["feature_id"]) for row in traits] == [
+        (15, place, 15 + place) for place in range(1, 6)
+    ]
+    texts = json.loads(shown["steered-texts"]["data"])
+    assert {row["place"] for row in texts} == {"last function token"}
+    assert [(row["strength"], row["baseline_text"], row["steered_text"]) for row in texts] == [
+        (0.0, "Japan", "日本 0.0"),
+        (2.0, "Japan", "日本 2.0"),
+    ]
+    [effect] = json.loads(shown["steering-effects"]["data"])
+    assert (effect["strength"], effect["kl"], effect["advantage"]) == (2.0, 0.5, None)
+    for place in (1, 2):
+        assert shown[f"heat-map-{place}"]["type"] == "image"
+        assert shown[f"heat-map-{place}"]["data"].startswith("data:image/png;base64,iVBOR")
+    assert "of B" in shown["heat-map-2"]["description"]
+    names = {run["name"] for run in last_runs("task_runs")}
+    assert {"reactivation: my-cases.toml", "steering: check my-cases.toml", "tables: my-cases.toml"} <= names
+    stages.journal.clear()
+    reproduce(steering, start_from="steering")
+    assert stages.journal == STEERING[STEERING.index("steering") :]
+
+
+@pytest.mark.usefixtures("prefect_api")
+@pytest.mark.parametrize("flow", ["reactivation", "steering"])
+@pytest.mark.parametrize(("done", "missing"), [(set(), "tokenize"), ({"tokenize"}, "dictionaries")])
+def test_a_stage_of_cases_alone_names_the_stage_it_lacks(
+    steering: Config, stages: StandIn, flow: str, done: set[str], missing: str
+) -> None:
+    from flows.reproduce import reproduce
+
+    stages.done |= done
+    with pytest.raises(FunctokError, match=f"--only {missing}"):
+        reproduce(steering, only=flow)  # type: ignore[call-overload]  # a parametrized literal
+    assert stages.journal == []
+
+
+@pytest.mark.usefixtures("prefect_api")
+@pytest.mark.parametrize("flow", ["reactivation", "steering"])
+def test_a_stage_of_cases_that_does_not_apply_says_so(config: Config, stages: StandIn, flow: str) -> None:
+    import importlib
+
+    with pytest.raises(ConfigError, match="no steering section") as caught:
+        getattr(importlib.import_module(f"flows.{flow}"), flow)(config)
+    assert caught.value.stage == flow
+    assert stages.journal == []
+
+
+@pytest.mark.usefixtures("prefect_api")
+@pytest.mark.parametrize("done", [set(), {"reactivation"}])
+def test_tables_without_steering_publishes_the_graph_then_fails(
+    steering: Config, stages: StandIn, done: set[str]
+) -> None:
+    from flows.tables import tables
+
+    stages.done |= {"tokenize", "dictionaries", "features"} | done
+    with pytest.raises(FunctokError, match="reactivation or steering is not finished") as caught:
+        tables(steering)
+    assert "--from reactivation" in caught.value.hint
+    assert stages.journal == ["corpus tables", "graph tables", "check tables", "publish"]
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_cases_that_cannot_be_used_are_read_by_no_model(steering: Config, stages: StandIn) -> None:
+    from flows.reactivation import reactivation
+
+    stages.done |= {"tokenize", "dictionaries"}
+    stages.fail["check cases"] = ConfigError("[[case]] 'c': prompt 1 is empty")
+    with pytest.raises(ConfigError, match="prompt 1 is empty") as caught:
+        reactivation(steering)
+    assert caught.value.stage == "reactivation"
+    assert stages.journal == ["check cases"]
 
 
 @pytest.mark.usefixtures("prefect_api")
@@ -624,6 +838,7 @@ def test_steps_report_to_the_terminal_that_watches(config: Config, stages: Stand
         {"corpus": {"urls": ["https://me:hunter2@host/a.txt"]}},
         {"corpus": {"urls": ["zip://a.txt::https://host/a.zip?X-Amz-Signature=hunter2"]}},
         {"storage": {"root": "runs", "endpoint_url": "http://key:hunter2@localhost:9000"}},
+        {"steering": {"cases": "https://host/cases.toml?X-Amz-Signature=hunter2"}},
     ],
 )
 def test_secrets_are_refused_before_prefect_sees_them(

@@ -1,0 +1,250 @@
+"""The checks at the boundaries of reactivation and steering (PAPER 1.3), made as those of `tasks.validation` are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from infra.duck import open_duckdb
+from infra.errors import ExpectationError, StorageError
+from infra.manifest import load_all
+from infra.storage import Storage
+from schemas.config import Config, steering_of
+from schemas.expectations import SUITES
+from schemas.steering import Cases, Trait
+from schemas.tables import SHARD_FILES
+from schemas.work import CaseFeatures, CorpusShards, Dictionary, SteeredPrompt, TraitFeatures
+from tasks.cases import read_cases
+from tasks.find_offenders import find_in_views
+from tasks.shard_checks import put, rows_table
+from tasks.verdicts import check_key, conclude, passed
+
+Rows = list[dict[str, Any]]
+
+
+def check_reactivation(
+    config: Config,
+    storage: Storage,
+    shards: CorpusShards,
+    dictionaries: Sequence[Dictionary],
+    read: Sequence[CaseFeatures],
+) -> None:
+    """Check the cases that were read against their file, the dictionaries and the vocabulary.
+
+    Raises:
+        ConfigError: if the cases' file cannot be read.
+        ExpectationError: naming the expectation, the table and offending rows.
+        StorageError: if a file cannot be read.
+    """
+    wanted = [
+        {"case": case.name, "relation": case.relation, "prompt": prompt}
+        for case in read_cases(config, storage).case
+        for prompt in case.prompts
+    ]
+    committed = load_all(storage, [case.folder for case in read])
+    rows = [
+        {
+            "case": case.case,
+            "folder": case.folder,
+            "n_tokens": case.n_tokens,
+            "committed": case.folder in committed,
+        }
+        for case in read
+    ]
+    sizes = _sizes(dictionaries)
+    key = check_key("reactivation", shards=rows, wanted=wanted, dictionaries=sizes, of=shards.vocabulary)
+    if passed(storage, "reactivation", key):
+        return
+    folders = [case.folder for case in read]
+    with open_duckdb(storage, config.duckdb) as connection:
+        put(connection, "shards", rows_table(rows, _CASES))
+        put(connection, "wanted", rows_table(wanted, _PROMPTS))
+        put(connection, "dictionaries", rows_table(sizes, _SIZES))
+        put(connection, "vocabulary", storage.read_parquet(shards.vocabulary))
+        files = ("prompt_tokens", "prompt_features")
+        for name in files:
+            _put_files(connection, storage, name, folders)
+        views = {"shards", "wanted", "dictionaries", "vocabulary", *files}
+        findings = find_in_views(connection, SUITES["reactivation"], views, storage.url("reactivation"))
+    conclude(storage, "reactivation", key, findings)
+
+
+def check_steering(
+    config: Config,
+    storage: Storage,
+    dictionaries: Sequence[Dictionary],
+    traits: Sequence[TraitFeatures],
+    steered: Sequence[SteeredPrompt],
+) -> None:
+    """Check traits and experiments against the cases' file, the configuration and the dictionaries.
+
+    Raises:
+        ConfigError: if the cases' file cannot be read.
+        ExpectationError: naming the expectation, the table and offending rows.
+        StorageError: if a file cannot be read.
+    """
+    tables = {
+        **_wanted(read_cases(config, storage), [dictionary.layer for dictionary in dictionaries]),
+        **_settings(config),
+        "dictionaries": (_sizes(dictionaries), _SIZES),
+        "traits": (_folders(storage, [(found, {"trait": found.trait}) for found in traits]), _TRAITS),
+        "experiments": (
+            _folders(storage, [(made, {"case": made.case, "prompt": made.prompt}) for made in steered]),
+            _EXPERIMENTS,
+        ),
+    }
+    key = check_key("steering", **{name: rows for name, (rows, _) in tables.items()})
+    if passed(storage, "steering", key):
+        return
+    with open_duckdb(storage, config.duckdb) as connection:
+        for name, (rows, schema) in tables.items():
+            put(connection, name, rows_table(rows, schema))
+        for name in ("trait_layers", "trait_features"):
+            _put_files(connection, storage, name, [found.folder for found in traits])
+        _put_files(connection, storage, "steering", [made.folder for made in steered])
+        views = {*tables, "trait_layers", "trait_features", "steering"}
+        findings = find_in_views(connection, SUITES["steering"], views, storage.url("steering"))
+    conclude(storage, "steering", key, findings)
+
+
+def _wanted(cases: Cases, layers: Sequence[int]) -> dict[str, tuple[Rows, pa.Schema]]:
+    """What the cases' file asks the stage steering for."""
+    return {
+        "wanted_traits": (
+            [{"trait": trait.name, "n_pairs": len(trait.positive or ())} for trait in cases.trait],
+            _WANTED_TRAITS,
+        ),
+        "wanted_layers": (
+            [
+                {"trait": trait.name, "layer": layer}
+                for trait in cases.trait
+                for layer in (layers if trait.layer is None else [trait.layer])
+            ],
+            _WANTED_LAYERS,
+        ),
+        "wanted_features": ([row for trait in cases.trait for row in _given(trait)], _WANTED_FEATURES),
+        "wanted_experiments": (
+            [
+                {
+                    "case": steer.title,
+                    "prompt": steer.prompt,
+                    "target": steer.target,
+                    "traits": " + ".join(steer.traits),
+                }
+                for steer in cases.steer
+            ],
+            _WANTED_EXPERIMENTS,
+        ),
+        "wanted_members": (
+            [
+                {"case": steer.title, "prompt": steer.prompt, "target": steer.target, "trait": trait}
+                for steer in cases.steer
+                for trait in steer.traits
+            ],
+            _WANTED_MEMBERS,
+        ),
+    }
+
+
+def _given(trait: Trait) -> Rows:
+    """The features that the cases' file gives of a trait."""
+    if trait.layer is None or trait.features is None or trait.values is None:
+        return []
+    return [
+        {"trait": trait.name, "layer": trait.layer, "place": place, "feature_id": feature, "value": value}
+        for place, (feature, value) in enumerate(zip(trait.features, trait.values, strict=True), 1)
+    ]
+
+
+def _settings(config: Config) -> dict[str, tuple[Rows, pa.Schema]]:
+    """The configuration's numbers that the stage depends on, and the conditions that follow from them."""
+    section = steering_of(config)
+    variants: list[tuple[str, str, int]] = [(place, "trait", 0) for place in section.places]
+    variants.append(("content token", "trait", 0))
+    variants += [
+        (place, "random", draw) for place in section.places for draw in range(1, section.random_controls + 1)
+    ]
+    conditions = [
+        {"mode": mode, "place": place, "control": control, "draw": draw, "strength": strength}
+        for mode in section.modes
+        for place, control, draw in variants
+        for strength in section.strengths
+    ]
+    settings = {
+        "configured_layer": section.layer,
+        "configured_features": section.features,
+        "decomposition": section.decomposition,
+    }
+    return {"conditions": (conditions, _CONDITIONS), "settings": ([settings], _SETTINGS)}
+
+
+def _sizes(dictionaries: Sequence[Dictionary]) -> Rows:
+    return [{"layer": entry.layer, "key": entry.key, "d_sae": entry.d_sae} for entry in dictionaries]
+
+
+def _folders(storage: Storage, found: Sequence[tuple[TraitFeatures | SteeredPrompt, dict[str, str]]]) -> Rows:
+    committed = load_all(storage, [entry.folder for entry, _ in found])
+    return [
+        {**named, "folder": entry.folder, "committed": entry.folder in committed} for entry, named in found
+    ]
+
+
+def _put_files(connection: Any, storage: Storage, name: str, folders: Iterable[str]) -> None:
+    """The table `name`: that file of all folders, with the folder and the number of each row in its file.
+
+    Raises:
+        ExpectationError: if a file has not the columns that it should have.
+        StorageError: if a file cannot be read.
+    """
+    schema = SHARD_FILES[name]
+    place = [("folder", pa.string()), ("file_row", pa.int64())]
+    put(connection, name, pa.schema([*schema, *place]).empty_table())
+    for folder in dict.fromkeys(folders):
+        try:
+            found = storage.read_parquet(f"{folder}/{name}.parquet")
+        except (FileNotFoundError, pa.ArrowInvalid) as error:
+            raise StorageError(
+                f"{storage.url(folder)}: {name}.parquet cannot be read: {error}",
+                hint="delete the folder and run again",
+            ) from error
+        try:
+            rows = found.select(schema.names).cast(schema)
+        except (KeyError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise ExpectationError(
+                f"{storage.url(folder)}: {name}.parquet has not the columns that it should have: {error}",
+                hint="delete the folder and run again",
+            ) from error
+        rows = rows.append_column("folder", pa.repeat(folder, len(rows)))
+        rows = rows.append_column("file_row", pa.array(range(len(rows)), pa.int64()))
+        connection.register("_part", rows)
+        connection.execute(f"INSERT INTO {name} SELECT * FROM _part")
+        connection.unregister("_part")
+
+
+_TEXT, _WHOLE = pa.string(), pa.int64()
+_SIZES = pa.schema([("layer", pa.int32()), ("key", _TEXT), ("d_sae", _WHOLE)])
+_CASES = pa.schema([("case", _TEXT), ("folder", _TEXT), ("n_tokens", _WHOLE), ("committed", pa.bool_())])
+_PROMPTS = pa.schema([("case", _TEXT), ("relation", _TEXT), ("prompt", _TEXT)])
+_TRAITS = pa.schema([("trait", _TEXT), ("folder", _TEXT), ("committed", pa.bool_())])
+_EXPERIMENTS = pa.schema([("case", _TEXT), ("prompt", _TEXT), ("folder", _TEXT), ("committed", pa.bool_())])
+_WANTED_TRAITS = pa.schema([("trait", _TEXT), ("n_pairs", _WHOLE)])
+_WANTED_LAYERS = pa.schema([("trait", _TEXT), ("layer", pa.int32())])
+_WANTED_FEATURES = pa.schema(
+    [
+        *[("trait", _TEXT), ("layer", pa.int32()), ("place", pa.int32()), ("feature_id", pa.int32())],
+        ("value", pa.float64()),
+    ]
+)
+_WANTED_EXPERIMENTS = pa.schema([("case", _TEXT), ("prompt", _TEXT), ("target", _TEXT), ("traits", _TEXT)])
+_WANTED_MEMBERS = pa.schema([("case", _TEXT), ("prompt", _TEXT), ("target", _TEXT), ("trait", _TEXT)])
+_CONDITIONS = pa.schema(
+    [
+        *[("mode", _TEXT), ("place", _TEXT), ("control", _TEXT), ("draw", pa.int32())],
+        ("strength", pa.float64()),
+    ]
+)
+_SETTINGS = pa.schema(
+    [("configured_layer", pa.int32()), ("configured_features", _WHOLE), ("decomposition", _TEXT)]
+)
