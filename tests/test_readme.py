@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from schemas.config import Config
+from schemas.steering import Cases
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -37,13 +38,34 @@ FUNCTOK = [line for line in commands() if "functok " in line and " up" not in li
 MAKE = [line for line in commands() if line.startswith("make ")]
 
 
+CASES = """
+[[case]]
+name = "where"
+relation = "places"
+prompts = ["who was in Russia when the river of", "who was in Moscow when the river of"]
+[[trait]]
+name = "Moscow"
+positive = ["Moscow said the", "in Moscow the river was the"]
+negative = ["Russia said the", "in Russia the river was the"]
+[[steer]]
+traits = ["Moscow"]
+prompt = "what is the"
+target = " Moscow"
+"""
+"""What the README's cases are to the demo's model, for a tiny one."""
+
+
 @pytest.fixture(scope="module")
 def place(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder laid out as the README's reader has it: `my.toml`, and a finished run in `runs/demo`."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(finished / "run", folder / "runs" / "demo")
     config = (finished / "tiny.toml").read_text()
-    (folder / "my.toml").write_text(config.replace(f"{finished}/run", f"{folder}/runs/demo"))
+    config = config.replace(f"{finished}/run", f"{folder}/runs/demo")
+    (folder / "my.toml").write_text(config)
+    steering = 'cases = "elsewhere.toml"\nstrengths = [2.0]\nmodes = ["add"]\nrandom_controls = 1\nmax_new_tokens = 2'
+    (folder / "my-steering.toml").write_text(f"{config}[steering]\n{steering}\n")
+    (folder / "my-cases.toml").write_text(CASES)
     return folder
 
 
@@ -85,13 +107,18 @@ def test_the_configuration_of_the_readme_is_valid() -> None:
 
 
 def test_the_series_of_the_readme_are_valid() -> None:
-    series = tomllib.loads(blocks("toml")[1])["consolidation"]["series"]
+    series = tomllib.loads(blocks("toml")[2])["consolidation"]["series"]
     values = {"corpus": {"urls": ["a.txt"]}, "model": {"tokenizer": "t"}}
     consolidation = Config.model_validate(
         {**values, "consolidation": {"series": series, "train": {"tokens": 1000}}}
     ).consolidation
     assert consolidation is not None
     assert [entry.name for entry in consolidation.series] == ["mine", "pythia", "ours"]
+
+
+def test_the_cases_of_the_readme_are_valid() -> None:
+    cases = Cases.model_validate(tomllib.loads(blocks("toml")[1]))
+    assert (len(cases.case), len(cases.trait), len(cases.steer)) == (1, 2, 1)
 
 
 def test_files_that_the_readme_points_to_exist() -> None:
