@@ -7,7 +7,7 @@ other side, and is undecided in between. Where there are several modes, all of t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tasks.consolidation_findings import beyond, estimate, every
 from tasks.consolidation_rows import Estimate
@@ -30,6 +30,9 @@ _SAID: dict[Verdict, str] = {
     "differs": "does not hold here",
     "undecided": "is undecided here: not every interval lies on one side of zero",
 }
+_DIGITS = 4
+"""Of shares of features, which are small."""
+
 _NO_PLACE = "No experiment was steered at the last function token at a strength above 0"
 
 
@@ -55,16 +58,16 @@ def is_active_again(measured: Reactivation | None) -> Finding:
     unrelated = (
         "no prompt of another relation has these tokens"
         if math.isnan(scores["excess_unrelated"].value)
-        else f"{beyond(scores['excess_unrelated'])} that at the same token in prompts of other relations"
+        else f"{_beyond(scores['excess_unrelated'])} that at the same token in prompts of other relations"
     )
+    layers = plural(len(measured.layers), "layer")
     return Finding(
         title=TITLES[0],
         verdict=verdict,
-        text=f"Over {plural(measured.n_cases, 'case')} of {plural(measured.n_relations, 'relation')} and "
-        f"{plural(len(measured.layers), 'layer')} together, a share of {estimate(scores['own'])} of a prompt’s own "
-        "features is active again at a later function token. That is "
-        f"{beyond(scores['excess'])} the same features’ share in the counterfactual prompt, at the same position "
-        f"(above it, interval and all, at {len(above)} of {plural(len(measured.layers), 'layer')}), and {unrelated}. "
+        text=f"Over {plural(measured.n_cases, 'case')} of {plural(measured.n_relations, 'relation')} and {layers} "
+        f"together, a share of {_share(scores['own'])} of a prompt’s own features is active again at a later function "
+        f"token. That is {_beyond(scores['excess'])} the same features’ share in the counterfactual prompt, at the "
+        f"same position (above it, interval and all, at {len(above)} of {layers}), and {unrelated}. {_anyway(scores)}"
         "That later function tokens activate the features which tell two contexts apart, more than in the other "
         f"context and in unrelated ones, {_SAID[verdict]}.",
     )
@@ -79,9 +82,9 @@ def more_than_content(measured: Reactivation | None) -> Finding:
     return Finding(
         title=TITLES[1],
         verdict=verdict,
-        text=f"The excess over the counterfactual prompt is {estimate(excess['function'])} at later function tokens "
-        f"and {estimate(excess['content'])} at later content tokens: function tokens are "
-        f"{beyond(measured.difference)} content tokens. That it is function tokens above all {_SAID[verdict]}.",
+        text=f"The excess over the counterfactual prompt is {_share(excess['function'])} at later function tokens "
+        f"and {_share(excess['content'])} at later content tokens: function tokens are "
+        f"{_beyond(measured.difference)} content tokens. That it is function tokens above all {_SAID[verdict]}.",
     )
 
 
@@ -154,6 +157,22 @@ def one_layer(rows: Sequence[TraitLayer]) -> Finding | None:
         f"left-out prompts best is {listed(told)}. That it is the same for all traits (in the paper layer "
         f"{PAPER_LAYER} of Gemma2-9B) {_SAID[verdict]}.",
     )
+
+
+def _share(value: Estimate) -> str:
+    return estimate(value, _DIGITS)
+
+
+def _beyond(value: Estimate) -> str:
+    return beyond(value, digits=_DIGITS)
+
+
+def _anyway(scores: Mapping[str, Estimate]) -> str:
+    """How large the finding is: what part of the activations does not need the context."""
+    own, anyway = scores["own"].value, scores["counterfactual"].value
+    if not own > 0 or math.isnan(anyway):
+        return ""
+    return f"Of 100 such activations, {100 * anyway / own:.0f} would be expected without the context. "
 
 
 def _over_random(mode: ModeEffects) -> str:

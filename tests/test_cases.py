@@ -512,16 +512,24 @@ def test_a_configuration_without_cases(setup: Setup) -> None:
 # What is shipped
 
 
-def shipped() -> Cases:
-    config = load_config(REPOSITORY / "configs" / "steering.toml")
+SHIPPED = {
+    "cases.toml": [],
+    "cases-chat.toml": ["steering.cases=configs/cases-chat.toml", "steering.chat_template=true"],
+}
+"""The files of cases, and the assignments under which configs/steering.toml takes them."""
+
+
+def shipped(name: str) -> Cases:
+    config = load_config(REPOSITORY / "configs" / "steering.toml", SHIPPED[name])
     section = config.steering
     assert section is not None
     there = section.model_copy(update={"cases": str(REPOSITORY / section.cases)})
     return read_cases(config.model_copy(update={"steering": there}), Storage("unused"))
 
 
-def test_the_shipped_cases_are_many() -> None:
-    cases = shipped()
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_shipped_cases_are_many(name: str) -> None:
+    cases = shipped(name)
     assert len(cases.case) >= 20
     assert len({case.relation for case in cases.case}) >= 5
     assert len(cases.trait) >= 5
@@ -538,15 +546,18 @@ def test_the_shipped_configuration_shares_the_demos_dictionaries() -> None:
         assert getattr(demo, section) == getattr(steering, section)
 
 
+@pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.skipif(
     not (REPOSITORY / "assets" / "SmolLM2-135M-Instruct.Q4_1.gguf").exists(),
     reason="`make assets` fetches it",
 )
-def test_the_shipped_cases_fit_the_demo_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shipped_cases_fit_the_demo_model(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
     monkeypatch.chdir(REPOSITORY)
-    config = load_config("configs/steering.toml")
+    config = load_config("configs/steering.toml", SHIPPED[name])
     # Without the weights, whose conversion takes most of a minute.
     place = {"pretrained_model_name_or_path": "assets", "gguf_file": Path(config.model.name).name}
     for part in (AutoConfig, AutoTokenizer):
@@ -559,6 +570,6 @@ def test_the_shipped_cases_fit_the_demo_model(tmp_path: Path, monkeypatch: pytes
         prompts = [tokenized(text, config, tokenizer) for text in case.prompts]
         first, end = place_of(case, prompts)
         # What follows in the text itself is to be looked at, not the template alone.
-        assert sum(prompts[0].in_text[end:]) >= 5
+        assert sum(prompts[0].in_text[end:]) >= 4
         assert all(prompts[0].in_text[first:end])
-        assert prompts[0].tokens[-1] == "\n"
+        assert (prompts[0].tokens[-1] == "\n") == ("chat" in name)
