@@ -44,7 +44,7 @@ class Steering(Section):
     strengths: list[FiniteFloat] = Field(
         [1.0, 2.0, 4.0, 8.0],
         min_length=1,
-        description="Strengths swept. 0, the unsteered model, is always added.",
+        description="Strengths swept, 1 or more where features are clamped. 0, the unsteered model, is always added.",
     )
     places: list[Literal["last function token", "all positions"]] = Field(
         ["last function token", "all positions"],
@@ -66,8 +66,12 @@ class Steering(Section):
 
     @model_validator(mode="after")
     def _can_clamp(self) -> Steering:
-        if "clamp" in self.modes and min(self.strengths) < 0:
-            raise ValueError('strengths below 0 cannot be clamped to: leave them out, or set modes = ["add"]')
+        low = [strength for strength in self.strengths if strength < 1 and strength != 0]
+        if "clamp" in self.modes and low:
+            raise ValueError(
+                f"at strength {low[0]:g} a clamped feature may be at or below its threshold, where the encoder "
+                'reads 0: leave out strengths below 1, or set modes = ["add"]'
+            )
         return self
 
     @field_validator("modes", "places")

@@ -1,5 +1,6 @@
 -- How many of a prompt's own features are active again at each later position (PAPER 1.3): in the prompt itself, at
--- the same position of the case's other prompts, and at the same token in prompts of other relations. n_… are the
+-- the same position of the case's other prompts, and at the same token in prompts of other relations, there too after
+-- the place where prompts differ: before it stands what all prompts share, such as a chat template. n_… are the
 -- chances: own features, times other prompts, times those occurrences. Positions are the content tokens after the
 -- place in which the prompts differ, and the function tokens there that the case looks at.
 WITH own AS (
@@ -20,12 +21,17 @@ places AS (
     FROM prompt_tokens
     GROUP BY "case"
 ),
-later AS (
-    SELECT t.*, p.other_prompts, l.layer
+after_place AS (
+    SELECT t.*, p.other_prompts
     FROM prompt_tokens AS t
     JOIN places AS p USING ("case")
+    WHERE t.position > p.last_position
+),
+later AS (
+    SELECT t.*, l.layer
+    FROM after_place AS t
     CROSS JOIN (SELECT DISTINCT layer FROM reactivations) AS l
-    WHERE t.position > p.last_position AND (t.looked_at OR NOT t.is_function)
+    WHERE t.looked_at OR NOT t.is_function
 ),
 again AS (
     SELECT
@@ -39,17 +45,18 @@ again AS (
     JOIN reactivations AS a USING ("case", layer, feature_id)
     GROUP BY o."case", o.prompt, o.layer, a.position
 ),
--- how often a token stands in the prompts of each relation, and of all
+-- how often a token stands there in the prompts of each relation, and of all
 standing AS (
     SELECT relation, token_id, count(*) AS n, sum(count(*)) OVER (PARTITION BY token_id) AS n_all
-    FROM prompt_tokens
+    FROM after_place
     GROUP BY relation, token_id
 ),
 -- and how often it does so with a feature active
 active_in_relation AS (
-    SELECT relation, token_id, layer, feature_id, count(*) AS n
-    FROM reactivations
-    GROUP BY relation, token_id, layer, feature_id
+    SELECT t.relation, t.token_id, r.layer, r.feature_id, count(*) AS n
+    FROM reactivations AS r
+    JOIN after_place AS t USING ("case", prompt, position)
+    GROUP BY t.relation, t.token_id, r.layer, r.feature_id
 ),
 active_anywhere AS (
     SELECT token_id, layer, feature_id, sum(n) AS n

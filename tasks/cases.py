@@ -245,6 +245,11 @@ def _check_given(trait: Trait, config: Config) -> None:
             f"its features are of layer {trait.layer}, but steering.layer = {wanted}",
             hint="leave steering.layer out, or give features of that layer",
         )
+    if "clamp" in steering_of(config).modes and min(trait.values or (0.0,)) < 0:
+        raise ConfigError(
+            "one of its values is below 0, which no activation can be clamped to",
+            hint='give values of 0 or more, or set steering.modes = ["add"]',
+        )
     _check_features(trait, {entry.layer: entry.train.d_sae if entry.train else None for entry in config.sae})
 
 

@@ -80,7 +80,7 @@ class Directions:
             raise DictionaryError(
                 f"layer {self.layer}: {named(self.feature_ids)} cannot be clamped: the encoder does not read them "
                 "apart along their decoder directions",
-                hint='leave one out, or steer with mode = "add"',
+                hint='leave one out, or steer with mode = "add" alone: steering.modes = ["add"]',
             )
         inverse: torch.Tensor = torch.linalg.inv(gram)
         return inverse.to(self.decoder.device)

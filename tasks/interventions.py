@@ -73,7 +73,7 @@ class Intervention:
         if own.objection:
             raise DictionaryError(
                 f"{where}{named(own.feature_ids)} cannot be clamped: {own.objection}",
-                hint='steer with mode = "add"',
+                hint='steer with mode = "add" alone: steering.modes = ["add"]',
             )
         for feature, value, threshold in zip(
             own.feature_ids, self.values, own.threshold.tolist(), strict=True
@@ -81,7 +81,7 @@ class Intervention:
             if value < 0:
                 raise DictionaryError(
                     f"{where}feature {feature} cannot be clamped to {value:g}: activations are not negative",
-                    hint='clamp it to 0 or more, or steer with mode = "add"',
+                    hint='clamp it to 0 or more, or steer with mode = "add" alone: steering.modes = ["add"]',
                 )
             if 0 < value <= threshold:
                 raise DictionaryError(

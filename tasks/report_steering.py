@@ -158,7 +158,9 @@ def _traits(connection: Any) -> Section:
         title="Traits: layers and features",
         shows="A trait is found from prompts that show it and the same prompts without it: the mean difference at "
         "their last function tokens. The most informative layer is the one at which left-out pairs are furthest "
-        "apart along it; its dictionary takes the difference apart into features.",
+        "apart along it; its dictionary takes the difference apart into features. Explained variance below 0 says that "
+        "the dictionary reconstructs these residuals worse than their mean does: what tells the prompts apart is "
+        "smaller than its errors.",
         findings=_of_layers(connection),
         tables=[trait_layers_table(rows), trait_features_table(trait_features(connection, FEATURES_SHOWN))],
     )

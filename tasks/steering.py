@@ -30,7 +30,7 @@ from tasks.language_models import LanguageModel, load_language_model
 from tasks.loaded_traits import choose_layer, load_trait
 from tasks.models import model_key
 from tasks.prompt_features import about
-from tasks.prompts import Prompt, content_position, last_function_position, target_ids, tokenized
+from tasks.prompts import Prompt, content_position, last_function_position, short, target_ids, tokenized
 from tasks.steering_conditions import Condition, Moved, conditions_of, moved_features
 from tasks.steering_measures import Question
 from tasks.steering_sweep import Effect, Experiment, sweep
@@ -110,10 +110,15 @@ def missing_steering(
     traits = None if missing else find_traits(config, storage, dictionaries, function_ids)
     if traits is None:
         experiments = read_cases(config, storage).steer
-        return n_done, [*missing, *(f"[[steer]] {steer.title!r}" for steer in experiments)]
+        return n_done, [
+            *missing,
+            *(f"[[steer]] {steer.title!r}: {short(steer.prompt)}" for steer in experiments),
+        ]
     units = _units(config, storage, traits, dictionaries, frozenset(function_ids.tolist()))
     unsteered = _missing(storage, units)
-    return n_done + len(units) - len(unsteered), [unit.name for unit in unsteered]
+    return n_done + len(units) - len(unsteered), [
+        f"{unit.name}: {short(unit.prompt.text)}" for unit in unsteered
+    ]
 
 
 def run_steering(

@@ -166,6 +166,8 @@ def intervention_of(
     if condition.control == "trait":
         return [trait]
     drawn = directions[condition.draw]
+    # Features that are switched off (clamped to 0) have no values to share: any that are not 0 give a direction.
+    shared = scaled if any(scaled) else (1.0,) * len(scaled)
     return [
-        Intervention(directions=drawn, values=scaled, mode="add", position=condition.position, sized_as=trait)
+        Intervention(directions=drawn, values=shared, mode="add", position=condition.position, sized_as=trait)
     ]

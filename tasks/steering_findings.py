@@ -50,7 +50,7 @@ def is_active_again(measured: Reactivation | None) -> Finding:
     """Own features at later function tokens: more than in the counterfactual and in unrelated prompts."""
     scores = measured.kinds["function"] if measured is not None else {}
     if measured is None or math.isnan(scores["own"].value):
-        return _untested(0, "No case has a feature of its own and a later function token")
+        return _untested(0, "No case has a feature of its own and a later function token that is looked at")
     verdict = every([scores["excess"].sign, scores["excess_unrelated"].sign])
     above = [
         row for row in measured.by_layer if row.kind == "function" and row.scores["excess"].sign == "above"

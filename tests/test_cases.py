@@ -477,6 +477,8 @@ def test_layers_and_features_that_there_are_not(setup: Setup) -> None:
     steer = {**STEER, "traits": ["given"]}
     setup.write(trait=[{**GIVEN, "layer": 0}], steer=[steer])
     refused(setup, "[[trait]] 'given': layer 0 has no dictionary; the layers are [1, 2]")
+    setup.write(trait=[{**GIVEN, "values": [1.5, -2.0]}], steer=[steer])
+    refused(setup, "[[trait]] 'given': one of its values is below 0", 'steering.modes = ["add"]')
     setup.write(trait=[{**GIVEN, "features": [3, 16]}], steer=[steer])
     refused(setup, "[[trait]] 'given': feature 16 is not in the dictionary of layer 1, which has 16")
     setup.write(trait=[{**GIVEN, "features": [3, 15]}], steer=[steer])

@@ -483,6 +483,22 @@ def test_random_features_change_as_much_as_the_traits(world: World, tmp_path: Pa
         assert draws[1] != draws[2]
 
 
+def test_features_that_are_switched_off_have_controls_too(world: World, tmp_path: Path) -> None:
+    off = {"name": "off", "layer": 1, "features": [*range(12)], "values": [0.0] * 12}
+    steer = [{"traits": ["off"], "prompt": PROMPT, "target": " London"}]
+    (rows,) = prepare(world, tmp_path, steer=steer, trait=[off], modes=["clamp"], strengths=[1.0]).tables()
+    moved = {
+        control: [
+            row["relative_norm"]
+            for row in rows
+            if row["control"] == control and row["place"] == "all positions"
+        ]
+        for control in ("trait", "random")
+    }
+    assert max(moved["trait"]) > 0
+    assert max(moved["random"]) == pytest.approx(max(moved["trait"]), rel=1e-4)
+
+
 def test_another_seed_changes_the_random_rows_alone(world: World, tmp_path: Path) -> None:
     one, other = prepare(world, tmp_path).tables(), prepare(world, tmp_path, seed=1).tables()
     for left, right in zip(one, other, strict=True):
@@ -696,11 +712,11 @@ def test_what_cannot_be_steered_is_an_error_that_names_it(world: World, tmp_path
     given = STEER[:1]
     refused(
         DictionaryError,
-        r"\[\[steer\]\] 'given': strength 0.1 \(clamp, last function token\): layer 1: feature 3 .*threshold",
+        r"\[\[steer\]\] 'given': strength 1 \(clamp, last function token\): layer 1: feature 3 .*threshold",
         steer=given,
-        strengths=[0.1],
+        trait=[{**TRAITS[1], "values": [0.01, 3.0]}],
     )
-    with pytest.raises(ValidationError, match="strengths below 0 cannot be clamped to"):
+    with pytest.raises(ValidationError, match="at strength -1 a clamped feature"):
         prepare(world, tmp_path, steer=given, strengths=[-1.0])
     refused(
         ModelError,

@@ -126,7 +126,9 @@ def twin_positions(run: SteeringRun, function: set[int]) -> list[Row]:
             unrelated = [
                 key
                 for key, other in tokens.items()
-                if other["token_id"] == token["token_id"] and other["relation"] != token["relation"]
+                if other["token_id"] == token["token_id"]
+                and other["relation"] != token["relation"]
+                and key[2] > max(row["position"] for row in run.tokens[key[0]] if row["in_place"])
             ]
             counted.append(
                 {
