@@ -81,7 +81,7 @@ ABOVE, BELOW, AROUND = estimate(0.4, 0.3, 0.5), estimate(-0.4, -0.5, -0.3), esti
         (ABOVE, ABOVE, "holds", "0.4000 (0.3000 to 0.5000) above the same features’ share"),
         (ABOVE, AROUND, "undecided", "not every interval"),
         (AROUND, ABOVE, "undecided", "0.1000 (−0.1000 to 0.3000) above"),
-        (BELOW, ABOVE, "differs", "0.400 (0.300 to 0.500) below"),
+        (BELOW, ABOVE, "differs", "0.4000 (0.3000 to 0.5000) below"),
         (ABOVE, BELOW, "differs", "does not hold here"),
         (ABOVE, estimate(NAN), "undecided", "no prompt of another relation has these tokens"),
         (estimate(0.4), estimate(0.4), "undecided", "0.4000 (no interval) above"),
@@ -99,7 +99,7 @@ def test_reactivation_is_judged_by_both_controls(
     ("difference", "verdict", "said"),
     [
         (ABOVE, "holds", "above content tokens"),
-        (BELOW, "differs", "0.400 (0.300 to 0.500) below content tokens"),
+        (BELOW, "differs", "0.4000 (0.3000 to 0.5000) below content tokens"),
         (AROUND, "undecided", "is undecided here"),
         (estimate(NAN), "untested", "lack later function tokens"),
     ],

@@ -19,6 +19,7 @@ from infra.manifest import Manifest, commit
 from infra.storage import Storage
 from schemas.consolidation_table_expectations import CONSOLIDATION
 from schemas.expectations import SUITES
+from schemas.steering_table_expectations import STEERING_TABLES
 from schemas.work import Stage
 from tasks import verdicts
 from tasks.data_docs import Finding
@@ -32,8 +33,11 @@ from tasks.validation import (
 )
 
 CHECKED: tuple[Stage, ...] = ("tokenize", "dictionaries", "features", "tables")
-ASKED = {stage: [entry for entry in SUITES[stage] if entry not in CONSOLIDATION] for stage in CHECKED}
-"""The rest is asked of checkpoints: `test_consolidation_validation`."""
+ASKED = {
+    stage: [entry for entry in SUITES[stage] if entry not in CONSOLIDATION + STEERING_TABLES]
+    for stage in CHECKED
+}
+"""The rest is asked of checkpoints (`test_consolidation_validation`) and of steering (`test_steering_tables`)."""
 
 
 def check(stage: Stage, run: SmallRun, storage: Storage, catalog: Catalog) -> None:
