@@ -25,7 +25,11 @@ def is_transient(error: BaseException) -> bool:
     retryable; it cannot where a file is missing or forbidden, or the request was refused as wrong.
     """
     if isinstance(error, FunctokError):
-        return error.retryable and (error.__cause__ is None or not _is_permanent(error.__cause__))
+        cause = error.__cause__
+        # An error that was told again, with the place it is about, stands before what caused it.
+        while isinstance(cause, FunctokError):
+            cause = cause.__cause__
+        return error.retryable and (cause is None or not _is_permanent(cause))
     if _is_permanent(error):
         return False
     return isinstance(

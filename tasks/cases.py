@@ -17,29 +17,9 @@ from schemas.config import Config, explain, steering_of
 from schemas.steering import Case, Cases, Steer, Trait
 from schemas.work import Dictionary
 from tasks.models import context_length
-from tasks.prompts import (
-    Prompt,
-    content_position,
-    last_function_position,
-    listed,
-    short,
-    target_ids,
-    tokenized,
-)
+from tasks.prompts import Prompt, listed, short, target_ids, tokenized
 from tasks.run_info import without_credentials
 from tasks.tokenizers import load_tokenizer
-
-__all__ = [
-    "Prompt",
-    "check_cases",
-    "check_feature_ids",
-    "content_position",
-    "last_function_position",
-    "place_of",
-    "read_cases",
-    "target_ids",
-    "tokenized",
-]
 
 
 def read_cases(config: Config, storage: Storage) -> Cases:

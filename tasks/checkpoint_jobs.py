@@ -116,5 +116,4 @@ def named(checkpoint: Checkpoint, stage: Stage, of: type[FunctokError] = ModelEr
         yield
     except of as error:
         message = f"checkpoint {checkpoint.series}, step {checkpoint.step}: {error.message}"
-        # The cause itself, not another error around it: it tells whether trying again can help.
-        raise type(error)(message, hint=error.hint, stage=stage) from error.__cause__ or error
+        raise type(error)(message, hint=error.hint, stage=stage) from error

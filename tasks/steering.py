@@ -106,9 +106,9 @@ def missing_steering(
         ConfigError: if the cases cannot be used.
     """
     function_ids = function_token_ids(config, storage, shards)
-    n_done, missing = missing_traits(config, storage, dictionaries, function_ids)
-    traits = None if missing else find_traits(config, storage, dictionaries, function_ids)
+    traits = find_traits(config, storage, dictionaries, function_ids)
     if traits is None:
+        n_done, missing = missing_traits(config, storage, dictionaries, function_ids)
         experiments = read_cases(config, storage).steer
         return n_done, [
             *missing,
@@ -116,7 +116,7 @@ def missing_steering(
         ]
     units = _units(config, storage, traits, dictionaries, frozenset(function_ids.tolist()))
     unsteered = _missing(storage, units)
-    return n_done + len(units) - len(unsteered), [
+    return len(traits) + len(units) - len(unsteered), [
         f"{unit.name}: {short(unit.prompt.text)}" for unit in unsteered
     ]
 

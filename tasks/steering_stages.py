@@ -65,16 +65,20 @@ def plan_steering(
         unknown = "known once the corpus and the dictionaries are there"
         stages = steering_stages(config)
         return [StagePlan(stage=stage, done=0, missing=None, reason=unknown) for stage in stages], None
-    n_read, unread = missing_reactivations(config, storage, dictionaries)
-    n_steered, unsteered = missing_steering(config, storage, shards, dictionaries)
+    cases = find_reactivations(config, storage, dictionaries)
+    steered = find_steering(config, storage, shards, dictionaries)
+    n_read, unread = (
+        missing_reactivations(config, storage, dictionaries) if cases is None else (len(cases), [])
+    )
+    n_steered, unsteered = (
+        missing_steering(config, storage, shards, dictionaries)
+        if steered is None
+        else (len(steered[0]) + len(steered[1]), [])
+    )
     plans = [
         _plan("reactivation", "cases", n_read, unread),
         _plan("steering", "traits and experiments", n_steered, unsteered),
     ]
-    if unread or unsteered:
-        return plans, None
-    cases = find_reactivations(config, storage, dictionaries)
-    steered = find_steering(config, storage, shards, dictionaries)
     return plans, _results(cases, steered)
 
 

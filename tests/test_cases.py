@@ -17,19 +17,10 @@ from infra.errors import ConfigError, ModelError, StorageError
 from infra.storage import Storage
 from schemas.config import Config, load_config
 from schemas.steering import Case, Cases, Steering
-from tasks.cases import (
-    Prompt,
-    check_cases,
-    check_feature_ids,
-    content_position,
-    last_function_position,
-    place_of,
-    read_cases,
-    target_ids,
-    tokenized,
-)
+from tasks.cases import check_cases, check_feature_ids, place_of, read_cases
 from tasks.function_tokens import function_token_ids
 from tasks.preflight import check_fit
+from tasks.prompts import Prompt, content_position, last_function_position, target_ids, tokenized
 from tasks.tokenizers import LoadedTokenizer, load_tokenizer
 
 REPOSITORY = Path(__file__).parent.parent

@@ -731,6 +731,8 @@ def caused(error: FunctokError, cause: BaseException) -> FunctokError:
         (caused(StorageError("gone"), ConnectionResetError()), True),
         (caused(StorageError("closed"), PermissionError()), False),
         (caused(StorageError("bad URL"), ValueError()), False),
+        (caused(StorageError("case: closed"), caused(StorageError("closed"), PermissionError())), False),
+        (caused(StorageError("case: gone"), caused(StorageError("gone"), ConnectionResetError())), True),
         (OSError(28, "No space left on device"), True),
         (ConnectionError(), True),
         (TimeoutError(), True),
