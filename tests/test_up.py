@@ -111,7 +111,7 @@ def test_up_serves_deployments_runs_them_and_leaves_nothing(
 
             create = f"/deployments/{deployments['tokenize']['id']}/create_flow_run"
             wrong = deployments["tokenize"]["parameters"]["config"] | {"function_tokens": {"share": 4}}
-            refused = api.post(create, json={"parameters": {"config": wrong}})
+            refused = answer(api, create, {"parameters": {"config": wrong}})
             assert refused.status_code == 409
             assert "share" in refused.text
 
@@ -150,8 +150,17 @@ def test_up_serves_deployments_runs_them_and_leaves_nothing(
         assert "stopped" in log.read_text()
 
 
+def answer(api: httpx.Client, path: str, body: dict[str, Any]) -> httpx.Response:
+    """What the server answers once its SQLite is not locked: with 503 it asks its clients to come again."""
+    return eventually(
+        lambda: (answered := api.post(path, json=body)).status_code != 503 and answered,
+        60,
+        f"an answer to {path} other than 503",
+    )
+
+
 def post(api: httpx.Client, path: str, body: dict[str, Any]) -> Any:
-    return api.post(path, json=body).raise_for_status().json()
+    return answer(api, path, body).raise_for_status().json()
 
 
 @pytest.mark.server
