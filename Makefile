@@ -7,6 +7,8 @@ TORCH ?= torch==2.13.0
 TORCH_OPTIONS ?=
 ASSETS ?= assets
 DEMO_OPTIONS ?=
+# Files of tests go to processes in the order of their names: the last ones are short.
+TEST_PROCESSES ?= 2
 PYTEST_OPTIONS ?=
 
 # What the tests can use beside Python packages, installed where apt-get is and we are root.
@@ -78,7 +80,7 @@ bench: assets
 	$(BIN)/python -m bench.run_all
 
 test: $(TEST_STAMP) $(SYSTEM_STAMP)
-	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_OPTIONS)
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff format --check .

@@ -5,6 +5,9 @@ The orchestrator decides by type: only `retryable` errors are retried (see `flow
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class FunctokError(Exception):
     """An error that is shown to the user as one clear line.
@@ -62,3 +65,18 @@ class StorageError(FunctokError):
     """The storage failed; another try may succeed."""
 
     retryable = True
+
+
+@contextmanager
+def about(subject: str = "", *, stage: str = "") -> Iterator[None]:
+    """Say in every error of the block what it is about, and in which stage it is.
+
+    Args:
+        subject: For instance `[[trait]] 'Speak Chinese'`; said where the error does not say it.
+        stage: The stage, where the error does not know it.
+    """
+    try:
+        yield
+    except FunctokError as error:
+        message = error.message if subject in error.message else f"{subject}: {error.message}"
+        raise type(error)(message, hint=error.hint, stage=error.stage or stage) from error

@@ -14,10 +14,10 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import fsspec
 
+from infra.addresses import storage_options
 from infra.storage import LOCAL_CACHE
 
 _CHUNK = 8 << 20
@@ -48,15 +48,6 @@ def content_hash(url: str, endpoint_url: str | None = None) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def storage_options(url: str, endpoint_url: str | None) -> dict[str, Any]:
-    """fsspec options for `url`: the S3 endpoint where there is one and the URL (or its chain's end) is on S3."""
-    if endpoint_url is None:
-        return {}
-    if url.startswith("s3://"):
-        return {"endpoint_url": endpoint_url}
-    return {"s3": {"endpoint_url": endpoint_url}} if "::s3://" in url else {}
 
 
 def file_hash(path: Path) -> str:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from infra.addresses import without_credentials
 from infra.errors import ConfigError, FunctokError
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -117,7 +118,7 @@ def _reachable(api_url: str) -> None:
         httpx.get(f"{api_url.rstrip('/')}/health", timeout=10).raise_for_status()
     except httpx.HTTPError as error:
         raise FunctokError(
-            f"the Prefect API at {_without_password(api_url)} does not answer: {error}",
+            f"the Prefect API at {without_credentials(api_url)} does not answer: {error}",
             hint="start it with `functok up`, or unset PREFECT_API_URL to run without a server",
         ) from error
 
@@ -197,16 +198,11 @@ def server_environment(
     if database_url is not None:
         if not database_url.startswith(("postgresql+asyncpg://", "sqlite+aiosqlite://")):
             raise ConfigError(
-                f"Prefect cannot use the database {_without_password(database_url)}",
+                f"Prefect cannot use the database {without_credentials(database_url)}",
                 hint="postgresql+asyncpg://user:password@host:5432/name, or sqlite+aiosqlite:///path",
             )
         environment["PREFECT_API_DATABASE_CONNECTION_URL"] = database_url
     return environment
-
-
-def _without_password(url: str) -> str:
-    scheme, separator, rest = url.partition("://")
-    return f"{scheme}{separator}{rest.rsplit('@', 1)[-1]}"
 
 
 def up(

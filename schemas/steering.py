@@ -16,6 +16,13 @@ Mode = Literal["add", "clamp"]
 Place = Literal["last function token", "all positions", "content token"]
 """Where in a prompt an intervention acts; `content token` is a control."""
 
+_SHOWN_CHARACTERS = 60
+
+
+def short(text: str) -> str:
+    """The beginning of a prompt, for messages."""
+    return repr(text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 1]}…")
+
 
 class Steering(Section):
     """Whether function tokens carry the context's features, and whether setting one decides the answer."""
@@ -102,6 +109,11 @@ class Case(Section):
             raise ValueError(f"{len(self.prompts)} prompts have {len(self.targets)} targets")
         return self
 
+    @property
+    def label(self) -> str:
+        """How messages name it."""
+        return f"[[case]] {self.name!r}"
+
 
 class Trait(Section):
     """What is steered: found from contrastive prompts, or given as features of a layer."""
@@ -138,6 +150,11 @@ class Trait(Section):
                 raise ValueError("a feature is named twice")
         return self
 
+    @property
+    def label(self) -> str:
+        """How messages name it."""
+        return f"[[trait]] {self.name!r}"
+
 
 class Steer(Section):
     """One experiment: a prompt, the traits to give it, and the text that they should make likelier."""
@@ -159,6 +176,11 @@ class Steer(Section):
     def title(self) -> str:
         """Its name, or its traits'."""
         return self.name or " + ".join(self.traits)
+
+    @property
+    def label(self) -> str:
+        """How messages name it; several experiments may have one title."""
+        return f"[[steer]] {self.title!r}, {short(self.prompt)}"
 
 
 class Cases(Section):

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import fsspec
 from pydantic import ValidationError
 
-from infra.errors import ConfigError, FunctokError, StorageError
-from infra.hashing import storage_options
+from infra.addresses import is_unreachable, storage_options, without_credentials
+from infra.errors import ConfigError, StorageError, about
 from infra.storage import Storage
 from schemas.config import Config, explain, steering_of
-from schemas.steering import Case, Cases, Steer, Trait
+from schemas.steering import Case, Cases, Steer, Trait, short
 from schemas.work import Dictionary
+from tasks.dictionary_checks import Facts
+from tasks.directions import clamp_objection
 from tasks.models import context_length
-from tasks.prompts import Prompt, listed, short, target_ids, tokenized
-from tasks.run_info import without_credentials
+from tasks.prompts import Prompt, listed, target_ids, tokenized
 from tasks.tokenizers import load_tokenizer
 
 
@@ -30,7 +30,7 @@ def read_cases(config: Config, storage: Storage) -> Cases:
         StorageError: if where it lies does not answer.
     """
     url = steering_of(config).cases
-    name = _shown(url)
+    name = without_credentials(url)
     content = _read(url, name, storage.endpoint_url)
     try:
         values = tomllib.loads(content.decode("utf-8"))
@@ -65,20 +65,18 @@ def place_of(case: Case, prompts: Sequence[Prompt]) -> tuple[int, int]:
     for other in prompts[1:]:
         if len(other.ids) != len(first.ids):
             raise ConfigError(
-                f"{_named(case)}: its prompts need equally many tokens, so that their positions correspond: "
+                f"{case.label}: its prompts need equally many tokens, so that their positions correspond: "
                 f"{short(first.text)} has {len(first.ids)}, {short(other.text)} has {len(other.ids)}",
                 hint="where they differ, choose words of equally many tokens, or fillers of another length",
             )
     columns = zip(*(prompt.ids for prompt in prompts), strict=True)
     differing = [position for position, ids in enumerate(columns) if len(set(ids)) > 1]
     if not differing:
-        raise ConfigError(
-            f"{_named(case)}: its prompts have the same tokens", hint="let them differ in a word"
-        )
+        raise ConfigError(f"{case.label}: its prompts have the same tokens", hint="let them differ in a word")
     between = sorted({*range(differing[0], differing[-1])} - {*differing})
     if between:
         raise ConfigError(
-            f"{_named(case)}: its prompts differ in more than one place: before and after "
+            f"{case.label}: its prompts differ in more than one place: before and after "
             f"{first.tokens[between[0]]!r}, position {between[0]}",
             hint="let them differ in one run of tokens",
         )
@@ -102,20 +100,20 @@ def check_cases(config: Config, storage: Storage) -> Cases:
         _check_window(prompt, after, positions, config.model.name)
         return prompt
 
-    with _about(_shown(section.cases)):
+    with about(without_credentials(section.cases)):
         for case in cases.case:
-            with _about(_named(case)):
+            with about(case.label):
                 prompts = [fitting(text) for text in case.prompts]
                 for target in case.targets or ():
                     target_ids(target, tokenizer)
             _check_later(case, prompts[0], place_of(case, prompts)[1])
         for trait in cases.trait:
-            with _about(_named(trait)):
+            with about(trait.label):
                 for text in (*(trait.positive or ()), *(trait.negative or ())):
                     fitting(text)
                 _check_given(trait, config)
         for steer in cases.steer:
-            with _about(_named(steer)):
+            with about(steer.label):
                 fitting(steer.prompt, max(section.max_new_tokens, len(target_ids(steer.target, tokenizer))))
                 _check_layers(steer, cases)
     return cases
@@ -129,8 +127,36 @@ def check_feature_ids(cases: Cases, dictionaries: Sequence[Dictionary]) -> None:
     """
     sizes = {dictionary.layer: dictionary.d_sae for dictionary in dictionaries}
     for trait in cases.trait:
-        with _about(_named(trait)):
+        with about(trait.label):
             _check_features(trait, sizes)
+
+
+def check_clamps(config: Config, cases: Cases, facts: Mapping[int, Facts]) -> None:
+    """Whether the dictionaries where experiments may steer let features be clamped, if that is asked for.
+
+    Args:
+        config: The configuration.
+        cases: The cases.
+        facts: What is known of the dictionary of each layer.
+
+    Raises:
+        ConfigError: naming the first layer whose dictionary does not.
+    """
+    section = steering_of(config)
+    if "clamp" not in section.modes:
+        return
+    given = {trait.name: trait.layer for trait in cases.trait}
+    for steer in cases.steer:
+        layers = (
+            {section.layer} if section.layer is not None else {given[name] for name in steer.traits} - {None}
+        )
+        for layer in sorted(facts.keys() & layers if layers else facts):
+            objection = clamp_objection(facts[layer].architecture, facts[layer].normalize_activations)
+            if objection:
+                raise ConfigError(
+                    f"{steer.label}: features of layer {layer} cannot be clamped: {objection}",
+                    hint='set steering.modes = ["add"], or a steering.layer with another dictionary',
+                )
 
 
 def _read(url: str, name: str, endpoint_url: str | None) -> bytes:
@@ -139,6 +165,8 @@ def _read(url: str, name: str, endpoint_url: str | None) -> bytes:
         with fsspec.open(url, "rb", **storage_options(url, endpoint_url)) as file:
             return bytes(file.read())
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        if is_unreachable(error):
+            raise _unread(name, error.__cause__) from error
         raise ConfigError(
             f"steering.cases = {name}: no such file",
             hint="give the path or URL of a TOML file of [[case]], [[trait]] and [[steer]]",
@@ -149,16 +177,14 @@ def _read(url: str, name: str, endpoint_url: str | None) -> bytes:
             hint="give a path, or a URL such as s3://bucket/cases.toml",
         ) from error
     except Exception as error:
-        raise StorageError(
-            f"cannot read steering.cases = {name} ({type(error).__name__})",
-            hint="check the address, the network, permissions and credentials",
-        ) from error
+        raise _unread(name, error) from error
 
 
-def _shown(url: str) -> str:
-    """The address without what could be a secret."""
-    links = without_credentials(url).split("::")
-    return "::".join(link.partition("?")[0] if "://" in link else link for link in links)
+def _unread(name: str, error: BaseException | None) -> StorageError:
+    return StorageError(
+        f"cannot read steering.cases = {name} ({type(error).__name__})",
+        hint="check the address, the network, permissions and credentials",
+    )
 
 
 def _at(place: Sequence[str | int], values: Mapping[str, Any]) -> str:
@@ -172,21 +198,6 @@ def _at(place: Sequence[str | int], values: Mapping[str, Any]) -> str:
     names = [entry[key] for key in ("name", "prompt") if entry.get(key)] if isinstance(entry, dict) else []
     named = f"[[{kind}]] {short(str(names[0])) if names else f'number {rest[0] + 1}'}"
     return f"{', '.join([named, '.'.join(str(part) for part in rest[1:])]).rstrip(', ')}: "
-
-
-def _named(entry: Case | Trait | Steer) -> str:
-    if isinstance(entry, Steer):
-        return f"[[steer]] {entry.title!r}"
-    return f"[[{'case' if isinstance(entry, Case) else 'trait'}]] {entry.name!r}"
-
-
-@contextmanager
-def _about(what: str) -> Iterator[None]:
-    """Say in every error of the block what it is about."""
-    try:
-        yield
-    except FunctokError as error:
-        raise type(error)(f"{what}: {error.message}", hint=error.hint, stage=error.stage) from error
 
 
 def _check_window(prompt: Prompt, after: int, positions: int | None, model: str) -> None:
@@ -205,12 +216,12 @@ def _check_later(case: Case, prompt: Prompt, end: int) -> None:
     later = [token for token, is_special in tokens if not is_special]
     if not later:
         raise ConfigError(
-            f"{_named(case)}: nothing follows the place where its prompts differ",
+            f"{case.label}: nothing follows the place where its prompts differ",
             hint="add words after it: they are what is looked at",
         )
     if case.look_at is not None and not {*case.look_at} & {*later}:
         raise ConfigError(
-            f"{_named(case)}: look_at: {listed(case.look_at)} are not among the tokens that follow the place where "
+            f"{case.label}: look_at: {listed(case.look_at)} are not among the tokens that follow the place where "
             f"its prompts differ: {listed(later)}",
             hint="give tokens as they are, with their spaces, or leave look_at out",
         )

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from infra.addresses import without_credentials
 from infra.duck import Catalog, ShardFile
 from infra.manifest import content_key
 from schemas.config import Config
 from schemas.work import Checkpoint, CorpusShards, GeneratedTexts, GrownSae, LossShard
-from tasks.run_info import without_credentials
 from tasks.table_edges import edge_folder
 from tasks.table_plan import CONSOLIDATION_TABLES, VERSION, Group, corpus_group
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import fsspec
 
+from infra.addresses import is_unreachable, storage_options, without_credentials
 from infra.errors import ConfigError, CorpusError
-from infra.hashing import storage_options
 from schemas.config import Config
 
 _FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".txt": "txt", ".parquet": "parquet"}
@@ -52,7 +52,8 @@ def corpus_files(config: Config) -> list[CorpusFile]:
     for file in files:
         if file.url in seen:
             raise ConfigError(
-                f"corpus.urls: {file.url} is in the corpus twice", hint="its tokens would count double"
+                f"corpus.urls: {without_credentials(file.url)} is in the corpus twice",
+                hint="its tokens would count double",
             )
         seen.add(file.url)
     return files
@@ -65,13 +66,14 @@ def _expand(url: str, endpoint: str | None) -> list[str]:
     except (FileNotFoundError, NotADirectoryError):
         urls = []
     except (ValueError, ImportError) as error:
-        raise ConfigError(f"corpus.urls: cannot understand {url}: {error}") from error
+        raise ConfigError(f"corpus.urls: cannot understand {without_credentials(url)}: {error}") from error
     except Exception as error:
-        raise CorpusError(
-            f"cannot list {url}: {error}", hint="check the URL, the network and credentials", stage="tokenize"
-        ) from error
+        raise _unanswered(url, error) from error
     if not urls:
-        raise ConfigError(f"corpus.urls: {url} matches no file", hint="check the path; globs use * and **")
+        raise ConfigError(
+            f"corpus.urls: {without_credentials(url)} matches no file",
+            hint="check the path; globs use * and **",
+        )
     return sorted(urls)
 
 
@@ -83,22 +85,40 @@ def _url_of(asked: str, file: Any) -> str:
 
 
 def _describe(url: str, endpoint: str | None) -> CorpusFile:
-    fs, path = fsspec.core.url_to_fs(url, **storage_options(url, endpoint))
-    if fs.isdir(path):
-        raise ConfigError(
-            f"corpus.urls: {url} is a folder", hint=f"name its files, such as {url.rstrip('/')}/*.jsonl"
-        )
-    name = url.partition("::")[0].lower()
+    size = _size(url, endpoint)
+    name = without_credentials(url.partition("::")[0]).lower()
     compression = next((kind for suffix, kind in _COMPRESSIONS.items() if name.endswith(suffix)), None)
     stem = name.rsplit(".", 1)[0] if compression else name
     kind = next((kind for suffix, kind in _FORMATS.items() if stem.endswith(suffix)), None)
     if kind is None or (kind == "parquet" and compression):
         raise ConfigError(
-            f"corpus.urls: {url} has no known format",
+            f"corpus.urls: {without_credentials(url)} has no known format",
             hint="known: .jsonl, .csv and .txt (also .gz and .zst), .parquet; a glob such as *.jsonl leaves others out",
         )
-    try:
-        size = int(fs.info(path).get("size") or 0)
-    except FileNotFoundError as error:
-        raise ConfigError(f"corpus.urls: {url} is not there") from error
     return CorpusFile(url=url, format=kind, compression=compression, size=size, endpoint_url=endpoint)
+
+
+def _size(url: str, endpoint: str | None) -> int:
+    try:
+        fs, path = fsspec.core.url_to_fs(url, **storage_options(url, endpoint))
+        if fs.isdir(path):
+            raise ConfigError(
+                f"corpus.urls: {without_credentials(url)} is a folder",
+                hint=f"name its files, such as {without_credentials(url).rstrip('/')}/*.jsonl",
+            )
+        return int(fs.info(path).get("size") or 0)
+    except ConfigError:
+        raise
+    except Exception as error:
+        if isinstance(error, FileNotFoundError) and not is_unreachable(error):
+            raise ConfigError(f"corpus.urls: {without_credentials(url)} is not there") from error
+        raise _unanswered(url, error) from error
+
+
+def _unanswered(url: str, error: Exception) -> CorpusError:
+    shown = without_credentials(url)
+    # What a filesystem says may hold the address, and that a secret.
+    reason = error if shown == url else type(error).__name__
+    return CorpusError(
+        f"cannot list {shown}: {reason}", hint="check the URL, the network and credentials", stage="tokenize"
+    )

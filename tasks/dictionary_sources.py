@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from infra.hashing import content_hash, storage_options
+from infra.addresses import storage_options
+from infra.hashing import content_hash
 from schemas.config import Sae
 from tasks.dictionary_checks import (
     DictionaryUnavailableError,

@@ -123,7 +123,7 @@ def directions_of(sae: Any, layer: int, feature_ids: Sequence[int], device: torc
         return weights.detach().to(device=device, dtype=torch.float32).contiguous()
 
     decoder = ready(decoder_directions(sae, chosen))
-    objection = _objection(architecture, normalization)
+    objection = clamp_objection(architecture, normalization)
     encoder, bias, threshold = torch.full_like(decoder.T, torch.nan), *torch.full((2, len(chosen)), torch.nan)
     if not objection:
         encoder, bias = ready(sae.W_enc[:, chosen]), ready(sae.b_enc[chosen])
@@ -152,7 +152,13 @@ def decoder_directions(sae: Any, feature_ids: Sequence[int] | torch.Tensor) -> t
     return decoder
 
 
-def _objection(architecture: str, normalization: str) -> str:
+def clamp_objection(architecture: str, normalization: str) -> str:
+    """Why features of such a dictionary cannot be clamped; empty where they can.
+
+    Args:
+        architecture: SAELens' name of its class.
+        normalization: SAELens' `normalize_activations`.
+    """
     if architecture not in _CLAMPED:
         return f"whether a feature of a {architecture} dictionary is active depends on others"
     if normalization != "none":

@@ -87,8 +87,9 @@ def load_trait(storage: Storage, found: TraitFeatures) -> LoadedTrait:
 def choose_layer(config: Config, traits: Sequence[LoadedTrait]) -> int:
     """The layer at which some traits are steered together.
 
-    It is `steering.layer`; else that of the traits whose features are given; else the one with the largest sum of the
-    traits' separations (the lowest of equal ones), which for one trait is its most informative layer.
+    It is `steering.layer`; else that of the traits whose features are given; else, of the layers where every trait has
+    features, the one with the largest sum of their separations (the lowest of equal ones). For one trait that is its
+    most informative layer, unless its dictionary has no feature of the trait there.
 
     Raises:
         ConfigError: if a trait has no features there.
@@ -107,4 +108,5 @@ def _most_informative(traits: Sequence[LoadedTrait]) -> int:
     for trait in traits:
         for at in trait.layers:
             sums[at.layer] = sums.get(at.layer, 0.0) + (at.separation or 0.0)
-    return min(sums, key=lambda layer: (-sums[layer], layer))
+    possible = [layer for layer in sums if all(trait.features.get(layer) for trait in traits)]
+    return min(possible or sums, key=lambda layer: (-sums[layer], layer))

@@ -6,11 +6,11 @@ import json
 
 import fsspec
 
-from infra.hashing import storage_options
+from infra.addresses import storage_options
 from infra.storage import Storage
 from schemas.config import Config
-from tasks.cases import check_cases
-from tasks.dictionary_checks import check_facts, check_layer, facts_of
+from tasks.cases import check_cases, check_clamps
+from tasks.dictionary_checks import Facts, check_facts, check_layer, facts_of
 from tasks.models import check_windows, context_length, model_dimensions
 
 
@@ -28,6 +28,7 @@ def check_fit(config: Config, storage: Storage) -> None:
     for entry in config.sae:
         check_layer(entry, n_layers, config.model.name)
     check_windows(config, context_length(config.model, storage))
+    known: dict[int, Facts] = {}
     for entry in config.sae:
         if entry.path is None:
             continue
@@ -39,5 +40,6 @@ def check_fit(config: Config, storage: Storage) -> None:
             # The stage that copies it says what is missing or damaged, file by file.
             continue
         check_facts(facts, entry, d_model, n_layers)
+        known[entry.layer] = facts
     if config.steering is not None:
-        check_cases(config, storage)
+        check_clamps(config, check_cases(config, storage), known)

@@ -6,14 +6,13 @@ feature at its threshold would depend on the prompt's neighbours.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from infra.errors import FunctokError, ModelError
+from infra.errors import ModelError
 from infra.storage import Storage
-from schemas.work import Dictionary, Stage
+from schemas.work import Dictionary
 from tasks.dictionaries import load_dictionary
 from tasks.encoding import Encoder, build_encoder
 from tasks.models import LoadedModel
@@ -64,21 +63,6 @@ def load_encoders(
     return {
         entry.layer: build_encoder(load_dictionary(storage, entry, device), device) for entry in dictionaries
     }
-
-
-@contextmanager
-def about(stage: Stage, entry: str = "") -> Iterator[None]:
-    """Say in every error of the block in which stage it is, and which entry of the cases' file it is about.
-
-    Args:
-        stage: The stage, where the error does not know it.
-        entry: For instance `[[trait]] 'Speak Chinese'`, where the error does not say it.
-    """
-    try:
-        yield
-    except FunctokError as error:
-        message = error.message if entry in error.message else f"{entry}: {error.message}"
-        raise type(error)(message, hint=error.hint, stage=error.stage or stage) from error
 
 
 def _check(model: LoadedModel, ids: Sequence[int], layers: Sequence[int]) -> None:

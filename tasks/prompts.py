@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from infra.errors import ConfigError, ModelError
 from schemas.config import Config, steering_of
+from schemas.steering import short
 from tasks.tokenizers import LoadedTokenizer
 
-_SHOWN_CHARACTERS = 60
 _STANDS_FOR_TEXT = "functok"
 
 
@@ -113,11 +113,6 @@ def target_ids(target: str, tokenizer: LoadedTokenizer) -> list[int]:
     if not ids:
         raise ConfigError(f"the target {target!r} has no token", hint="give the text of an answer")
     return ids
-
-
-def short(text: str) -> str:
-    """The beginning of a prompt, for messages."""
-    return repr(text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 1]}…")
 
 
 def listed(tokens: Iterable[str]) -> str:

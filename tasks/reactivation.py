@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from infra.errors import FunctokError
+from infra.errors import FunctokError, about
 from infra.manifest import Manifest, commit, content_key, load_all
 from infra.progress import Progress, silent
 from infra.storage import Storage
@@ -25,7 +25,7 @@ from tasks.cases import place_of, read_cases
 from tasks.encoding import Encoder
 from tasks.features import round_mantissa
 from tasks.models import LoadedModel, load_model, model_key
-from tasks.prompt_features import about, load_encoders, residuals_of
+from tasks.prompt_features import load_encoders, residuals_of
 from tasks.prompts import Prompt, tokenized
 from tasks.tokenizers import load_tokenizer
 
@@ -79,7 +79,7 @@ def missing_reactivations(
     """
     units = _units(config, storage, dictionaries)
     done = load_all(storage, [unit.folder for unit in units])
-    missing = [_named(unit.case) for unit in units if unit.folder not in done]
+    missing = [unit.case.label for unit in units if unit.folder not in done]
     return len(units) - len(missing), missing
 
 
@@ -111,7 +111,7 @@ def compute_reactivations(
         model = load_model(config.model, storage)
         encoders = load_encoders(storage, dictionaries, model.device)
         for unit in missing:
-            with about("reactivation", _named(unit.case)):
+            with about(unit.case.label, stage="reactivation"):
                 _make(config, storage, unit, model, encoders)
             seen += unit.n_tokens
             progress(seen, total, "tokens, cases")
@@ -121,12 +121,8 @@ def compute_reactivations(
     return found
 
 
-def _named(case: Case) -> str:
-    return f"[[case]] {case.name!r}"
-
-
 def _units(config: Config, storage: Storage, dictionaries: Sequence[Dictionary]) -> list[_Unit]:
-    with about("reactivation"):
+    with about(stage="reactivation"):
         cases = read_cases(config, storage).case
     if not cases:
         return []
@@ -134,7 +130,7 @@ def _units(config: Config, storage: Storage, dictionaries: Sequence[Dictionary])
     layers = sorted([entry.layer, entry.key] for entry in dictionaries)
     units = []
     for case in cases:
-        with about("reactivation", _named(case)):
+        with about(case.label, stage="reactivation"):
             prompts = tuple(tokenized(text, config, tokenizer) for text in case.prompts)
             place = place_of(case, prompts)
         inputs = {

@@ -16,8 +16,8 @@ from typing import IO, Any
 
 import fsspec
 
+from infra.addresses import storage_options
 from infra.errors import CorpusError
-from infra.hashing import storage_options
 from schemas.config import Corpus
 from tasks.corpus import CorpusFile
 from tasks.lines import MAX_RECORD_BYTES, Lines

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
-
 from functok import __version__
+from infra.addresses import without_credentials
 from infra.storage import Storage
 from schemas.config import Config, Series, Steering
 from schemas.work import CorpusShards
@@ -97,13 +96,3 @@ def _series(config: Config, series: Series) -> str:
         name = without_credentials(series.model or config.model.name)
         return f"{series.name}: {len(series.revisions)} revisions of {name}"
     return f"{series.name}: {series.folder}"
-
-
-def without_credentials(url: str) -> str:
-    """A URL, chained or not, without `user:password@` and, where HTTP would send one, without its query."""
-    links = []
-    for link in url.split("::"):
-        bare = re.sub(r"^([A-Za-z][\w+.-]*://)[^/]*@", r"\1", link)
-        # Elsewhere a question mark is part of a glob.
-        links.append(re.sub(r"[?#].*$", "", bare) if re.match(r"https?://", bare) else bare)
-    return "::".join(links)

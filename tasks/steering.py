@@ -8,13 +8,14 @@ experiment that it lacks.
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
 
-from infra.errors import FunctokError
+from infra.errors import FunctokError, about
 from infra.manifest import Manifest, commit, content_key, load_all
 from infra.progress import Progress, silent
 from infra.storage import Storage
@@ -22,15 +23,15 @@ from schemas.config import Config, steering_of
 from schemas.steering import Steer
 from schemas.tables import SHARD_FILES
 from schemas.work import CorpusShards, Dictionary, SteeredPrompt, TraitFeatures
-from tasks.cases import check_cases, read_cases
+from tasks.cases import check_cases, check_clamps, read_cases
 from tasks.dictionaries import load_dictionary
+from tasks.dictionary_checks import Facts, facts_of
 from tasks.function_tokens import function_token_ids
 from tasks.generations import continuation
 from tasks.language_models import LanguageModel, load_language_model
 from tasks.loaded_traits import choose_layer, load_trait
 from tasks.models import model_key
-from tasks.prompt_features import about
-from tasks.prompts import Prompt, content_position, last_function_position, short, target_ids, tokenized
+from tasks.prompts import Prompt, content_position, last_function_position, target_ids, tokenized
 from tasks.steering_conditions import Condition, Moved, conditions_of, moved_features
 from tasks.steering_measures import Question
 from tasks.steering_sweep import Effect, Experiment, sweep
@@ -72,10 +73,6 @@ class _Unit:
     def folder(self) -> str:
         return f"steering/{content_key(**self.inputs)}"
 
-    @property
-    def name(self) -> str:
-        return f"[[steer]] {self.steer.title!r}"
-
 
 def find_steering(
     config: Config, storage: Storage, shards: CorpusShards, dictionaries: Sequence[Dictionary]
@@ -110,15 +107,10 @@ def missing_steering(
     if traits is None:
         n_done, missing = missing_traits(config, storage, dictionaries, function_ids)
         experiments = read_cases(config, storage).steer
-        return n_done, [
-            *missing,
-            *(f"[[steer]] {steer.title!r}: {short(steer.prompt)}" for steer in experiments),
-        ]
+        return n_done, [*missing, *(steer.label for steer in experiments)]
     units = _units(config, storage, traits, dictionaries, frozenset(function_ids.tolist()))
     unsteered = _missing(storage, units)
-    return len(traits) + len(units) - len(unsteered), [
-        f"{unit.name}: {short(unit.prompt.text)}" for unit in unsteered
-    ]
+    return len(traits) + len(units) - len(unsteered), [unit.steer.label for unit in unsteered]
 
 
 def run_steering(
@@ -141,13 +133,14 @@ def run_steering(
         All traits and experiments, in the order of the cases' file.
 
     Raises:
-        ConfigError: if the cases cannot be used, a trait has no feature at the layer to steer, or the dictionary is
-            too small for random controls.
+        ConfigError: if the cases cannot be used, features of a dictionary cannot be clamped though that is asked
+            for, the traits of an experiment have no layer to steer together at, or the dictionary is too small for
+            random controls.
         DictionaryError: naming experiment and condition, if features cannot be set as asked.
         ModelError: if the model cannot be loaded, or naming experiment, layer and condition, gives what is not finite.
     """
-    with about("steering"):
-        check_cases(config, storage)
+    with about(stage="steering"):
+        check_clamps(config, check_cases(config, storage), _facts(storage, dictionaries))
     function_ids = function_token_ids(config, storage, shards)
     traits = compute_traits(config, storage, dictionaries, function_ids, progress)
     # The model without its head must not lie beside the one with it.
@@ -174,7 +167,7 @@ def _units(
     function_ids: frozenset[int],
 ) -> list[_Unit]:
     section = steering_of(config)
-    with about("steering"):
+    with about(stage="steering"):
         cases = read_cases(config, storage)
     if not cases.steer:
         return []
@@ -184,7 +177,7 @@ def _units(
     tokenizer, key_of_model = load_tokenizer(config.model, storage), model_key(config.model, storage)
     units = []
     for steer in cases.steer:
-        with about("steering", f"[[steer]] {steer.title!r}"):
+        with about(steer.label, stage="steering"):
             own = [loaded[name] for name in steer.traits]
             prompt = tokenized(steer.prompt, config, tokenizer)
             last = last_function_position(prompt, function_ids)
@@ -221,6 +214,11 @@ def _units(
     return units
 
 
+def _facts(storage: Storage, dictionaries: Sequence[Dictionary]) -> dict[int, Facts]:
+    saved = {entry.layer: storage.read_bytes(f"{entry.folder}/cfg.json") for entry in dictionaries}
+    return {layer: facts_of(json.loads(configuration)) for layer, configuration in saved.items()}
+
+
 def _missing(storage: Storage, units: Sequence[_Unit]) -> list[_Unit]:
     done = load_all(storage, [unit.folder for unit in units])
     return [unit for unit in units if unit.folder not in done]
@@ -243,7 +241,7 @@ def _run(config: Config, storage: Storage, units: Sequence[_Unit]) -> Iterator[i
         sae = load_dictionary(storage, dictionary, "cpu")
         for unit in units:
             if unit.dictionary.layer == layer:
-                with about("steering", unit.name):
+                with about(unit.steer.label, stage="steering"):
                     yield from _make(config, storage, unit, model, sae, tokenizer)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from infra.errors import FunctokError
+from infra.errors import about
 from tasks.interventions import Directions, Intervention, change_norms, directions_of
 from tasks.language_models import LanguageModel
 from tasks.steering_conditions import Condition, Moved, intervention_of, random_features
@@ -121,10 +121,9 @@ def _directions(sae: Any, experiment: Experiment, device: torch.device) -> dict[
 
 
 def _row(condition: Condition, moved: Moved, directions: Mapping[int, Directions]) -> list[Intervention]:
-    try:
-        return intervention_of(condition, moved.values[condition.mode], directions)
-    except FunctokError as error:
-        raise type(error)(f"{condition}: {error.message}", hint=error.hint, stage=error.stage) from error
+    with about(str(condition)):
+        row = intervention_of(condition, moved.values[condition.mode], directions)
+    return row
 
 
 def _relative_norms(residual: torch.Tensor, rows: Sequence[Sequence[Intervention]]) -> list[float]:

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from functok import __version__
+from infra.addresses import without_credentials
 from infra.duck import Catalog, ShardFile
 from infra.errors import ConfigError
 from infra.manifest import content_key
 from schemas.config import Config
 from schemas.work import CorpusShards, Dictionary, FeatureShard
 from tasks import powerlaw_fit
-from tasks.run_info import steering_values, without_credentials
+from tasks.run_info import steering_values
 
 VERSION = 1
 """Raise when the SQL or what runs it changes what is in a table."""

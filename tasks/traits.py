@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from infra.errors import FunctokError
+from infra.errors import FunctokError, about
 from infra.manifest import Manifest, commit, content_key, load_all
 from infra.progress import Progress, silent
 from infra.storage import Storage
@@ -28,7 +28,7 @@ from tasks.cases import check_feature_ids, read_cases
 from tasks.contrasts import contrasted, given
 from tasks.encoding import Encoder
 from tasks.models import LoadedModel, choose_device, load_model, model_key
-from tasks.prompt_features import about, load_encoders, residuals_of
+from tasks.prompt_features import load_encoders, residuals_of
 from tasks.prompts import Prompt, last_function_position, tokenized
 from tasks.tokenizers import load_tokenizer
 
@@ -79,7 +79,7 @@ def missing_traits(
     """The number of traits that are done, and a line for each that is not; raises what `find_traits` raises."""
     units = _units(config, storage, dictionaries, function_ids)
     missing = _missing(storage, units)
-    return len(units) - len(missing), [_named(unit.trait) for unit in missing]
+    return len(units) - len(missing), [unit.trait.label for unit in missing]
 
 
 def compute_traits(
@@ -113,7 +113,7 @@ def compute_traits(
         needed = {entry.layer: entry for unit in missing for entry in unit.dictionaries}
         encoders = load_encoders(storage, list(needed.values()), device)
         for unit in missing:
-            with about("steering", _named(unit.trait)):
+            with about(unit.trait.label, stage="steering"):
                 _make(config, storage, unit, model, encoders)
             seen += len(unit.prompts)
             progress(seen, total, "prompts, traits")
@@ -123,15 +123,11 @@ def compute_traits(
     return found
 
 
-def _named(trait: Trait) -> str:
-    return f"[[trait]] {trait.name!r}"
-
-
 def _units(
     config: Config, storage: Storage, dictionaries: Sequence[Dictionary], function_ids: Ids
 ) -> list[_Unit]:
     section = steering_of(config)
-    with about("steering"):
+    with about(stage="steering"):
         cases = read_cases(config, storage)
         check_feature_ids(cases, dictionaries)
     by_layer = sorted(dictionaries, key=lambda entry: entry.layer)
@@ -145,7 +141,7 @@ def _units(
             own = tuple(entry for entry in by_layer if entry.layer == trait.layer)
             inputs: dict[str, Any] = {"features": trait.features, "values": trait.values}
         else:
-            with about("steering", _named(trait)):
+            with about(trait.label, stage="steering"):
                 texts = (*trait.positive, *trait.negative)
                 prompts = tuple(tokenized(text, config, tokenizer) for text in texts)
                 positions = tuple(last_function_position(prompt, function) for prompt in prompts)

@@ -133,9 +133,18 @@ def ceph_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 )
 def s3_root(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Root]:
     """A root on each of the servers in turn, with the environment that reaches it."""
+    yield from _root_on(request.getfixturevalue(f"{request.param}_server"), monkeypatch)
+
+
+@pytest.fixture
+def moto_root(moto_server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Root]:
+    """A root on the server that is always there, with the environment that reaches it."""
+    yield from _root_on(moto_server, monkeypatch)
+
+
+def _root_on(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Root]:
     import s3fs
 
-    server: Server = request.getfixturevalue(f"{request.param}_server")
     for name, value in server.environment().items():
         monkeypatch.setenv(name, value)
     # fsspec keeps filesystems by their arguments, and knows nothing of the environment.

@@ -16,8 +16,9 @@ from builders import Cut, Document, make_config, make_dictionary, write_corpus
 from infra.errors import ConfigError, ModelError, StorageError
 from infra.storage import Storage
 from schemas.config import Config, load_config
-from schemas.steering import Case, Cases, Steering
-from tasks.cases import check_cases, check_feature_ids, place_of, read_cases
+from schemas.steering import Case, Cases, Steering, short
+from tasks.cases import check_cases, check_clamps, check_feature_ids, place_of, read_cases
+from tasks.dictionary_checks import Facts
 from tasks.function_tokens import function_token_ids
 from tasks.preflight import check_fit
 from tasks.prompts import Prompt, content_position, last_function_position, target_ids, tokenized
@@ -448,11 +449,11 @@ def test_prompts_at_the_end_of_the_window(setup: Setup, too_many: int) -> None:
         ({"case": [CASE], "trait": [{**TRAIT, "negative": contrast}]}, f"[[trait]] 'plural': the {n} tokens"),
         (
             {"trait": [TRAIT], "steer": [{**STEER, "prompt": before_target, "target": " the the the"}]},
-            f"[[steer]] 'plural': the {n - 3} tokens",
+            f"[[steer]] 'plural', {short(before_target)}: the {n - 3} tokens",
         ),
         (
             {"trait": [TRAIT], "steer": [{**STEER, "prompt": before_text, "target": " the"}]},
-            f"[[steer]] 'plural': the {n - 2} tokens",
+            f"[[steer]] 'plural', {short(before_text)}: the {n - 2} tokens",
         ),
     ]
     for cases, message in expected:
@@ -479,6 +480,37 @@ def test_layers_and_features_that_there_are_not(setup: Setup) -> None:
         check_feature_ids(cases, [make_dictionary(1, 15)])
     with pytest.raises(ConfigError, match=r"\[\[trait\]\] 'given': layer 1 has no dictionary; .* \[2\]"):
         check_feature_ids(cases, [make_dictionary(2, 16)])
+
+
+def test_dictionaries_whose_features_cannot_be_clamped(setup: Setup) -> None:
+    found = {"name": "found", "positive": ["river", "fox"], "negative": ["the", "of"]}
+    setup.write(trait=[GIVEN, found], steer=[{**STEER, "traits": ["given"]}])
+    cases = check_cases(setup.config, setup.storage)
+    facts = {
+        1: Facts(architecture="jumprelu", d_in=4, d_sae=16),
+        2: Facts(architecture="topk", d_in=4, d_sae=16),
+    }
+    # The given features are at layer 1, so that layer 2 is not steered.
+    check_clamps(setup.config, cases, facts)
+    setup.write(trait=[GIVEN, found], steer=[STEER | {"traits": ["found"]}])
+    cases = check_cases(setup.config, setup.storage)
+    check_clamps(setup.config, cases, {1: facts[1]})
+    with pytest.raises(
+        ConfigError, match=r"\[\[steer\]\] 'found', .*layer 2 cannot be clamped: .* topk dictionary"
+    ):
+        check_clamps(setup.config, cases, facts)
+    model = Path(setup.config.model.name)
+    check_clamps(Setup(setup.file.parent, model, steering={"layer": 1}).config, cases, facts)
+    check_clamps(Setup(setup.file.parent, model, steering={"modes": ["add"]}).config, cases, facts)
+
+
+def test_a_dictionary_on_disk_that_cannot_be_clamped_is_refused_at_once(setup: Setup, tmp_path: Path) -> None:
+    tiny.save_sae(tmp_path / "sae", "topk")
+    entry = {"layer": 1, "path": str(tmp_path / "sae")}
+    asked = Setup(tmp_path, Path(setup.config.model.name), sae=[entry])
+    asked.write(trait=[{**GIVEN, "layer": 1}], steer=[{**STEER, "traits": ["given"]}])
+    with pytest.raises(ConfigError, match=r"features of layer 1 cannot be clamped.*modes = \[\"add\"\]"):
+        check_fit(asked.config, asked.storage)
 
 
 def test_traits_that_cannot_be_steered_together(setup: Setup) -> None:

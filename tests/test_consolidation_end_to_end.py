@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from plain import InThisProcess, run_plain
+from s3 import S3Root
 from tiny import save_model, texts, write_jsonl
 
 from infra.duck import connect
@@ -146,14 +147,15 @@ def test_one_more_checkpoint_makes_its_own_work_alone(pythia: Path, tmp_path: Pa
     assert steps == [(2,), (16,), (64,)]
 
 
-def test_two_sizes_trained_here_from_corpus_to_report(tmp_path: Path) -> None:
+@pytest.mark.s3
+def test_two_sizes_trained_here_on_s3_from_corpus_to_report(tmp_path: Path, moto_root: S3Root) -> None:
     config = Config.model_validate(
         {
             "corpus": {"urls": [str(write_jsonl(tmp_path / "a.jsonl", texts(150)))], "shard_tokens": 3000},
             "windows": {"context_size": CONTEXT},
             "activations": {"max_tokens": 2000},
             "graph": {"rarefaction_m": 3},
-            "storage": {"root": str(tmp_path / "root")},
+            "storage": {"root": moto_root.url},
             "consolidation": {
                 "heldout_share": 0.2,
                 "train": {
@@ -194,3 +196,4 @@ def test_two_sizes_trained_here_from_corpus_to_report(tmp_path: Path) -> None:
         ).fetchall()
         assert overlap == [(0,)]
     assert is_up_to_date(plan_run(config, storage), stages_of(config))
+    assert not moto_root.unfinished_uploads()

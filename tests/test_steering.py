@@ -695,7 +695,9 @@ def test_what_goes_wrong_while_generating_names_the_conditions_of_the_batch(
     calls: list[int] = []
     monkeypatch.setattr(LanguageModel, "generate_rows", failing)
     place = r"\(add, all positions\)"
-    expected = rf"'given': layer 1, while generating with strength 0 {place}; strength 2 {place}: .*a way out"
+    expected = (
+        rf"'given', '.*': layer 1, while generating with strength 0 {place}; strength 2 {place}: .*a way out"
+    )
     with pytest.raises(ModelError, match=expected):
         here.run()
     assert here.find() is None
@@ -712,7 +714,7 @@ def test_what_cannot_be_steered_is_an_error_that_names_it(world: World, tmp_path
     given = STEER[:1]
     refused(
         DictionaryError,
-        r"\[\[steer\]\] 'given': strength 1 \(clamp, last function token\): layer 1: feature 3 .*threshold",
+        r"\[\[steer\]\] 'given', 'river.*': strength 1 \(clamp, last function token\): layer 1: feature 3 .*threshold",
         steer=given,
         trait=[{**TRAITS[1], "values": [0.01, 3.0]}],
     )
@@ -720,7 +722,7 @@ def test_what_cannot_be_steered_is_an_error_that_names_it(world: World, tmp_path
         prepare(world, tmp_path, steer=given, strengths=[-1.0])
     refused(
         ModelError,
-        r"\[\[steer\]\] 'given': layer 1, strength 1e\+39 \(add, last function token\).*not finite",
+        r"\[\[steer\]\] 'given', 'river.*': layer 1, strength 1e\+39 \(add, last function token\).*not finite",
         steer=given,
         strengths=[1e39],
         modes=["add"],
@@ -744,7 +746,7 @@ def test_what_cannot_be_steered_is_an_error_that_names_it(world: World, tmp_path
     )
     refused(
         ConfigError,
-        r"\[\[steer\]\] 'given': the 202 tokens of the prompt .*\(128\)",
+        r"\[\[steer\]\] 'given', '.*': the 202 tokens of the prompt .*\(128\)",
         steer=[{**STEER[0], "prompt": "the of " * 100}],
     )
     refused(
@@ -754,3 +756,17 @@ def test_what_cannot_be_steered_is_an_error_that_names_it(world: World, tmp_path
         trait=[{**TRAITS[1], "features": list(range(49)), "values": [1.0] * 49}],
         modes=["add"],
     )
+
+
+def test_a_dictionary_that_cannot_be_clamped_stops_before_traits_are_looked_for(
+    world: World, tmp_path: Path
+) -> None:
+    here = prepare(world, tmp_path)
+    name = f"{here.dictionaries[0].folder}/cfg.json"
+    saved = json.loads(here.storage.read_bytes(name))
+    here.storage.write_bytes(name, json.dumps(saved | {"architecture": "topk", "k": 4}).encode())
+    with pytest.raises(
+        ConfigError, match=r"^\[steering\] \[\[steer\]\] 'given', .* layer 1 cannot be clamped"
+    ):
+        here.run()
+    assert not here.storage.sizes("traits")

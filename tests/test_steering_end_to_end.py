@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from plain import InThisProcess, run_plain
+from s3 import S3Root
 
 from infra.duck import connect
 from infra.storage import Storage
@@ -70,7 +71,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config_for(parts: Path, root: Path, architecture: str = "llama", **steering: Any) -> Config:
+def config_for(parts: Path, root: Path | str, architecture: str = "llama", **steering: Any) -> Config:
     return Config.model_validate(
         {
             "corpus": {"urls": [str(parts / "corpus.jsonl")]},
@@ -128,9 +129,14 @@ def plainest_reactivations(parts: Path, storage: Storage, architecture: str) -> 
     return found
 
 
+@pytest.mark.s3
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
-def test_from_cases_to_the_report(parts: Path, tmp_path: Path, architecture: str) -> None:
+def test_from_cases_to_the_report(parts: Path, tmp_path: Path, moto_root: S3Root, architecture: str) -> None:
+    """The one on this disk, the other on S3, its cases too."""
     config = config_for(parts, tmp_path / "root", architecture)
+    if architecture == "gpt_neox":
+        Storage(moto_root.url).write_bytes("cases.toml", CASES.encode())
+        config = config_for(parts, moto_root.url, architecture, cases=f"{moto_root.url}/cases.toml")
     assert [*stages_of(config)] == [
         "tokenize",
         "dictionaries",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -468,6 +469,16 @@ def test_several_traits_are_steered_where_their_separations_sum_highest(parts: P
     assert choose_layer(config, [one, other]) == 1
     assert choose_layer(config, [one, made_up("given", {2: None})]) == 2
     assert choose_layer(prepare(parts, tmp_path, [RUSSIA], layer=2)[0], [one, other]) == 2
+
+
+def test_traits_are_steered_where_all_have_features(parts: Path, tmp_path: Path) -> None:
+    config = prepare(parts, tmp_path, [RUSSIA])[0]
+    one, other = made_up("one", {0: 5.0, 1: 4.0, 2: -1.0}), made_up("other", {0: 1.0, 1: 3.0, 2: 3.0})
+    lacking = replace(one, features={**one.features, 0: (), 1: ()})
+    assert choose_layer(config, [replace(one, features={**one.features, 0: ()})]) == 1
+    assert choose_layer(config, [lacking, other]) == 2
+    with pytest.raises(ConfigError, match=r"'one' cannot be steered at layer 1: .* features: 2\)"):
+        choose_layer(config, [lacking, replace(other, features={**other.features, 2: ()})])
 
 
 def test_a_second_call_finds_nothing_new_and_a_changed_trait_alone_is_found_again(

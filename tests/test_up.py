@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from s3 import free_port
 from tiny import save_tokenizer, texts, write_jsonl
 
 from infra.children import Children, require_free_port
@@ -24,12 +25,6 @@ from infra.prefect_server import PROJECT, server_environment
 from schemas.work import STAGES
 
 FLOWS = {"reproduce", *STAGES}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def eventually(ready: Callable[[], Any], seconds: float, what: str) -> Any:
