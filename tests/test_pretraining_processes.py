@@ -54,7 +54,7 @@ def run_program(training: Training, config: Config, *options: str, launch: bool 
         capture_output=True,
         text=True,
         check=False,
-        timeout=200,
+        timeout=600,
     )
     assert done.returncode == 0 or "--die" in " ".join(options), done.stderr[-3000:]
     return done.returncode
