@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from infra.duck import Catalog, ShardFile, read_catalog
 from infra.errors import StorageError
-from infra.progress import Progress, silent
+from infra.progress import Progress, one_by_one, silent
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.tables import TABLES
@@ -80,13 +80,8 @@ def build_consolidation_tables(
     corpus = corpus_group(config, shards)
     group = consolidation_group(config, shards, results)
     by_checkpoint = loss_files(config, results)
-    total, done = len(by_checkpoint) + len(results.growth) + 1, 0
-
-    def advance(what: str) -> None:
-        nonlocal done
-        done += 1
-        progress(done, total, what)
-
+    total = len(by_checkpoint) + len(results.growth) + 1
+    advance = one_by_one(progress, total)
     progress(0, total, "consolidation tables")
     build_corpus(config, storage, shards, corpus)
     for (model, step), files in by_checkpoint.items():

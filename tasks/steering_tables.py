@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from infra.duck import Catalog, create_views, open_duckdb, read_catalog
-from infra.progress import Progress, silent
+from infra.progress import Progress, one_by_one, silent
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.tables import TABLES
@@ -59,12 +59,8 @@ def build_steering_tables(
     """
     corpus = corpus_group(config, shards)
     group = steering_group(config, shards, results)
-    total, done = len(group.tables), 0
-
-    def advance(what: str) -> None:
-        nonlocal done
-        done += 1
-        progress(done, total, what)
+    total = len(group.tables)
+    advance = one_by_one(progress, total)
 
     def make() -> None:
         for table in group.tables:

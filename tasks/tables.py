@@ -19,7 +19,7 @@ import pyarrow as pa
 from infra.duck import CATALOG, Catalog, create_views, open_duckdb, read_catalog
 from infra.errors import StorageError
 from infra.manifest import content_key, load_all
-from infra.progress import Progress, silent
+from infra.progress import Progress, one_by_one, silent
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.tables import TABLES
@@ -94,13 +94,8 @@ def build_graph_tables(
     """
     layers = checked_layers(features, dictionaries)
     corpus = corpus_group(config, shards)
-    total, done = len(layers) + len(GRAPH_TABLES), 0
-
-    def advance(what: str) -> None:
-        nonlocal done
-        done += 1
-        progress(done, total, what)
-
+    total = len(layers) + len(GRAPH_TABLES)
+    advance = one_by_one(progress, total)
     progress(0, total, "corpus tables")
     build_corpus(config, storage, shards, corpus)
     for layer in layers:
