@@ -33,19 +33,18 @@ def find_checkpoints(config: Config, storage: Storage, shards: CorpusShards) -> 
         ConfigError: if a series has no checkpoint, two at one step, or one whose step is unknown.
         ModelError: if a public checkpoint cannot be found.
     """
-    found = [_find_series(config, storage, shards, series) for series in consolidation_of(config).series]
-    if any(series is None for series in found):
+    found = find_series(config, storage, shards)
+    if None in found.values():
         return None
-    return [checkpoint for series in found for checkpoint in series or ()]
+    return [checkpoint for series in found.values() for checkpoint in series or ()]
 
 
-def unfinished_series(config: Config, storage: Storage, shards: CorpusShards) -> list[str]:
-    """Names of the series that are still to be trained."""
-    return [
-        series.name
+def find_series(config: Config, storage: Storage, shards: CorpusShards) -> dict[str, list[Checkpoint] | None]:
+    """The checkpoints of each series by its name, or None for one that is still to be trained; raises as above."""
+    return {
+        series.name: _find_series(config, storage, shards, series)
         for series in consolidation_of(config).series
-        if _find_series(config, storage, shards, series) is None
-    ]
+    }
 
 
 def prepare_checkpoints(

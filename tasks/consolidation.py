@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from infra.storage import Storage
-from schemas.config import Config, consolidation_of
+from schemas.config import Config, Series, consolidation_of
 from schemas.work import Checkpoint, CorpusShards, Stage, StagePlan
-from tasks.checkpoints import find_checkpoints, unfinished_series
+from tasks.checkpoints import find_checkpoints, find_series
 from tasks.consolidation_plan import ConsolidationResults
 
 
@@ -40,25 +40,37 @@ def plan_consolidation(
     if shards is None:
         unknown = "known once the corpus is tokenized"
         return [StagePlan(stage=stage, done=0, missing=None, reason=unknown) for stage in stages], None
-    names = [series.name for series in consolidation_of(config).series]
-    checkpoints = find_checkpoints(config, storage, shards)
-    untrained = unfinished_series(config, storage, shards) if checkpoints is None else []
+    found = find_series(config, storage, shards)
+    untrained = [series for series in consolidation_of(config).series if found[series.name] is None]
     plans = [
         StagePlan(
             stage="checkpoints",
-            done=len(names) - len(untrained),
+            done=len(found) - len(untrained),
             missing=len(untrained),
             reason="series are new, or what trains them changed"
             if untrained
             else "all checkpoints are there",
-            details=tuple(f"train {name}" for name in untrained),
+            details=tuple(_to_train(config, storage, shards, series) for series in untrained),
         )
     ]
-    if checkpoints is None:
-        unknown = "known once the checkpoints are there"
-        rest = [StagePlan(stage=stage, done=0, missing=None, reason=unknown) for stage in stages[1:]]
-        return plans + rest, None
-    return plans, _results(config, storage, shards, checkpoints, plans)
+    trained = [checkpoint for series in found.values() for checkpoint in series or ()]
+    results = _results(config, storage, shards, trained, plans) if trained else None
+    if not untrained:
+        return plans, results
+    # What of the trained series is done stays done; what the others need is not known.
+    done = {plan.stage: plan.done for plan in plans}
+    unknown = "known once the checkpoints are there"
+    rest = [
+        StagePlan(stage=stage, done=done.get(stage, 0), missing=None, reason=unknown) for stage in stages[1:]
+    ]
+    return plans[:1] + rest, None
+
+
+def _to_train(config: Config, storage: Storage, shards: CorpusShards, series: Series) -> str:
+    from tasks.pretraining import started_training
+
+    step, last = started_training(config, storage, shards, series)
+    return f"train {series.name}" + (f": goes on after step {step:,} of {last:,}" if step else "")
 
 
 def _results(
@@ -69,7 +81,7 @@ def _results(
     plans: list[StagePlan],
 ) -> ConsolidationResults | None:
     """Find what is there, adding a plan of each stage after the first to `plans`."""
-    from tasks.generations import find_generations
+    from tasks.generations import find_generations, missing_generations
     from tasks.growth import find_growth, missing_growth
     from tasks.losses import find_losses, missing_losses
     from tasks.pretraining import training_losses_file
@@ -108,13 +120,16 @@ def _results(
         )
     texts = find_generations(config, storage, checkpoints) if section.generations else []
     if section.generations:
-        n = len(checkpoints)
+        n_texts, unwritten = (
+            missing_generations(config, storage, checkpoints) if texts is None else (len(texts), [])
+        )
         plans.append(
             StagePlan(
                 stage="generations",
-                done=0 if texts is None else n,
-                missing=n if texts is None else 0,
-                reason="texts of a checkpoint are missing" if texts is None else "all texts are there",
+                done=n_texts,
+                missing=len(unwritten),
+                reason="texts of a checkpoint are missing" if unwritten else "all texts are there",
+                details=tuple(unwritten),
             )
         )
     if losses is None or growth is None or texts is None:

@@ -42,6 +42,16 @@ def find_generations(
     return _found(storage, _units(config, storage, checkpoints))
 
 
+def missing_generations(
+    config: Config, storage: Storage, checkpoints: Sequence[Checkpoint]
+) -> tuple[int, list[str]]:
+    """The number of checkpoints whose texts are done, and a line for each other."""
+    units = _units(config, storage, checkpoints)
+    done = load_all(storage, [unit.folder for unit in units])
+    missing = [unit.checkpoint for unit in units if unit.folder not in done]
+    return len(units) - len(missing), [f"{one.series}, step {one.step}" for one in missing]
+
+
 def generate_texts(
     config: Config, storage: Storage, checkpoints: Sequence[Checkpoint], progress: Progress = silent
 ) -> list[GeneratedTexts]:

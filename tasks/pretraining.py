@@ -21,7 +21,7 @@ from schemas.work import Checkpoint, CorpusShards
 from tasks.model_files import IN_STORAGE
 from tasks.models import model_key
 from tasks.pretraining_plan import TrainingPlan, plan_training
-from tasks.pretraining_state import LOSSES, STAGE, finished_checkpoints
+from tasks.pretraining_state import LOSSES, STAGE, finished_checkpoints, newest_state
 
 
 def train_series(
@@ -91,6 +91,14 @@ def find_trained(
             )
         )
     return found
+
+
+def started_training(
+    config: Config, storage: Storage, shards: CorpusShards, series: Series
+) -> tuple[int, int]:
+    """The optimizer step that a training goes on from (0: from the start), and its last one."""
+    plan = plan_training(config, shards, series)
+    return newest_state(storage, plan, finished_checkpoints(storage, plan)), plan.steps
 
 
 def training_losses_file(config: Config, storage: Storage, shards: CorpusShards, series: Series) -> str:

@@ -15,7 +15,8 @@ from tiny import save_model, texts, write_jsonl
 
 from infra.duck import connect
 from infra.storage import Storage
-from schemas.config import Config
+from schemas.config import Config, Series, consolidation_of
+from schemas.consolidation import Shape
 from tasks import extraction, tokenization
 from tasks.plan import is_up_to_date, plan_run, stages_of
 
@@ -197,3 +198,13 @@ def test_two_sizes_trained_here_on_s3_from_corpus_to_report(tmp_path: Path, moto
         assert overlap == [(0,)]
     assert is_up_to_date(plan_run(config, storage), stages_of(config))
     assert not moto_root.unfinished_uploads()
+
+    section = consolidation_of(config)
+    other = Series(name="other", shape=Shape(hidden_size=16, layers=2, heads=2))
+    longer = config.model_copy(
+        update={"consolidation": section.model_copy(update={"series": [*section.series, other]})}
+    )
+    plans = {plan.stage: plan for plan in plan_run(longer, storage)}
+    assert (plans["checkpoints"].done, plans["checkpoints"].details) == (2, ("train other",))
+    for stage, n_done in (("losses", 6), ("growth", 4), ("generations", 6)):
+        assert (plans[stage].done, plans[stage].missing) == (n_done, None)

@@ -23,7 +23,7 @@ from infra.manifest import load
 from schemas.config import Config
 from schemas.tables import SHARD_FILES
 from tasks import pretraining, pretraining_loop, pretraining_model, pretraining_trainer, pretraining_worker
-from tasks.pretraining import find_trained, train_series, training_losses_file
+from tasks.pretraining import find_trained, started_training, train_series, training_losses_file
 from tasks.pretraining_launch import FAILURE, _failure, as_written
 from tasks.pretraining_model import PackedLanguageModel, default_intermediate_size
 from tasks.pretraining_plan import TrainingPlan, log_spaced, plan_training
@@ -224,6 +224,9 @@ def test_goes_on_from_the_newest_state_before_which_nothing_is_missing(
 ) -> None:
     stop_before(10)
     assert untrained.states() == ["state-00000008"]
+    config = untrained.config()
+    started = started_training(config, untrained.storage, untrained.shards(), series_of(config))
+    assert started == (8, 20)
     more = untrained.config(checkpoints=6)
     # Steps 2 and 6 are wanted now and behind the state; 3, 7 and 8 are not.
     untrained.train(more)
