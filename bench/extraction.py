@@ -42,11 +42,11 @@ CALIBRATION_BATCHES = 1
 
 def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
     """Compare on the first `arguments.tokens` tokens of a corpus; everything is written under `root`."""
+    from tasks.devices import choose_device
     from tasks.dictionaries import load_dictionary, prepare_dictionaries
-    from tasks.extraction import _encoder, loaded_model, loaded_tokenizer
+    from tasks.extraction import _encoder, keep_for, loaded_model, loaded_tokenizer
     from tasks.features import extract_features
     from tasks.graph import graph_shards
-    from tasks.models import choose_device
     from tasks.residuals import shard_batches
     from tasks.tokenization import tokenize_corpus
     from tasks.windows import read_shard_tokens
@@ -89,6 +89,7 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
     def load_ours() -> None:
         # What a run loads for its first part, and keeps for all others.
         storage.delete("features")
+        keep_for(model.key)
         loaded_model(config.model, storage)
         loaded_tokenizer(config.model, storage)
         for entry in dictionaries:

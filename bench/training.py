@@ -29,7 +29,7 @@ from tasks.pretraining_plan import TrainingPlan
 def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
     """Compare on a corpus' first documents; everything is written under `root`."""
     from tasks.corpus_tokenizer import train_tokenizer, with_tokenizer
-    from tasks.models import prepared_device
+    from tasks.devices import prepared_device
     from tasks.pretraining import train_series
     from tasks.pretraining_loop import packed_rows
     from tasks.pretraining_model import build_model, count_parameters

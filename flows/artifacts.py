@@ -7,6 +7,7 @@ from typing import Any
 
 from prefect.artifacts import create_image_artifact, create_link_artifact, create_table_artifact
 
+from infra.addresses import without_credentials
 from infra.duck import CATALOG, connect, read_catalog
 from infra.storage import Storage
 from schemas.config import Config
@@ -20,6 +21,7 @@ from schemas.work import (
     SteeredPrompt,
     TraitFeatures,
 )
+from tasks.report_text import visible
 
 COVERAGE_RANKS = 10
 """The ranks of PAPER 1.2's table."""
@@ -39,7 +41,7 @@ def show_corpus(storage: Storage, shards: CorpusShards) -> None:
     """A table of how much each corpus file gave."""
     sources: dict[str, list[int]] = {}
     for shard in shards.shards:
-        counts = sources.setdefault(shard.source, [0, 0, 0, 0])
+        counts = sources.setdefault(without_credentials(shard.source), [0, 0, 0, 0])
         for index, more in enumerate((1, shard.n_documents, shard.n_tokens, shard.n_rejects)):
             counts[index] += more
     rows = [
@@ -125,27 +127,30 @@ def show_steering(
         description="Each trait's strongest features at its most informative layer",
     )
     rows = [row for made in steered for row in _steered_rows(storage, made)]
+    places = ", ".join(dict.fromkeys(row["place"] for row in rows))
     create_table_artifact(
         table=rows[:STEERED_TEXTS],
         key="steered-texts",
-        description="Answers before and after the trait's features are set at the last function token",
+        description=f"Answers before and after the trait's features are set (place: {places or 'none'})",
     )
 
 
 def _trait_rows(storage: Storage, trait: TraitFeatures) -> list[dict[str, Any]]:
-    layers = storage.read_parquet(f"{trait.folder}/trait_layers.parquet").to_pylist()
-    [best] = [row for row in layers if row["is_most_informative"]]
-    features = storage.read_parquet(f"{trait.folder}/trait_features.parquet").to_pylist()
+    from tasks.loaded_traits import load_layers
+
+    [best] = [layer for layer in load_layers(storage, trait) if layer.is_most_informative]
+    [folder] = [entry.folder for entry in trait.layers if entry.layer == best.layer]
+    features = storage.read_parquet(f"{folder}/trait_features.parquet").to_pylist()
     return [
         {
             "trait": trait.trait,
-            "layer": best["layer"],
-            "separation": best["separation"],
-            "accuracy": best["accuracy"],
+            "layer": best.layer,
+            "separation": best.separation,
+            "accuracy": best.accuracy,
             **{name: row[name] for name in ("place", "feature_id", "coefficient", "contribution")},
         }
         for row in features
-        if row["layer"] == best["layer"] and row["place"] <= TRAIT_FEATURES
+        if row["place"] <= TRAIT_FEATURES
     ]
 
 
@@ -242,8 +247,3 @@ def show_link(key: str, address: str, description: str) -> None:
 def link_of(address: str) -> str:
     """A URL that a browser takes: local paths become `file://`."""
     return f"file://{address}" if address.startswith("/") else address
-
-
-def visible(token: str) -> str:
-    """A token with its white space and control characters shown: `'\\n'`, `' the'`."""
-    return repr(token) if not token.strip() or token != token.strip() or not token.isprintable() else token

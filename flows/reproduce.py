@@ -15,9 +15,10 @@ from flows.losses import losses
 from flows.reactivation import reactivation
 from flows.report import report
 from flows.steering import steering
-from flows.support import refuse_secrets, stage_flow, watching
+from flows.support import stage_flow, watching
 from flows.tables import tables
 from flows.tokenize import tokenize
+from infra.addresses import refuse_secrets
 from infra.errors import ConfigError
 from infra.prefect_server import run_api
 from infra.terminal import terminal_progress

@@ -7,14 +7,12 @@ manifests say what is done, so neither Prefect's cache nor its result storage is
 from __future__ import annotations
 
 import functools
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
-from urllib.parse import parse_qsl, urlsplit
 
 from prefect import flow, get_run_logger, runtime, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
@@ -22,6 +20,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.tasks import exponential_backoff
 
 from flows.retry import worth_retrying
+from infra.addresses import refuse_secrets
 from infra.errors import ConfigError, FunctokError
 from infra.prefect_api import note_process
 from infra.progress import Progress
@@ -117,42 +116,11 @@ def open_storage(config: Config) -> Storage:
     """The storage of a run.
 
     Raises:
-        ConfigError: if an address in the configuration carries a password or a signature.
+        ConfigError: if an address in the configuration carries a password, a token or a signature.
         StorageError: if it cannot be opened.
     """
     refuse_secrets(config)
     return Storage(config.storage.root, config.storage.endpoint_url)
-
-
-_SECRET_KEY = re.compile(r"signature|token|secret|password|credential|api_?key|^sig$", re.IGNORECASE)
-
-
-def refuse_secrets(config: Config) -> None:
-    """Refuse addresses with secrets: Prefect keeps parameters, and the tables name their sources.
-
-    Raises:
-        ConfigError: naming the setting, not the secret.
-    """
-    places = {
-        "storage.root": config.storage.root,
-        "storage.endpoint_url": config.storage.endpoint_url or "",
-        "dask.scheduler": config.dask.scheduler,
-        "steering.cases": config.steering.cases if config.steering is not None else "",
-        **{f"corpus.urls.{index}": url for index, url in enumerate(config.corpus.urls)},
-        **{f"sae.{index}.path": entry.path or "" for index, entry in enumerate(config.sae)},
-    }
-    for place, address in places.items():
-        for link in address.split("::"):
-            try:
-                parts = urlsplit(link)
-            except ValueError:
-                continue
-            keys = [key for key, _ in parse_qsl(parts.query)]
-            if (parts.scheme and parts.password) or any(_SECRET_KEY.search(key) for key in keys):
-                raise ConfigError(
-                    f"{place} carries a password or a signature, which would be stored with the run",
-                    hint="give credentials through the environment (AWS_*, HF_TOKEN, .netrc)",
-                )
 
 
 def needed(found: R | None, stage: Stage, storage: Storage) -> R:

@@ -14,6 +14,7 @@ from infra.terminal import printable
 from schemas.config import Config
 from schemas.work import Stage
 from tasks.plan import is_up_to_date, plan_run, stages_of
+from tasks.report_text import visible
 
 TOP_RANKS = 10
 
@@ -136,8 +137,3 @@ def show_steering(storage: Storage, console: Any) -> None:
 def _show_findings(findings: Sequence[tuple[str, str, str]], console: Any) -> None:
     for title, verdict, text in findings:
         console.print(f"\n{title}: {verdict.upper()}. {printable(text)}", markup=False, highlight=False)
-
-
-def visible(token: str) -> str:
-    """A token with its white space shown."""
-    return printable(token).replace(" ", "␣")

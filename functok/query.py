@@ -30,7 +30,7 @@ def run_query(storage: Storage, sql: str, format: str, output: Path | None = Non
     Args:
         storage: The root whose catalogue is asked.
         sql: DuckDB SQL.
-        format: `table`, `csv`, `json` or `parquet`.
+        format: `table`, `csv` (lists, structs and maps in it as JSON), `json` or `parquet`.
         output: A file to write instead of standard output.
 
     Raises:
@@ -102,6 +102,9 @@ def _explained() -> Iterator[None]:
     except (duckdb.ParserException, duckdb.BinderException, duckdb.CatalogException) as error:
         hint = '`functok query "SHOW TABLES"` lists the tables, "DESCRIBE tokens" a table\'s columns'
         raise FunctokError(f"the query failed: {error}", hint=hint) from error
+    except pa.ArrowNotImplementedError as error:
+        hint = "another --format may hold it, or cast the column: CAST(… AS VARCHAR)"
+        raise FunctokError(f"the query failed: {error}", hint=hint) from error
     except (duckdb.Error, pa.ArrowException, OSError) as error:
         hint = "if it names a damaged or missing file, `functok run CONFIG` makes it again"
         raise FunctokError(f"the query failed: {error}", hint=hint) from error
@@ -125,19 +128,36 @@ def _target(output: Path | None) -> Iterator[IO[bytes]]:
 def _write_csv(reader: pa.RecordBatchReader, target: IO[bytes]) -> None:
     from pyarrow import csv
 
-    with csv.CSVWriter(target, reader.schema) as writer:
+    schema = pa.schema([pa.field(field.name, _flat(field.type)) for field in reader.schema])
+    with csv.CSVWriter(target, schema) as writer:
         for batch in reader:
-            writer.write_batch(batch)
+            columns = [_flattened(column) for column in batch.columns]
+            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
+
+
+def _flat(kind: pa.DataType) -> pa.DataType:
+    """CSV has no lists, structs and maps: they become text."""
+    return pa.string() if pa.types.is_nested(kind) else kind
+
+
+def _flattened(column: pa.Array) -> pa.Array:
+    if not pa.types.is_nested(column.type):
+        return column
+    values = column.to_pylist()
+    return pa.array([None if value is None else _as_json(value) for value in values], pa.string())
 
 
 def _write_json(reader: pa.RecordBatchReader, target: IO[bytes]) -> None:
     separator = "[\n"
     for batch in reader:
         for row in batch.to_pylist():
-            text = json.dumps(_finite(row), ensure_ascii=False, default=str, allow_nan=False)
-            target.write(f"{separator}{text}".encode())
+            target.write(f"{separator}{_as_json(row)}".encode())
             separator = ",\n"
     target.write(b"[]\n" if separator == "[\n" else b"\n]\n")
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(_finite(value), ensure_ascii=False, default=str, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:
@@ -148,7 +168,8 @@ def _finite(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list) else value
+    # A map is a list of pairs.
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _write_parquet(reader: pa.RecordBatchReader, target: IO[bytes]) -> None:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 from infra.errors import ConfigError
 from schemas.config import Dask
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+_device = threading.RLock()
 
 
 @contextmanager
@@ -31,16 +38,36 @@ def tokenization_client(settings: Dask, n_files: int) -> Iterator[tuple[Any, int
 
 
 @contextmanager
-def extraction_client(settings: Dask, n_devices: int, n_parts: int) -> Iterator[Any]:
-    """A Dask client whose workers own a device each, or None where this process does as well."""
+def extraction_client(settings: Dask, count_devices: Callable[[], int], n_parts: int) -> Iterator[Any]:
+    """A Dask client whose workers own a device each, or None where this process does as well.
+
+    Args:
+        settings: Names a running scheduler, or none.
+        count_devices: Tells how many devices this machine has; not asked where others work, as it may have none.
+        n_parts: Independent pieces of work.
+    """
     if settings.scheduler:
         with _connected(settings.scheduler) as client:
             yield client
-    elif min(n_devices, n_parts) > 1:
-        with _one_worker_per_gpu(min(n_devices, n_parts)) as client:
+    elif n_parts > 1 and (n_workers := min(count_devices(), n_parts)) > 1:
+        with _one_worker_per_gpu(n_workers) as client:
             yield client
     else:
         yield None
+
+
+def one_at_a_time(work: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Let a process do such work one at a time: a Dask worker may have several threads, but one model and one device.
+
+    Two threads would read each other's hooks on the shared model, and draw from each other's random numbers.
+    """
+
+    @wraps(work)
+    def alone(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with _device:
+            return work(*args, **kwargs)
+
+    return alone
 
 
 def available_cores() -> int:
@@ -95,9 +122,9 @@ def _one_worker_per_gpu(devices: int) -> Iterator[Any]:
     workers = {
         index: {
             "cls": Nanny,
-            "options": {"nthreads": 1, "host": "127.0.0.1", "env": {"CUDA_VISIBLE_DEVICES": str(index)}},
+            "options": {"nthreads": 1, "host": "127.0.0.1", "env": {"CUDA_VISIBLE_DEVICES": name}},
         }
-        for index in range(devices)
+        for index, name in enumerate(_gpu_names(devices))
     }
     scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard_address": None}}
     with (
@@ -105,3 +132,9 @@ def _one_worker_per_gpu(devices: int) -> Iterator[Any]:
         Client(cluster) as client,
     ):
         yield client
+
+
+def _gpu_names(n: int) -> list[str]:
+    """What CUDA calls the first `n` GPUs that this process may use: others' stay hidden from its workers too."""
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return visible[:n] if visible else [str(index) for index in range(n)]

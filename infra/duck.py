@@ -55,11 +55,13 @@ class Catalog:
         tables: Table name to Parquet file name.
         sharded: Table name to its shards' files, in corpus order.
         lineage: Group of tables (`corpus`, `graph`, …) to the key that it was made with.
+        about: Group of tables to keys of the model, then of the dictionaries, that it is about.
     """
 
     tables: dict[str, str] = field(default_factory=dict)
     sharded: dict[str, list[ShardFile]] = field(default_factory=dict)
     lineage: dict[str, str] = field(default_factory=dict)
+    about: dict[str, list[str]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The JSON form, with the shards' fields as columns."""
@@ -73,6 +75,7 @@ class Catalog:
                 for table, files in self.sharded.items()
             },
             "lineage": self.lineage,
+            "about": self.about,
         }
 
     @classmethod
@@ -88,6 +91,7 @@ class Catalog:
                 for table, columns in value["sharded"].items()
             },
             lineage=dict(value["lineage"]),
+            about={group: list(keys) for group, keys in value.get("about", {}).items()},
         )
 
 

@@ -279,7 +279,12 @@ class Storage:
     def _explained(self, name: str) -> Iterator[None]:
         try:
             yield
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if "bucket does not exist" in str(error):
+                raise StorageError(
+                    f"storage failed at {self.url(name)}: there is no such bucket",
+                    hint="create it, or check storage.root and the endpoint",
+                ) from error
             raise
         except OSError as error:
             raise StorageError(

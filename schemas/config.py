@@ -14,6 +14,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
+from infra.addresses import refuse_secrets
 from infra.errors import ConfigError
 from schemas.consolidation import (
     Consolidation,
@@ -171,7 +172,8 @@ def load_config(
     index (`sae.0.path=…`).
 
     Raises:
-        ConfigError: if the file cannot be read, is not TOML, or does not fit the model.
+        ConfigError: if the file cannot be read, is not TOML, does not fit the model, or has an address with a
+            secret in it.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -188,12 +190,14 @@ def load_config(
     if root is not None:
         _assign_path(values, ["storage", "root"], root)
     try:
-        return Config.model_validate(values)
+        config = Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(
             f"{path}: {_explain(error)}",
-            hint="README.md shows every section; schemas/config.py says what each key means",
+            hint="schemas/sections.py, consolidation.py and steering.py say what each key means; configs/ has examples",
         ) from error
+    refuse_secrets(config)
+    return config
 
 
 def _explain(error: ValidationError) -> str:

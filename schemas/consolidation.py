@@ -101,16 +101,18 @@ class Pretraining(Section):
     )
     first_checkpoint: PositiveInt = Field(1, description="Step of the first checkpoint kept.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 autocast on CUDA, float32 on CPU."
+        "auto", description="auto: bfloat16 autocast where it is trained on CUDA, float32 on CPU."
     )
-    compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile; auto: on CUDA.")
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="torch.compile; auto: on CUDA, with a C compiler."
+    )
     state_every: PositiveInt = Field(
         100, description="Steps between saved training states; a killed run goes on from the last."
     )
     processes: int = Field(
         0, ge=0, description="Processes of `accelerate launch`; 0: one a CUDA device, one on CPU."
     )
-    fsdp: bool = Field(False, description="Shard model and optimizer over the processes (FSDP).")
+    fsdp: bool = Field(False, description="Shard model and optimizer over several processes (FSDP).")
     seed: int = Field(0, ge=0, description="Seed of initialization and of the order of documents.")
 
 

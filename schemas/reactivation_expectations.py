@@ -1,7 +1,8 @@
 """What must hold of the cases that reactivation has read (PAPER 1.3).
 
-Views of the `reactivation` suite: `shards` (one row a case that was read), `wanted` (the prompts of the cases' file),
-`dictionaries`, `vocabulary`, and of all folders together `prompt_tokens` and `prompt_features`, with their `folder` and
+Views of the `reactivation` suite: `shards` (one row a case that was read), `layer_shards` (one a case and layer),
+`wanted` (the prompts of the cases' file), `dictionaries`, `vocabulary`, and of all folders together `prompt_tokens` (of
+`shards`) and `prompt_features` (of `layer_shards`; cases of the same prompts share them), with their `folder` and
 `file_row`, the row's number in its file.
 """
 
@@ -19,6 +20,17 @@ REACTIVATION: tuple[Expectation, ...] = (
             FROM (SELECT DISTINCT "case" FROM wanted) AS w FULL JOIN (SELECT "case", count(*) AS folders,
                 bool_and(committed) AS committed FROM shards GROUP BY "case") AS s USING ("case")
             WHERE (w."case" IS NOT NULL AND s.folders = 1 AND s.committed) IS NOT TRUE""",
+    ),
+    Query(
+        name="every layer of a case has its folder",
+        table="layer_shards",
+        needs=("wanted", "dictionaries"),
+        meaning="A case has the features of each layer that has a dictionary, each once, and each is committed.",
+        offenders="""SELECT "case", layer, w."case" IS NOT NULL AS is_wanted, coalesce(s.folders, 0) AS folders,
+                s.committed
+            FROM (SELECT DISTINCT "case", layer FROM wanted, dictionaries) AS w FULL JOIN (SELECT "case", layer,
+                count(*) AS folders, bool_and(committed) AS committed FROM layer_shards GROUP BY ALL) AS s
+            USING ("case", layer) WHERE (w."case" IS NOT NULL AND s.folders = 1 AND s.committed) IS NOT TRUE""",
     ),
     Query(
         name="every prompt is read",
@@ -92,17 +104,20 @@ REACTIVATION: tuple[Expectation, ...] = (
     Query(
         name="prompt features are in the dictionaries",
         table="prompt_features",
-        needs=("dictionaries",),
-        meaning="Every feature is of a configured layer, and 0 ≤ feature_id < latents.",
+        needs=("layer_shards", "dictionaries"),
+        meaning="Every feature is of its folder's layer, and 0 ≤ feature_id < latents.",
         offenders="""SELECT folder, prompt, position, layer, feature_id, d_sae FROM prompt_features
-            LEFT JOIN dictionaries USING (layer) WHERE (feature_id BETWEEN 0 AND d_sae - 1) IS NOT TRUE""",
+            LEFT JOIN (SELECT DISTINCT folder, layer, d_sae FROM layer_shards JOIN dictionaries USING (layer))
+                USING (folder, layer)
+            WHERE (feature_id BETWEEN 0 AND d_sae - 1) IS NOT TRUE""",
     ),
     Query(
         name="features are of tokens",
         table="prompt_features",
-        needs=("prompt_tokens",),
-        meaning="Features are active at tokens of their prompt; special tokens have none.",
-        offenders="""SELECT folder, prompt, position, layer, feature_id FROM prompt_features
-            ANTI JOIN prompt_tokens USING (folder, prompt, position)""",
+        needs=("layer_shards", "prompt_tokens"),
+        meaning="Features are active at tokens of their case's prompts; special tokens have none.",
+        offenders="""SELECT folder, "case", prompt, position, layer, feature_id
+            FROM prompt_features JOIN (SELECT "case", folder FROM layer_shards) USING (folder)
+            ANTI JOIN prompt_tokens USING ("case", prompt, position)""",
     ),
 )

@@ -54,7 +54,9 @@ class Model(Section):
     revision: str | None = Field(None, description="Hub revision: branch, tag or commit.")
     tokenizer: str | None = Field(None, description="Another directory or id to take the tokenizer from.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: the checkpoint's own dtype on CUDA, float32 on CPU."
+        "auto",
+        description="auto: the checkpoint's own dtype on CUDA, float32 on CPU; decided once a storage.root, by the "
+        "machine that runs the model first.",
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     threads: int = Field(

@@ -79,7 +79,7 @@ SHARD_FILES: dict[str, pa.Schema] = {
         learning_rate=pa.float64(),
         gradient_norm=pa.float64(),
     ),
-    # in a case's folder: the tokens of its prompts, special ones left out, and what is active at each of them
+    # in a case's folder: the tokens of its prompts, special ones left out
     "prompt_tokens": schema_of(
         case=pa.string(),
         relation=pa.string(),
@@ -91,6 +91,7 @@ SHARD_FILES: dict[str, pa.Schema] = {
         in_place=pa.bool_(),  # where the case's prompts differ
         looked_at=pa.bool_(),  # after that place, and not left out by the case's look_at
     ),
+    # in its folder for a layer: what is active at each of them
     "prompt_features": schema_of(
         prompt=pa.string(),
         position=pa.int32(),
@@ -98,7 +99,7 @@ SHARD_FILES: dict[str, pa.Schema] = {
         feature_id=pa.int32(),
         activation=pa.float32(),
     ),
-    # in a trait's folder
+    # in a trait's folder for a layer
     "trait_layers": schema_of(
         trait=pa.string(),
         layer=pa.int32(),
@@ -106,7 +107,6 @@ SHARD_FILES: dict[str, pa.Schema] = {
         accuracy=pa.float64(),  # share of left-out pairs in the right order
         explained_variance=pa.float64(),  # of the dictionary, at the last function tokens of its prompts
         n_pairs=pa.int64(),
-        is_most_informative=pa.bool_(),
     ),
     "trait_features": schema_of(
         trait=pa.string(),

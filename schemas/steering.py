@@ -31,7 +31,9 @@ class Steering(Section):
         min_length=1, description="TOML file (a path or any fsspec URL) of [[case]], [[trait]] and [[steer]]."
     )
     chat_template: bool = Field(
-        True, description="Put prompts into the model's chat template, where its tokenizer has one."
+        True,
+        description="Put prompts into the model's chat template, where its tokenizer has one. Templates that show "
+        "today's date are given 26 July 2024, so that a prompt stays the same.",
     )
     layer: int | None = Field(
         None, ge=0, description="Layer to steer at; none: each trait's most informative one."
@@ -161,7 +163,10 @@ class Steer(Section):
 
     traits: list[str] = Field(min_length=1, description="Names of traits; several are steered at once.")
     prompt: str
-    target: str = Field(min_length=1, description="Continuation whose log-probability is measured.")
+    target: str = Field(
+        min_length=1,
+        description="Continuation whose log-probability after the prompt is measured, with its spaces.",
+    )
     name: str = Field("", description="What the table calls it; none: its traits.")
 
     @model_validator(mode="after")

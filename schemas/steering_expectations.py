@@ -1,11 +1,11 @@
 """What must hold of traits and of steered prompts (PAPER 1.3).
 
-Views of the `steering` suite: `traits` and `experiments` (one row a folder); what the cases' file asks for:
-`wanted_traits` (with the number of their pairs of prompts; 0: their features are given), `wanted_layers` (where each is
-to be looked for), `wanted_features` (those that are given), `wanted_experiments` and `wanted_members` (the traits of
-each); `conditions` (what each experiment is to be steered by), `settings` and `dictionaries`; and of all folders
-together `trait_layers`, `trait_features` and `steering`, with their `folder` and `file_row`, the row's number in its
-file.
+Views of the `steering` suite: `traits` (one row a trait and layer) and `experiments`, a folder each; what the cases'
+file asks for: `wanted_traits` (with the number of their pairs of prompts; 0: their features are given), `wanted_layers`
+(where each is to be looked for), `wanted_features` (those that are given), `wanted_experiments` and `wanted_members`
+(the traits of each); `conditions` (what each experiment is to be steered by), `settings` and `dictionaries`; and of all
+folders together `trait_layers`, `trait_features` and `steering`, with their `folder` and `file_row`, the row's number
+in its file.
 """
 
 from __future__ import annotations
@@ -14,24 +14,26 @@ from schemas.expectation import Expectation, Query, Rows, differ
 
 _TRAITS: tuple[Expectation, ...] = (
     Query(
-        name="every trait has its folder",
+        name="every layer of a trait has its folder",
         table="traits",
-        needs=("wanted_traits",),
-        meaning="The traits of the file are the traits that were looked for, each once, and each is committed.",
-        offenders="""SELECT trait, w.trait IS NOT NULL AS is_wanted, coalesce(t.folders, 0) AS folders, t.committed
-            FROM wanted_traits AS w FULL JOIN (SELECT trait, count(*) AS folders, bool_and(committed) AS committed
-                FROM traits GROUP BY trait) AS t USING (trait)
+        needs=("wanted_layers",),
+        meaning="""The traits of the file are looked for at every layer, those that are given have their own alone; each
+            once, and each is committed.""",
+        offenders="""SELECT trait, layer, w.trait IS NOT NULL AS is_wanted, coalesce(t.folders, 0) AS folders,
+                t.committed
+            FROM wanted_layers AS w FULL JOIN (SELECT trait, layer, count(*) AS folders,
+                bool_and(committed) AS committed FROM traits GROUP BY ALL) AS t USING (trait, layer)
             WHERE (w.trait IS NOT NULL AND t.folders = 1 AND t.committed) IS NOT TRUE""",
     ),
     Query(
-        name="traits are looked for at every layer",
+        name="a folder judges its layer",
         table="trait_layers",
-        needs=("wanted_layers",),
-        meaning="A trait found from prompts has each layer once; one that is given has its own layer alone.",
+        needs=("traits",),
+        meaning="A folder has one row on its layer, of its trait.",
         offenders=differ(
-            "SELECT trait, layer, count(*) AS n FROM trait_layers JOIN traits USING (folder, trait) GROUP BY ALL",
-            "SELECT trait, layer, 1 AS n FROM wanted_layers",
-            "trait, layer",
+            "SELECT folder, trait, layer, count(*) AS n FROM trait_layers GROUP BY ALL",
+            "SELECT folder, trait, layer, 1 AS n FROM traits",
+            "folder, trait, layer",
             "n",
         ),
     ),
@@ -51,24 +53,6 @@ _TRAITS: tuple[Expectation, ...] = (
         offenders="""SELECT trait, layer, separation, l.n_pairs, w.n_pairs AS wanted_pairs FROM trait_layers AS l
             LEFT JOIN wanted_traits AS w USING (trait)
             WHERE l.n_pairs IS DISTINCT FROM w.n_pairs OR (separation IS NULL) <> (w.n_pairs = 0)""",
-    ),
-    Query(
-        name="one most informative layer",
-        table="traits",
-        needs=("trait_layers",),
-        meaning="A trait has exactly one most informative layer.",
-        offenders="""SELECT trait, folder, coalesce(n, 0) AS most_informative FROM traits LEFT JOIN (SELECT folder,
-                count(*) FILTER (WHERE is_most_informative) AS n FROM trait_layers GROUP BY folder) USING (folder)
-            WHERE n IS DISTINCT FROM 1""",
-    ),
-    Query(
-        name="the most informative layer separates best",
-        table="trait_layers",
-        meaning="No layer tells left-out prompts further apart, and no lower one as far.",
-        offenders="""SELECT trait, o.layer, o.separation, b.layer AS chosen_layer, b.separation AS chosen_separation
-            FROM trait_layers AS o JOIN trait_layers AS b USING (folder, trait)
-            WHERE b.is_most_informative AND NOT o.is_most_informative
-                AND (o.separation > b.separation OR (o.separation = b.separation AND o.layer < b.layer))""",
     ),
     Query(
         name="places run from 1",
@@ -186,21 +170,27 @@ _EXPERIMENTS: tuple[Expectation, ...] = (
     Query(
         name="experiments are steered at the layer chosen",
         table="steering",
-        needs=("wanted_experiments", "wanted_members", "wanted_traits", "trait_layers", "settings"),
-        meaning="""It is the configured layer, else that of given traits, else the one whose separations, added over
-            the traits, are largest.""",
+        needs=(
+            *("wanted_experiments", "wanted_members", "wanted_traits"),
+            *("trait_layers", "trait_features", "settings"),
+        ),
+        meaning="""It is the configured layer, else that of given traits, else, of those where every trait has features,
+            the one whose separations, added over the traits, are largest.""",
         offenders="""WITH sums AS (SELECT "case", prompt, target, layer, sum(coalesce(separation, 0)) AS separation,
-                bool_or(n_pairs = 0) AS is_given FROM wanted_members JOIN trait_layers USING (trait)
-                GROUP BY ALL),
-            best AS (SELECT "case", prompt, target, max(separation) AS separation, bool_or(is_given) AS is_given,
-                min(layer) FILTER (WHERE is_given) AS given_layer FROM sums GROUP BY ALL)
+                bool_or(n_pairs = 0) AS is_given, bool_and(f.trait IS NOT NULL) AS has_features
+                FROM wanted_members JOIN trait_layers USING (trait)
+                LEFT JOIN (SELECT DISTINCT trait, layer FROM trait_features) AS f USING (trait, layer) GROUP BY ALL),
+            best AS (SELECT "case", prompt, target, max(separation) FILTER (WHERE has_features) AS separation,
+                bool_or(is_given) AS is_given, min(layer) FILTER (WHERE is_given) AS given_layer
+                FROM sums GROUP BY ALL)
             SELECT DISTINCT folder, "case", layer, configured_layer, given_layer, s.separation,
                 best.separation AS largest_separation
             FROM steering LEFT JOIN sums AS s USING ("case", prompt, target, layer)
             LEFT JOIN best USING ("case", prompt, target), settings
             WHERE (CASE WHEN configured_layer IS NOT NULL THEN layer = configured_layer
                 WHEN best.is_given THEN layer = given_layer
-                ELSE s.separation >= best.separation - 1e-9 * abs(best.separation) END) IS NOT TRUE""",
+                ELSE s.has_features AND s.separation >= best.separation - 1e-9 * abs(best.separation) END)
+                IS NOT TRUE""",
     ),
     Query(
         name="steered features are the traits'",

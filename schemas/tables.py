@@ -216,7 +216,7 @@ TABLES: dict[str, pa.Schema] = {
             for end in ("", "_low", "_high")
         },
     ),
-    "trait_layers": SHARD_FILES["trait_layers"],
+    "trait_layers": SHARD_FILES["trait_layers"].append(pa.field("is_most_informative", pa.bool_())),
     "trait_features": SHARD_FILES["trait_features"],
     "steering": SHARD_FILES["steering"],
     # means over the experiments, with 95 % intervals by experiment; the advantage is over the random controls of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from schemas.sections import Model
 
@@ -64,11 +64,13 @@ class CorpusShards:
         shards: All shards.
         tokenizer_key: Content key of the tokenizer.
         vocabulary: File name of the vocabulary (token_id, token) in the storage.
+        eos_id: The token that ends a text, which is no part of the tokenizer's key; None where it has none.
     """
 
     shards: tuple[TokenShard, ...]
     tokenizer_key: str
     vocabulary: str
+    eos_id: int | None = None
 
     @property
     def n_documents(self) -> int:
@@ -207,14 +209,27 @@ class GeneratedTexts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerFolder:
+    """What one layer says of a case or of a trait: a folder of its own, so that another SAE makes it alone anew."""
+
+    layer: int
+    folder: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class CaseFeatures:
     """The features of one case's prompts, at every position and layer.
 
-    Its folder holds `prompt_tokens.parquet` and `prompt_features.parquet`.
+    Attributes:
+        case: Its name.
+        folder: Holds `prompt_tokens.parquet`.
+        layers: Ascending; the folder of each holds `prompt_features.parquet`.
+        n_tokens: Tokens of its prompts, special ones not counted.
     """
 
     case: str
     folder: str
+    layers: tuple[LayerFolder, ...]
     n_tokens: int
 
 
@@ -222,11 +237,13 @@ class CaseFeatures:
 class TraitFeatures:
     """A trait's strongest features at every layer, and how well each layer tells its prompts apart.
 
-    Its folder holds `trait_layers.parquet` and `trait_features.parquet`.
+    Attributes:
+        trait: Its name.
+        layers: Ascending; the folder of each holds `trait_layers.parquet`, one row, and `trait_features.parquet`.
     """
 
     trait: str
-    folder: str
+    layers: tuple[LayerFolder, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,7 +280,3 @@ class StagePlan:
     missing: int | None
     reason: str
     details: tuple[str, ...] = field(default_factory=tuple)
-
-    def as_row(self) -> dict[str, Any]:
-        """The plan as a flat row for tables and artifacts."""
-        return {"stage": self.stage, "done": self.done, "missing": self.missing, "reason": self.reason}

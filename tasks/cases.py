@@ -95,8 +95,10 @@ def check_cases(config: Config, storage: Storage) -> Cases:
     tokenizer = load_tokenizer(config.model, storage)
     positions = context_length(config.model, storage)
 
-    def fitting(text: str, after: int = 0) -> Prompt:
-        prompt = tokenized(text, config, tokenizer)
+    def fitting(text: str, target: str | None = None) -> Prompt:
+        prompt, after = tokenized(text, config, tokenizer), 0
+        if target is not None:
+            after = max(section.max_new_tokens, len(target_ids(target, text, config, tokenizer)))
         _check_window(prompt, after, positions, config.model.name)
         return prompt
 
@@ -104,8 +106,8 @@ def check_cases(config: Config, storage: Storage) -> Cases:
         for case in cases.case:
             with about(case.label):
                 prompts = [fitting(text) for text in case.prompts]
-                for target in case.targets or ():
-                    target_ids(target, tokenizer)
+                for text, target in zip(case.prompts, case.targets or (), strict=False):
+                    target_ids(target, text, config, tokenizer)
             _check_later(case, prompts[0], place_of(case, prompts)[1])
         for trait in cases.trait:
             with about(trait.label):
@@ -114,7 +116,7 @@ def check_cases(config: Config, storage: Storage) -> Cases:
                 _check_given(trait, config)
         for steer in cases.steer:
             with about(steer.label):
-                fitting(steer.prompt, max(section.max_new_tokens, len(target_ids(steer.target, tokenizer))))
+                fitting(steer.prompt, steer.target)
                 _check_layers(steer, cases)
     return cases
 

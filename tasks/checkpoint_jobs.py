@@ -6,36 +6,50 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
-from infra.cluster import extraction_client
+from infra.cluster import extraction_client, one_at_a_time
 from infra.errors import FunctokError, ModelError
 from infra.storage import Storage
 from schemas.config import Config, Model
 from schemas.work import Checkpoint, Stage
 from tasks.checkpoints import config_of
+from tasks.devices import settle_dtype, usable_devices
 from tasks.language_models import LanguageModel, load_language_model
 from tasks.model_files import explained, location, revision
-from tasks.models import check_windows, usable_devices
+from tasks.models import check_windows, context_length, model_key, require_key
 from tasks.tokenizers import LoadedTokenizer, load_tokenizer
 
-Job = TypeVar("Job")
+
+class CheckpointJob(Protocol):
+    """What is to be done with one checkpoint."""
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Which one."""
+
+
+Job = TypeVar("Job", bound=CheckpointJob)
 
 
 def run_by_checkpoint(
-    config: Config, jobs: Sequence[Job], steps: Callable[[Job], Iterator[int]]
+    config: Config, storage: Storage, jobs: Sequence[Job], steps: Callable[[Job], Iterator[int]]
 ) -> Iterator[int]:
     """Do one job a checkpoint: here, one after another, or on several GPUs or a Dask cluster, one a worker.
 
     Args:
         config: Says where (`dask.scheduler`, `model.device`).
+        storage: Where everything is.
         jobs: What is to be done, one a checkpoint.
         steps: Does a job, yielding the size of each finished piece; picklable.
 
     Yields:
         Sizes of what is done: pieces as they finish where they are done here, else whole jobs.
     """
-    with extraction_client(config.dask, usable_devices(config.model), len(jobs)) as client:
+    for job in jobs:
+        settle_dtype(job.checkpoint.model, storage)
+    with extraction_client(config.dask, partial(usable_devices, config.model), len(jobs)) as client:
         if client is None:
             for job in jobs:
                 yield from steps(job)
@@ -53,6 +67,7 @@ def _on_workers(client: Any, jobs: Sequence[Job], steps: Callable[[Job], Iterato
         yield future.result()
 
 
+@one_at_a_time
 def _whole(steps: Callable[[Job], Iterator[int]], job: Job) -> int:
     done = sum(steps(job))
     gc.collect()
@@ -65,7 +80,22 @@ def open_checkpoint(
     """A checkpoint's model, and the corpus' tokenizer as it suits the model (its padding id is in the vocabulary).
 
     Raises:
-        ModelError: if it cannot be loaded, is too short for the windows, its own tokenizer gives ids to other
+        ModelError: if it cannot be loaded, is another than where it was found, or as `check_checkpoint`.
+    """
+    tokenizer = check_checkpoint(config, storage, checkpoint)
+    model = load_language_model(checkpoint.model, storage)
+    require_key(checkpoint.model, model_key(checkpoint.model, storage), checkpoint.key)
+    return model, replace(tokenizer, pad_id=min(tokenizer.pad_id, model.vocabulary - 1))
+
+
+def check_checkpoint(config: Config, storage: Storage, checkpoint: Checkpoint) -> LoadedTokenizer:
+    """Whether a checkpoint can be read as the corpus is, as far as can be told without its weights.
+
+    Returns:
+        The corpus' tokenizer.
+
+    Raises:
+        ModelError: if it has no configuration, is too short for the windows, its own tokenizer gives ids to other
             tokens than the corpus' does, or there is no BOS token where windows begin with one.
     """
     tokenizer = load_tokenizer(config.model, storage)
@@ -75,9 +105,8 @@ def open_checkpoint(
             hint="set windows.prepend_bos = false",
         )
     _check_vocabulary(checkpoint.model, storage, tokenizer)
-    model = load_language_model(checkpoint.model, storage)
-    check_windows(config_of(config, checkpoint), model.context_length)
-    return model, replace(tokenizer, pad_id=min(tokenizer.pad_id, model.vocabulary - 1))
+    check_windows(config_of(config, checkpoint), context_length(checkpoint.model, storage))
+    return tokenizer
 
 
 def _check_vocabulary(model: Model, storage: Storage, tokenizer: LoadedTokenizer) -> None:

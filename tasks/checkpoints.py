@@ -6,19 +6,24 @@ after it can tell the sources apart.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from infra.errors import ConfigError, FunctokError
+from infra.addresses import without_credentials
+from infra.errors import ConfigError, FunctokError, ModelError
 from infra.progress import Progress, silent
 from infra.storage import Storage
 from schemas.config import Config, Model, Revision, Series, consolidation_of
 from schemas.work import Checkpoint, CorpusShards
-from tasks.models import is_gguf, model_key
+from tasks.models import IN_STORAGE, is_gguf, model_key
 
-_STEP_BY_NAME = re.compile(r"step[-_]?(\d+)")
-_LAST_NUMBER = re.compile(r"(\d+)$")
+# A unit may follow: TinyLlama's checkpoints are named step-50K.
+_STEP_BY_NAME = re.compile(r"step[-_]?(\d+)([KkMm]?)(?![A-Za-z\d.])")
+_LAST_NUMBER = re.compile(r"(?<![\d.])(\d+)([KkMm]?)$")
+_WEIGHTS = re.compile(r".*\.safetensors|pytorch_model.*\.bin")
+_UNITS = {"": 1, "K": 1_000, "M": 1_000_000}
 
 
 def find_checkpoints(config: Config, storage: Storage, shards: CorpusShards) -> list[Checkpoint] | None:
@@ -55,8 +60,11 @@ def prepare_checkpoints(
     Raises:
         ConfigError: as `find_checkpoints`.
         FunctokError: if a training fails.
-        ModelError: if a public checkpoint cannot be found, or a prompt is too long for what is trained.
+        ModelError: if a public checkpoint cannot be found, does not fit tokenizer or windows, or a prompt is too long
+            for what is trained.
     """
+    from tasks.checkpoint_jobs import check_checkpoint, named
+
     section = consolidation_of(config)
     if section.generations is not None and section.trains_here and section.train is not None:
         from tasks.generations import check_prompts
@@ -69,6 +77,11 @@ def prepare_checkpoints(
 
             train_series(config, storage, shards, series, progress)
     found = find_checkpoints(config, storage, shards)
+    for checkpoint in found or ():
+        # Before the forwards of those that come first. What was trained here fits.
+        if not checkpoint.model.name.startswith(IN_STORAGE):
+            with named(checkpoint, "checkpoints"):
+                check_checkpoint(config, storage, checkpoint)
     if found is None:
         raise FunctokError("checkpoints vanished while they were made", stage="checkpoints", hint="run again")
     return found
@@ -90,7 +103,12 @@ def _find_series(
     steps = [step for step, _ in found]
     twice = sorted({step for step in steps if steps.count(step) > 1})
     if twice:
-        raise ConfigError(f"series {series.name}: two checkpoints at step {twice[0]}", stage="checkpoints")
+        names = [model.revision or model.name for step, model in found if step == twice[0]]
+        raise ConfigError(
+            f"series {series.name}: two checkpoints are at step {twice[0]}: {', '.join(names)}",
+            hint="rename or leave out one; the step is the number behind 'step', or else at a name's end",
+            stage="checkpoints",
+        )
     return [
         Checkpoint(
             series=series.name,
@@ -137,10 +155,16 @@ def _named(entry: str | Revision, series: Series) -> tuple[str, int]:
 def _step_of(name: str) -> int | None:
     """The step that a revision's or folder's name says: behind `step`, or else at its end."""
     match = _STEP_BY_NAME.search(name) or _LAST_NUMBER.search(name)
-    return None if match is None else int(match[1])
+    return None if match is None else int(match[1]) * _UNITS[match[2].upper()]
 
 
 def _in_folder(config: Config, series: Series) -> list[tuple[int, Model]]:
+    if "://" in str(series.folder):
+        raise ConfigError(
+            f"series {series.name}: {without_credentials(str(series.folder))} is no local folder",
+            hint="copy the checkpoints to a disk, or mount it: models are read from local folders and from hubs",
+            stage="checkpoints",
+        )
     folder = Path(str(series.folder))
     if not folder.is_dir():
         raise ConfigError(
@@ -159,7 +183,7 @@ def _in_folder(config: Config, series: Series) -> list[tuple[int, Model]]:
                 hint="rename it (step-1000), or move it out of the series' folder",
                 stage="checkpoints",
             )
-        if not any(path.name.endswith((".safetensors", ".bin")) for path in child.iterdir()):
+        if not any(_WEIGHTS.fullmatch(path.name) for path in child.iterdir()):
             raise ConfigError(
                 f"series {series.name}: {child} has a config.json, but no weights",
                 hint="finish copying it, or move it out of the series' folder",
@@ -167,9 +191,13 @@ def _in_folder(config: Config, series: Series) -> list[tuple[int, Model]]:
             )
         found.append((step, _model(config, str(child), None)))
     if not found:
+        is_one = (folder / "config.json").is_file()
         raise ConfigError(
-            f"series {series.name}: no subfolder of {folder} has a config.json",
-            hint="for example step-1000/config.json and step-1000/model.safetensors",
+            f"series {series.name}: no subfolder of {folder} has a config.json"
+            + (", but itself has one" if is_one else ""),
+            hint=f"give the folder above it, {folder.parent}"
+            if is_one
+            else "for example step-1000/config.json and step-1000/model.safetensors",
             stage="checkpoints",
         )
     return found
@@ -184,15 +212,19 @@ def _model(config: Config, name: str, revision: str | None) -> Model:
 
 def _count_parameters(name: str) -> int | None:
     """Numbers in the safetensors of a local folder, from their headers alone; None of any other place."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     files: Sequence[Path] = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
     total = 0
     for path in files:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - safe_open has no iterator
-                size = 1
-                for length in file.get_slice(key).get_shape():
-                    size *= length
-                total += size
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 - safe_open has no iterator
+                    total += math.prod(file.get_slice(key).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{path} is damaged or half copied: {error}",
+                hint="copy it again, or move its folder out of the series'",
+                stage="checkpoints",
+            ) from error
     return total or None

@@ -134,6 +134,7 @@ def _results(
         )
     if losses is None or growth is None or texts is None:
         return None
+    found = {checkpoint.series for checkpoint in checkpoints}
     return ConsolidationResults(
         checkpoints=tuple(checkpoints),
         losses=tuple(losses),
@@ -142,6 +143,6 @@ def _results(
         training_losses={
             series.name: training_losses_file(config, storage, shards, series)
             for series in section.series
-            if series.shape is not None
+            if series.shape is not None and series.name in found
         },
     )

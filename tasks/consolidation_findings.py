@@ -51,20 +51,22 @@ _DOUBLINGS = ("doublings of the step ahead of", "doublings of the step behind")
 
 def findings(measured: Measured) -> list[Finding]:
     """All four, in the paper's order."""
+    names = [one.name for one in measured.series]
     return [
-        is_hardest(measured.hardest),
-        falls_first(measured.halfway),
+        is_hardest(names, measured.hardest),
+        falls_first(names, measured.halfway),
         larger_gains(measured.series, measured.gains),
         features_grow(measured.series, measured.learned, measured.graphs),
     ]
 
 
-def is_hardest(rows: Sequence[Hardest | None]) -> Finding:
-    """function→content is above the highest of the others at every series' last checkpoint."""
+def is_hardest(names: Sequence[str], rows: Sequence[Hardest | None]) -> Finding:
+    """function→content is above the highest of the others at the last checkpoint of every series, `names`."""
     tested = [row for row in rows if row is not None]
-    if len(tested) < len(rows) or not rows:
+    if not tested:
         return _untested(0, "a token group has no prediction in the held-out documents")
-    verdict = every(row.gap.sign for row in tested)
+    left_out = _left_out(names, rows, "a token group has no prediction in the held-out documents")
+    verdict = every([row.gap.sign for row in tested] + ["unclear"] * bool(left_out))
     told = [
         f"In {row.model}, function→content ends at {signed(row.loss)} nats (step {row.step:,}), "
         f"{beyond(row.gap)} the highest of the others, {row.next_bucket}, and is the highest at {row.highest_at} of "
@@ -76,17 +78,20 @@ def is_hardest(rows: Sequence[Hardest | None]) -> Finding:
     return _finding(
         0,
         verdict,
-        f"{' '.join(told)} That function→content is the hardest at the last checkpoint (in the paper throughout, "
-        f"with {PAPER_FINAL} at the end of the 1.5B model) {_SAID[verdict]}{also}.",
+        f"{' '.join(told)}{left_out} That function→content is the hardest at the last checkpoint (in the paper "
+        f"throughout, with {PAPER_FINAL} at the end of the 1.5B model) {_SAID[verdict]}{also}.",
     )
 
 
-def falls_first(rows: Sequence[Halfway | None]) -> Finding:
-    """Both →function groups have made half of their fall before both →content groups."""
+def falls_first(names: Sequence[str], rows: Sequence[Halfway | None]) -> Finding:
+    """Both →function groups have made half of their fall before both →content groups, in all of the series `names`."""
     tested = [row for row in rows if row is not None]
-    if len(tested) < len(rows) or not rows:
-        return _untested(1, "a series has fewer than three checkpoints, or a token group has no prediction")
-    verdict = every(sign for row in tested for sign in (row.lead.sign, row.order.sign))
+    why = "fewer than three checkpoints, or a token group without predictions"
+    if not tested:
+        return _untested(1, f"every series has {why}")
+    left_out = _left_out(names, rows, why)
+    signs: list[Sign] = [sign for row in tested for sign in (row.lead.sign, row.order.sign)]
+    verdict = every(signs + ["unclear"] * bool(left_out))
     told = [
         f"In {row.model}, half of the fall from step {row.first:,} to step {row.last:,} is made by step "
         f"{_half_steps(row, TO_FUNCTION)} for →function and {_half_steps(row, TO_CONTENT)} for →content "
@@ -97,7 +102,8 @@ def falls_first(rows: Sequence[Halfway | None]) -> Finding:
     return _finding(
         1,
         verdict,
-        f"{' '.join(told)} That →function falls first (both groups before both →content groups) {_SAID[verdict]}.",
+        f"{' '.join(told)}{left_out} That →function falls first (both groups before both →content groups) "
+        f"{_SAID[verdict]}.",
     )
 
 
@@ -108,15 +114,17 @@ def larger_gains(series: Sequence[SeriesRow], compared: Gains | str) -> Finding:
     gain = compared.by_bucket
     verdict = every([gain[HARDEST].sign, compared.order.sign, compared.lead.sign])
     ranked = sorted(BUCKETS, key=lambda bucket: -gain[bucket].value)
-    told = [f"{bucket} by {estimate(gain[bucket])}" for bucket in ranked]
+    told = [f"{bucket} {beyond(gain[bucket], ('lower', 'higher'))}" for bucket in ranked]
     among = f" (the smallest and the largest of {len(series)} series)" if len(series) > 2 else ""
     relative = max(BUCKETS, key=lambda bucket: compared.relative[bucket])
+    share = compared.relative[relative]
+    most = f"{relative} falls most, by {percent(share, 1)}" if share > 0 else "none falls"
     return _finding(
         2,
         verdict,
         f"From {_sized(compared.small)} to {_sized(compared.large)}{among}, at {_places(compared)} "
-        f"({compared.ground}), losses fall: {listed(told)} nats; relative to the loss, {relative} falls most, by "
-        f"{percent(compared.relative[relative], 1)}. The lesser gain of →content is {beyond(compared.order)} the "
+        f"({compared.ground}), losses end, in nats: {listed(told)}; relative to the loss, {most}. "
+        f"The lesser gain of →content is {beyond(compared.order)} the "
         f"greater one of →function, function→content’s {beyond(compared.lead)} the greatest of the others. That the "
         f"larger model gains most on →content, above all function→content, {_SAID[verdict]}.",
     )
@@ -225,6 +233,12 @@ def _coverage(rows: Sequence[GraphRow]) -> tuple[Sign, str]:
     if last.function >= SATURATED:
         return "unclear", f"{told} That leaves no room to rise."
     return "below", told
+
+
+def _left_out(names: Sequence[str], rows: Sequence[object | None], why: str) -> str:
+    """Which series could not be tested, and why."""
+    missing = [name for name, row in zip(names, rows, strict=True) if row is None]
+    return f" Not tested in {listed(missing)}: {why}." if missing else ""
 
 
 def _counted(verdict: Verdict) -> str:

@@ -26,7 +26,8 @@ from tasks.consolidation_rows import (
     Measured,
     SeriesRow,
 )
-from tasks.report_checkpoints import graph_rows, learned_rows, resamples_of, series_of
+from tasks.report_checkpoints import graph_rows, learned_rows, series_of
+from tasks.report_corpus import resamples_of
 
 Floats = npt.NDArray[np.float64]
 Checkpoints = Sequence[tuple[str, int]]
@@ -46,7 +47,7 @@ def measure(connection: Any, resamples: int | None = None) -> Measured:
         connection: The connection.
         resamples: Of the documents; None: as many as the run's own intervals have.
     """
-    resamples = resamples or resamples_of(connection)
+    resamples = resamples or resamples_of(connection, "loss")
     series = series_of(connection)
     return Measured(
         series=tuple(series),
@@ -73,7 +74,7 @@ def hardest(connection: Any, series: SeriesRow, resamples: int) -> Hardest | Non
         step=series.steps[-1],
         loss=float(means[-1, _HARDEST]),
         next_bucket=[bucket for bucket in BUCKETS if bucket != HARDEST][int(others.argmax())],
-        gap=_estimates(sums[:, -1:], lambda of: _gap(_means(of)[:, 0]), resamples)[0],
+        gap=estimates(sums[:, -1:], lambda of: _gap(_means(of)[:, 0]), resamples)[0],
         highest_at=int(is_highest.sum()),
         checkpoints=len(series.steps),
         since=series.steps[since] if since < len(series.steps) else None,
@@ -99,7 +100,7 @@ def halfway(connection: Any, series: SeriesRow, resamples: int) -> Halfway | Non
         order = single[:, _CONTENT].min(axis=1) - single[:, _FUNCTION].max(axis=1)
         return np.column_stack([lead, order])
 
-    lead, order = _estimates(sums, measured, resamples)
+    lead, order = estimates(sums, measured, resamples)
     steps = 2 ** half_step(x, _means(sums.sum(axis=0))[None])[0]
     return Halfway(
         model=series.name,
@@ -125,7 +126,7 @@ def gains(connection: Any, small: SeriesRow, large: SeriesRow, resamples: int) -
         order = gain[:, _CONTENT].min(axis=1) - gain[:, _FUNCTION].max(axis=1)
         return np.column_stack([gain, order, _gap(gain)[:, 0]])
 
-    *by_bucket, order, lead = _estimates(sums, measured, resamples)
+    *by_bucket, order, lead = estimates(sums, measured, resamples)
     return Gains(
         small=small,
         large=large,
@@ -239,8 +240,17 @@ def _sums(connection: Any, checkpoints: Checkpoints) -> Floats:
     return sums
 
 
-def _estimates(sums: Floats, statistic: Callable[[Floats], Floats], resamples: int) -> list[Estimate]:
-    """What a statistic of (resamples, checkpoints, groups, 2) sums gives, each number with its interval."""
+def estimates(sums: Floats, statistic: Callable[[Floats], Floats], resamples: int) -> list[Estimate]:
+    """What a statistic of sums over documents (or other units that are drawn) gives, each number with its interval.
+
+    Args:
+        sums: (units, ...) addends of each unit.
+        statistic: Maps (resamples, ...) sums to (resamples, k) numbers.
+        resamples: How many.
+
+    Returns:
+        k estimates; an interval is NaN with fewer than 2 units.
+    """
     shape = sums.shape[1:]
     flat = sums.reshape(len(sums), math.prod(shape))
 

@@ -6,7 +6,7 @@ are float64, so that no order of adding shows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -47,64 +47,54 @@ class Decomposed:
     mean_negative: Floats
 
 
-Rows = list[dict[str, Any]]
-"""Rows of a table, without the trait's name."""
+Row = dict[str, Any]
+"""A row of a file, without the trait's name."""
 
 
 def contrasted(
-    encoders: Mapping[int, Encoder],
-    residuals: Mapping[int, torch.Tensor],
-    how: Decomposition,
-    most: int,
-) -> tuple[Rows, Rows]:
-    """What every layer makes of a trait's prompts.
-
-    The most informative layer is the one of the largest `separation` (see `tell_apart`), the lowest of equal ones.
+    encoder: Encoder, layer: int, residuals: torch.Tensor, how: Decomposition, most: int
+) -> tuple[Row, list[Row]]:
+    """What one layer makes of a trait's prompts.
 
     Args:
-        encoders: The dictionaries by layer.
-        residuals: By layer (2 * n_pairs, d_model) float32 at the last function tokens: the positive prompts, then the
-            negative ones in the same order.
+        encoder: The layer's dictionary.
+        layer: Decoder block.
+        residuals: (2 * n_pairs, d_model) float32 at the last function tokens: the positive prompts, then the negative
+            ones in the same order.
         how: See `decompose`.
-        most: Features kept of each layer, at most.
+        most: Features kept, at most.
 
     Returns:
-        The rows of `trait_layers` and of `trait_features`, layers ascending, the strongest features first.
+        The row of `trait_layers` and those of `trait_features`, the strongest features first.
 
     Raises:
-        DictionaryError: if a dictionary has no encoder weights and `how` asks for them.
+        DictionaryError: if the dictionary has no encoder weights and `how` asks for them.
     """
-    layers: Rows = []
-    features: Rows = []
-    for layer in sorted(residuals):
-        pairs = len(residuals[layer]) // 2
-        positive, negative = residuals[layer][:pairs], residuals[layer][pairs:]
-        separation, accuracy = tell_apart(positive, negative)
-        layers.append(
-            {
-                "layer": layer,
-                "separation": separation,
-                "accuracy": accuracy,
-                "explained_variance": explained_variance(encoders[layer], residuals[layer]),
-                "n_pairs": pairs,
-            }
-        )
-        try:
-            found = decompose(encoders[layer], positive, negative, how, most)
-        except DictionaryError as error:
-            raise DictionaryError(f"layer {layer}: {error.message}", hint=error.hint) from error
-        columns = {name: values.tolist() for name, values in asdict(found).items()}
-        features += [
-            {"layer": layer, "place": place, **dict(zip(columns, values, strict=True))}
-            for place, values in enumerate(zip(*columns.values(), strict=True), 1)
-        ]
-    best = min(layers, key=lambda row: (-row["separation"], row["layer"]))
-    return [{**row, "is_most_informative": row is best} for row in layers], features
+    pairs = len(residuals) // 2
+    positive, negative = residuals[:pairs], residuals[pairs:]
+    separation, accuracy = tell_apart(positive, negative)
+    try:
+        found = decompose(encoder, positive, negative, how, most)
+    except DictionaryError as error:
+        raise DictionaryError(f"layer {layer}: {error.message}", hint=error.hint) from error
+    columns = {name: values.tolist() for name, values in asdict(found).items()}
+    features = [
+        {"layer": layer, "place": place, **dict(zip(columns, values, strict=True))}
+        for place, values in enumerate(zip(*columns.values(), strict=True), 1)
+    ]
+    judged = {
+        "layer": layer,
+        "separation": separation,
+        "accuracy": accuracy,
+        "explained_variance": explained_variance(encoder, residuals),
+        "n_pairs": pairs,
+    }
+    return judged, features
 
 
 def given(
     encoder: Encoder, layer: int, features: Sequence[int], values: Sequence[float]
-) -> tuple[Rows, Rows]:
+) -> tuple[Row, list[Row]]:
     """The same of features that are known: in their order, with their values as coefficients."""
     norms = decoder_directions(encoder.sae, features).double().norm(dim=1).tolist()
     rows = [
@@ -118,7 +108,7 @@ def given(
         }
         for place, (feature, value, norm) in enumerate(zip(features, values, norms, strict=True), 1)
     ]
-    return [{"layer": layer, "n_pairs": 0, "is_most_informative": True}], rows
+    return {"layer": layer, "n_pairs": 0}, rows
 
 
 def tell_apart(positive: torch.Tensor, negative: torch.Tensor) -> tuple[float, float]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import fsspec
 
-from infra.addresses import is_unreachable, storage_options, without_credentials
+from infra.addresses import is_unreachable, shown_reason, storage_options, without_credentials
 from infra.errors import ConfigError, CorpusError
 from schemas.config import Config
 
@@ -116,9 +116,8 @@ def _size(url: str, endpoint: str | None) -> int:
 
 
 def _unanswered(url: str, error: Exception) -> CorpusError:
-    shown = without_credentials(url)
-    # What a filesystem says may hold the address, and that a secret.
-    reason = error if shown == url else type(error).__name__
     return CorpusError(
-        f"cannot list {shown}: {reason}", hint="check the URL, the network and credentials", stage="tokenize"
+        f"cannot list {without_credentials(url)}: {shown_reason(error, url)}",
+        hint="check the URL, the network and credentials",
+        stage="tokenize",
     )

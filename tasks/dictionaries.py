@@ -28,6 +28,7 @@ from infra.storage import Storage
 from schemas.config import Config, Sae, Train
 from schemas.work import CorpusShards, Dictionary, GraphShard
 from tasks import dictionary_training, heldout
+from tasks.devices import choose_device
 from tasks.dictionary_checks import (
     Facts,
     check_facts,
@@ -42,7 +43,7 @@ from tasks.dictionary_sample import leaves_out
 from tasks.dictionary_sources import FILES, copy_saved, fetch_registered, first_line, quiet, saved_content
 from tasks.dictionary_start import load_start, start_content
 from tasks.graph import graph_shards
-from tasks.models import choose_device, model_dimensions, model_key
+from tasks.models import model_dimensions, model_key
 from tasks.residuals import forward_key, residual_folder, write_residuals
 
 VERSION = 1

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from infra.addresses import without_credentials
 from infra.errors import DictionaryError
 from schemas.config import Config, Gate, Sae
 
@@ -160,7 +161,7 @@ def source_of(entry: Sae) -> str:
     if entry.release is not None:
         return f"{entry.release} / {entry.sae_id}"
     if entry.path is not None:
-        return entry.path
+        return without_credentials(entry.path)
     return "trained here"
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from infra.addresses import storage_options
+from infra.addresses import storage_options, without_credentials
 from infra.hashing import content_hash
 from schemas.config import Sae
 from tasks.dictionary_checks import (
@@ -100,7 +100,8 @@ def saved_content(entry: Sae, endpoint_url: str | None) -> dict[str, str]:
         try:
             hashes[name] = content_hash(f"{path}/{name}", endpoint_url)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise refusal(entry, f"cannot be read: there is no {name} in {path}", _HOW_TO_SAVE) from error
+            place = without_credentials(path)
+            raise refusal(entry, f"cannot be read: there is no {name} in {place}", _HOW_TO_SAVE) from error
         except Exception as error:
             raise refusal(entry, f"cannot be read: {first_line(error)}", _HOW_TO_SAVE) from error
     return hashes

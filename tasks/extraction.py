@@ -20,10 +20,18 @@ from infra.errors import ModelError
 from infra.storage import Storage
 from schemas.config import Config, Model
 from schemas.work import Dictionary, GraphShard
+from tasks.devices import choose_device
 from tasks.dictionaries import load_dictionary
 from tasks.encoding import Encoder, build_encoder
-from tasks.models import LoadedModel, check_windows, choose_device, load_model
-from tasks.residuals import ResidualShard, find_residuals, place_of, rows_of_tokens, shard_batches
+from tasks.models import LoadedModel, check_windows, load_model, require_key
+from tasks.residuals import (
+    ResidualShard,
+    find_residuals,
+    place_of,
+    rows_of_tokens,
+    shard_batches,
+    with_padding_for,
+)
 from tasks.tokenizers import LoadedTokenizer, load_tokenizer
 from tasks.windows import Batch, ShardTokens, read_shard_tokens
 
@@ -44,13 +52,24 @@ class LayerFeatures:
 
 
 def compute_features(
-    config: Config, storage: Storage, part: GraphShard, dictionaries: Sequence[Dictionary]
+    config: Config, storage: Storage, part: GraphShard, dictionaries: Sequence[Dictionary], key_of_model: str
 ) -> tuple[ShardTokens, dict[int, LayerFeatures]]:
     """The features of one part for the layers of `dictionaries`, with one forward for all of them.
 
+    What is loaded is kept for the next part.
+
+    Args:
+        config: The configuration.
+        storage: Where everything is.
+        part: Which tokens.
+        dictionaries: Of the layers that are wanted.
+        key_of_model: `model_key` where the work was planned.
+
     Raises:
-        ModelError: if a layer or window does not fit the model, or a residual is not finite.
+        ModelError: if the model here is another one, a layer, window or token id does not fit it, or a residual is
+            not finite.
     """
+    keep_for(key_of_model)
     tokenizer = loaded_tokenizer(config.model, storage)
     if config.windows.prepend_bos and tokenizer.bos_id is None:
         raise ModelError(
@@ -88,7 +107,10 @@ def compute_features(
     to_run = [layer for layer in layers if place_of(part, layer) not in on_disk]
     if to_run:
         model = loaded_model(config.model, storage)
+        require_key(config.model, model.key, key_of_model)
         check_windows(config, model.context_length)
+        if tokenizer.pad_id >= model.vocabulary:
+            plan = shard_batches(config, tokens, with_padding_for(model, tokenizer))
         for batch in plan:
             kept = batch.token[batch.token >= 0]
             mask = torch.from_numpy(batch.token >= 0).to(device)
@@ -135,6 +157,10 @@ def _in_order(pieces: Sequence[LayerFeatures]) -> LayerFeatures:
     )
 
 
+_serving: list[str] = []
+"""Key of the model that what is loaded belongs to; none or one."""
+
+
 @lru_cache(maxsize=1)
 def loaded_model(model: Model, storage: Storage) -> LoadedModel:
     """The model, loaded once a process."""
@@ -152,7 +178,15 @@ def _encoder(dictionary: Dictionary, storage: Storage, device: torch.device) -> 
     return build_encoder(load_dictionary(storage, dictionary, device), device)
 
 
+def keep_for(key_of_model: str) -> None:
+    """Forget what was loaded beside another model: a worker may outlive a run, and the files of its model change."""
+    if _serving != [key_of_model]:
+        forget_loaded()
+        _serving.append(key_of_model)
+
+
 def forget_loaded() -> None:
     """Free what this process keeps between shards: the model, its tokenizer, and the dictionaries."""
+    _serving.clear()
     for cache in (loaded_model, loaded_tokenizer, _encoder):
         cache.cache_clear()

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from infra.cluster import extraction_client
+from infra.cluster import extraction_client, one_at_a_time
 from infra.errors import FunctokError
 from infra.manifest import Manifest, commit, content_key, load_all
 from infra.progress import Progress, silent
@@ -23,9 +24,10 @@ from infra.storage import Storage
 from schemas.config import Config
 from schemas.tables import SHARD_FILES
 from schemas.work import CorpusShards, Dictionary, FeatureShard, GraphShard
+from tasks.devices import settle_dtype, usable_devices
 from tasks.extraction import LayerFeatures, compute_features, forget_loaded
 from tasks.graph import graph_shards
-from tasks.models import model_key, usable_devices
+from tasks.models import model_key
 from tasks.residuals import forward_key, part_key, write_residuals
 from tasks.windows import ShardTokens
 
@@ -41,6 +43,7 @@ class _Unit:
 
     part: GraphShard
     dictionary: Dictionary
+    model_key: str
     inputs: dict[str, Any]
 
     @property
@@ -51,11 +54,13 @@ class _Unit:
 def _units(
     config: Config, storage: Storage, shards: CorpusShards, dictionaries: Sequence[Dictionary]
 ) -> list[_Unit]:
-    forward = forward_key(config, model_key(config.model, storage))
+    key_of_model = model_key(config.model, storage)
+    forward = forward_key(config, key_of_model)
     return [
         _Unit(
             part=part,
             dictionary=dictionary,
+            model_key=key_of_model,
             inputs={
                 "version": VERSION,
                 "part": part_key(part),
@@ -117,6 +122,7 @@ def extract_features(
     Raises:
         ModelError: if a layer or window does not fit the model, or a residual is not finite.
     """
+    settle_dtype(config.model, storage)
     if config.activations.keep_dense:
         layers = [dictionary.layer for dictionary in dictionaries]
         write_residuals(config, storage, graph_shards(config, shards, storage), layers, progress)
@@ -131,9 +137,7 @@ def extract_features(
     seen = 0
     if missing:
         progress(0, total, "tokens, features")
-        with extraction_client(
-            config.dask, n_devices=usable_devices(config.model), n_parts=len(missing)
-        ) as client:
+        with extraction_client(config.dask, partial(usable_devices, config.model), len(missing)) as client:
             groups = list(missing.values())
             made = (
                 _make_here(config, storage, groups)
@@ -155,9 +159,7 @@ def _make_here(config: Config, storage: Storage, groups: list[list[_Unit]]) -> I
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="functok-write") as writer:
         pending: tuple[GraphShard, Future[None]] | None = None
         for group in groups:
-            tokens, features = compute_features(
-                config, storage, group[0].part, [unit.dictionary for unit in group]
-            )
+            tokens, features = _compute(config, storage, group)
             if pending is not None:
                 pending[1].result()
                 yield pending[0]
@@ -167,9 +169,17 @@ def _make_here(config: Config, storage: Storage, groups: list[list[_Unit]]) -> I
             yield pending[0]
 
 
+@one_at_a_time
 def _make_part(config: Config, storage: Storage, group: list[_Unit]) -> None:
-    tokens, features = compute_features(config, storage, group[0].part, [unit.dictionary for unit in group])
+    tokens, features = _compute(config, storage, group)
     _write_part(config, storage, group, tokens, features)
+
+
+def _compute(
+    config: Config, storage: Storage, group: list[_Unit]
+) -> tuple[ShardTokens, dict[int, LayerFeatures]]:
+    dictionaries = [unit.dictionary for unit in group]
+    return compute_features(config, storage, group[0].part, dictionaries, group[0].model_key)
 
 
 def _make_on(

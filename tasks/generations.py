@@ -67,7 +67,7 @@ def generate_texts(
     if missing:
         total, seen = len(missing) * len(MODES) * len(_section(config).prompts), 0
         progress(0, total, "texts, generations")
-        for size in run_by_checkpoint(config, missing, partial(_make, config, storage)):
+        for size in run_by_checkpoint(config, storage, missing, partial(_make, config, storage)):
             seen += size
             progress(seen, total, "texts, generations")
     found = _found(storage, units)
@@ -106,7 +106,7 @@ def _section(config: Config) -> Generations:
 
 
 def _units(config: Config, storage: Storage, checkpoints: Sequence[Checkpoint]) -> list[_Unit]:
-    tokenizer_key = load_tokenizer(config.model, storage).key
+    tokenizer = load_tokenizer(config.model, storage)
     return [
         _Unit(
             checkpoint=checkpoint,
@@ -115,7 +115,9 @@ def _units(config: Config, storage: Storage, checkpoints: Sequence[Checkpoint]) 
                 "model": checkpoint.key,
                 "generations": _section(config).model_dump(),
                 "prepend_bos": config.windows.prepend_bos,
-                "tokenizer": tokenizer_key,
+                "tokenizer": tokenizer.key,
+                # Where texts end; which special token does is no part of the tokenizer's key.
+                "eos": tokenizer.tokenizer.eos_token_id,
             },
         )
         for checkpoint in checkpoints

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 
-from infra.errors import ConfigError, FunctokError
+from infra.errors import ConfigError, FunctokError, about
 from infra.progress import Progress, silent
 from infra.storage import Storage
 from schemas.config import Config, Sae
@@ -62,7 +62,12 @@ def find_growth(
 ) -> list[GrownSae] | None:
     """Every selected checkpoint's SAE, what it has learned and its graph, or None if anything is missing.
 
-    Reads manifests only: no model, no weights.
+    No weights are read. The hashes that say which documents are held out are computed where nobody has yet, from
+    all tokens, and kept (`tasks.heldout`).
+
+    Raises:
+        ConfigError: if a series has no checkpoint at a step that is asked for.
+        CorpusError: if no document is left to judge the SAEs.
     """
     found = _find(config, storage, shards, selected(config, checkpoints))
     complete = [grown for grown in found if grown is not None]
@@ -144,7 +149,8 @@ def _spine(
 def _find(
     config: Config, storage: Storage, shards: CorpusShards, chosen: Sequence[Checkpoint]
 ) -> list[GrownSae | None]:
-    parts = judging_parts(config, storage, shards)
+    with about(stage="growth"):
+        parts = judging_parts(config, storage, shards)
     starts_fresh = growth_of(config).start == "fresh"
     found: list[GrownSae | None] = []
     before: tuple[str, Dictionary | None] | None = None

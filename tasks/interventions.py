@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -19,6 +19,8 @@ from tasks.directions import Directions, directions_of, named
 from tasks.language_models import LanguageModel
 
 __all__ = ["Directions", "Intervention", "change_norms", "directions_of", "steered"]
+
+_ANOTHER = "one steered() covers one pass: open another for the next, and generate with the cache"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -144,8 +146,19 @@ def steered(model: LanguageModel, rows: Sequence[Sequence[Intervention]]) -> Ite
     with ExitStack() as stack:
         for layer in layers:
             own = [[one for one in row if one.directions.layer == layer] for row in rows]
-            stack.enter_context(model.replaced(layer, _Steering(model.name, layer, own)))
+            steering = _Steering(model.name, layer, own)
+            stack.enter_context(model.replaced(layer, steering))
+            handle = model.module.get_decoder().register_forward_pre_hook(steering.before, with_kwargs=True)
+            stack.callback(handle.remove)
         yield
+
+
+def _begins(arguments: dict[str, Any]) -> bool:
+    """Whether a forward of the decoder, with these arguments, surely has no tokens before its own."""
+    cache = arguments.get("past_key_values")
+    if cache is None:
+        return arguments.get("use_cache") is False
+    return hasattr(cache, "get_seq_length") and int(cache.get_seq_length()) == 0
 
 
 class _Steering:
@@ -154,6 +167,13 @@ class _Steering:
     def __init__(self, name: str, layer: int, rows: list[list[Intervention]]) -> None:
         self.where, self.rows = f"layer {layer} of {name}", rows
         self.seen = 0
+
+    def before(self, _module: Any, _args: Any, arguments: dict[str, Any]) -> None:
+        """Refuse a second pass, which may be one token long as a step of a generation is."""
+        if self.seen and _begins(arguments):
+            raise ModelError(
+                f"{self.where}: a second pass begins after {self.seen} tokens were steered", hint=_ANOTHER
+            )
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Change (rows, new tokens, d_model)."""
@@ -181,7 +201,7 @@ class _Steering:
         if self.seen and n_tokens != 1:
             raise ModelError(
                 f"{self.where}: {n_tokens} tokens came after {self.seen}, but a generation adds one at a time",
-                hint="one steered() covers one pass: open another for the next, and generate with the cache",
+                hint=_ANOTHER,
             )
         # After the prompt's forward, an intervention at a position has been made.
         positions = [] if self.seen else [one.position for row in self.rows for one in row]

@@ -105,6 +105,15 @@ class _Sums:
 
     @torch.inference_mode()
     def add(self, batch: Batch) -> None:
+        """Read a batch as it is, through the SAE and with zeros, and add what is found of its ordinary tokens.
+
+        Args:
+            batch: Windows whose `input_ids` and `token` are (windows, padded length); ordinary tokens stand where
+                `token` is not -1. One without any adds nothing.
+
+        Raises:
+            ModelError: if residuals or losses are not finite.
+        """
         input_ids = torch.from_numpy(batch.input_ids)
         is_ordinary = torch.from_numpy(batch.token >= 0)
         wanted = is_ordinary[:, :-1] & is_ordinary[:, 1:]

@@ -18,8 +18,9 @@ import torch
 from infra.errors import ModelError
 from infra.storage import Storage
 from schemas.config import Model
+from tasks.devices import prepared_device, settle_dtype
 from tasks.model_files import explained, location, revision
-from tasks.models import context_length, decoder_blocks, prepared_device, resolve_dtype, text_config
+from tasks.models import context_length, decoder_blocks, require_causal, text_config
 from tasks.text_generation import continuations
 
 CHUNK_BYTES = 64 << 20
@@ -284,7 +285,7 @@ def load_language_model(model: Model, storage: Storage) -> LanguageModel:
     """
     from transformers import AutoModelForCausalLM
 
-    device, dtype = prepared_device(model), resolve_dtype(model, storage)
+    device, dtype = prepared_device(model), settle_dtype(model, storage)
     with explained(model):
         module, loaded = AutoModelForCausalLM.from_pretrained(
             location(model, storage), **revision(model), dtype=dtype, output_loading_info=True
@@ -296,4 +297,5 @@ def load_language_model(model: Model, storage: Storage) -> LanguageModel:
         )
     module.eval().requires_grad_(False)
     module.to(device)
+    require_causal(module, model.name)
     return LanguageModel(module, model.name, context_length(model, storage))

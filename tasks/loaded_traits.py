@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from infra.errors import ConfigError
 from infra.storage import Storage
 from schemas.config import Config, steering_of
+from schemas.steering import Trait
 from schemas.work import TraitFeatures
 
 
@@ -22,7 +23,10 @@ class TraitFeature:
 
 @dataclass(frozen=True, kw_only=True)
 class TraitLayer:
-    """One layer of a trait; its attributes are columns of `trait_layers`. None: the trait's features are given."""
+    """One layer of a trait; its attributes are columns of the table `trait_layers`.
+
+    None: the trait's features are given.
+    """
 
     layer: int
     separation: float | None
@@ -69,19 +73,53 @@ class LoadedTrait:
         return found if self.is_given else found[:n]
 
 
+def load_layers(storage: Storage, found: TraitFeatures) -> tuple[TraitLayer, ...]:
+    """What `compute_traits` has kept of a trait's layers, ascending.
+
+    Which is the most informative one is told here, of all of them together: it is the one of the largest separation,
+    the lowest of equal ones.
+    """
+    rows = [
+        row
+        for entry in found.layers
+        for row in storage.read_parquet(f"{entry.folder}/trait_layers.parquet").to_pylist()
+    ]
+    best = _largest({row["layer"]: row["separation"] or 0.0 for row in rows})
+    columns = [name for name in TraitLayer.__annotations__ if name != "is_most_informative"]
+    return tuple(
+        TraitLayer(**{name: row[name] for name in columns}, is_most_informative=row["layer"] == best)
+        for row in rows
+    )
+
+
 def load_trait(storage: Storage, found: TraitFeatures) -> LoadedTrait:
     """Read what `compute_traits` has kept of a trait."""
-    rows = storage.read_parquet(f"{found.folder}/trait_layers.parquet").to_pylist()
-    layers = tuple(TraitLayer(**{name: row[name] for name in TraitLayer.__annotations__}) for row in rows)
-    features: dict[int, list[TraitFeature]] = {layer.layer: [] for layer in layers}
-    for row in storage.read_parquet(f"{found.folder}/trait_features.parquet").to_pylist():
-        columns = {name: row[name] for name in TraitFeature.__annotations__}
-        features[row["layer"]].append(TraitFeature(**columns))
-    return LoadedTrait(
-        trait=found.trait,
-        layers=layers,
-        features={layer: tuple(group) for layer, group in features.items()},
+    features = {}
+    for entry in found.layers:
+        rows = storage.read_parquet(f"{entry.folder}/trait_features.parquet").to_pylist()
+        features[entry.layer] = tuple(
+            TraitFeature(**{name: row[name] for name in TraitFeature.__annotations__}) for row in rows
+        )
+    return LoadedTrait(trait=found.trait, layers=load_layers(storage, found), features=features)
+
+
+def given_trait(trait: Trait) -> LoadedTrait | None:
+    """A trait whose features the cases' file gives, as `load_trait` reads it; None if prompts are to find them."""
+    if trait.layer is None or trait.features is None or trait.values is None:
+        return None
+    layer = TraitLayer(
+        layer=trait.layer,
+        separation=None,
+        accuracy=None,
+        explained_variance=None,
+        n_pairs=0,
+        is_most_informative=True,
     )
+    features = tuple(
+        TraitFeature(feature_id=feature, coefficient=value, clamp_value=value)
+        for feature, value in zip(trait.features, trait.values, strict=True)
+    )
+    return LoadedTrait(trait=trait.name, layers=(layer,), features={trait.layer: features})
 
 
 def choose_layer(config: Config, traits: Sequence[LoadedTrait]) -> int:
@@ -109,4 +147,9 @@ def _most_informative(traits: Sequence[LoadedTrait]) -> int:
         for at in trait.layers:
             sums[at.layer] = sums.get(at.layer, 0.0) + (at.separation or 0.0)
     possible = [layer for layer in sums if all(trait.features.get(layer) for trait in traits)]
-    return min(possible or sums, key=lambda layer: (-sums[layer], layer))
+    return _largest({layer: sums[layer] for layer in possible or sums})
+
+
+def _largest(separations: Mapping[int, float]) -> int:
+    """The layer of the largest separation, the lowest of equal ones."""
+    return min(separations, key=lambda layer: (-separations[layer], layer))

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from infra.errors import FunctokError, ModelError
+from infra.addresses import without_credentials
+from infra.errors import FunctokError, ModelError, about
 from infra.manifest import Manifest, commit, content_key, load_all
 from infra.progress import Progress, silent
 from infra.storage import Storage
@@ -87,7 +88,7 @@ def missing_losses(
     done = load_all(storage, [unit.folder for unit in units])
     return len(done), [
         f"{unit.checkpoint.series}, step {unit.checkpoint.step}: {len(unit.part.documents):,} documents "
-        f"({unit.part.n_tokens:,} tokens) of {unit.part.shard.source}"
+        f"({unit.part.n_tokens:,} tokens) of {without_credentials(unit.part.shard.source)}"
         for folder, unit in {unit.folder: unit for unit in units}.items()
         if folder not in done
     ]
@@ -125,7 +126,7 @@ def compute_losses(
         total = sum(unit.part.n_tokens for job in jobs for unit in job.units)
         seen = 0
         progress(0, total, "tokens, losses")
-        for size in run_by_checkpoint(config, jobs, partial(_make, config, storage)):
+        for size in run_by_checkpoint(config, storage, jobs, partial(_make, config, storage)):
             seen += size
             progress(seen, total, "tokens, losses")
     found = _found(storage, units)
@@ -149,7 +150,8 @@ def _units(
     kept: dict[str, Any] = {"keep_tokens": config.losses.keep_tokens}
     if function_ids is not None:
         kept["function_tokens"] = content_key(ids=function_ids.tolist())
-    parts = heldout_parts(config, storage, shards, config.losses.max_tokens)
+    with about(stage="losses"):
+        parts = heldout_parts(config, storage, shards, config.losses.max_tokens)
     keys = [heldout_key(part) for part in parts]
     return [
         _Unit(
@@ -197,9 +199,9 @@ def _make(config: Config, storage: Storage, job: _Job) -> Iterator[int]:
 def _refuse_not_finite(part: HeldoutPart, tokens: ShardTokens, predictions: Predictions) -> None:
     (wrong,) = np.nonzero(~np.isfinite(predictions.loss))
     if len(wrong):
-        token = predictions.token[wrong[0]]
+        token, source = predictions.token[wrong[0]], without_credentials(part.shard.source)
         raise ModelError(
-            f"{len(wrong):,} of {len(predictions.loss):,} losses are not finite in {part.shard.source}, the first at "
+            f"{len(wrong):,} of {len(predictions.loss):,} losses are not finite in {source}, the first at "
             f"document {part.shard.doc_offset + tokens.doc[token]}, position {tokens.position[token]}",
             hint="try model.dtype = 'float32', or leave this checkpoint out",
         )

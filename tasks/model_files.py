@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import threading
@@ -21,7 +20,7 @@ CONVERSION_VERSION = 1
 IN_STORAGE = "storage:"
 """Begins the name of a model that lies in a folder of the storage, named by content: `storage:checkpoints/<key>`."""
 
-_WEIGHT_SUFFIXES = (".json", ".safetensors")
+_WEIGHT_SUFFIXES = (".json", ".safetensors", ".bin")
 
 _construction = threading.RLock()
 
@@ -153,12 +152,18 @@ def constructed_alone() -> Iterator[None]:
 @contextmanager
 def explained(model: Model) -> Iterator[None]:
     """Turn what transformers raises while it loads a model into a `ModelError` that names it."""
+    from safetensors import SafetensorError
+
     try:
         with constructed_alone():
             yield
-    except (OSError, ValueError, KeyError, json.JSONDecodeError, shutil.Error) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, shutil.Error) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "ignore_mismatched_sizes" in first_line:
+            first_line = "its weights have other shapes than its config.json says"
+        elif isinstance(error, SafetensorError):
+            first_line = f"a safetensors file is damaged or half copied ({first_line})"
         raise ModelError(
-            f"cannot load model.name = {model.name}: {first_line}",
+            f"cannot load the model {model.name}: {first_line}",
             hint="give a directory with config.json and safetensors, a hub id, or a .gguf file",
         ) from error

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from infra.cluster import available_cores
 from infra.errors import ModelError
 from infra.manifest import content_key
 from infra.storage import Storage
 from schemas.config import Config, Model
+from tasks.devices import prepared_device, resolve_dtype, settle_dtype
 from tasks.model_files import (
     IN_STORAGE,
     converted_gguf,
@@ -31,7 +31,6 @@ from tasks.model_files import (
     revision,
     weights_identity,
 )
-from tasks.tokenizers import LoadedTokenizer, load_tokenizer
 
 Residuals = Callable[[int, torch.Tensor], None]
 """Called by a forward as `receive(layer, hidden)`, hidden of shape (batch, padded length, d_model)."""
@@ -67,6 +66,11 @@ class LoadedModel:
         """Number of decoder blocks."""
         return len(self.blocks)
 
+    @property
+    def vocabulary(self) -> int:
+        """Rows of its embedding: token ids are below it."""
+        return int(self.module.get_input_embeddings().weight.shape[0])
+
     @torch.inference_mode()
     def forward(self, input_ids: torch.Tensor, layers: list[int], receive: Residuals) -> None:
         """Run right-padded windows up to the deepest of `layers`.
@@ -77,7 +81,16 @@ class LoadedModel:
             input_ids: (batch, padded length), any device.
             layers: Blocks whose output is wanted.
             receive: Called once for each, from shallow to deep.
+
+        Raises:
+            ModelError: if an id is outside the model's vocabulary.
         """
+        if int(input_ids.max()) >= self.vocabulary:
+            # On CUDA the embedding itself would bring the process down.
+            raise ModelError(
+                f"token id {int(input_ids.max())} is outside the model's vocabulary ({self.vocabulary:,} tokens)",
+                hint="its tokenizer is another one than the corpus'; model.tokenizer names the right one",
+            )
         with _hooks(self.blocks, layers, receive):
             try:
                 self.module(input_ids=input_ids.to(self.device), use_cache=False)
@@ -104,25 +117,6 @@ def _hooks(blocks: torch.nn.ModuleList, layers: list[int], receive: Residuals) -
     finally:
         for handle in handles:
             handle.remove()
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU.
-
-    Raises:
-        ModelError: if a CUDA device is asked for that is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ModelError(f"model.device = {name!r} is no device", hint="auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(
-            f"model.device = {name!r}, but this machine has no CUDA device", hint="use auto or cpu"
-        )
-    return device
 
 
 def model_dimensions(model: Model, storage: Storage) -> tuple[int, int]:
@@ -156,14 +150,18 @@ def model_key(model: Model, storage: Storage) -> str:
     return content_key(weights=weights_identity(model, storage), dtype=str(resolve_dtype(model, storage)))
 
 
-def resolve_dtype(model: Model, storage: Storage) -> torch.dtype:
-    """float32 on a CPU (bfloat16 is six times slower there), the checkpoint's own on CUDA, unless named."""
-    if model.dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[model.dtype]
-    if choose_device(model.device).type == "cpu":
-        return torch.float32
-    own = getattr(load_config_of(model, storage), "dtype", None)
-    return own if isinstance(own, torch.dtype) else torch.float32
+def require_key(model: Model, found: str, expected: str) -> None:
+    """Whether the model here is the one that the work was planned for: names, unlike contents, may lie.
+
+    Raises:
+        ModelError: if not.
+    """
+    if found != expected:
+        raise ModelError(
+            f"model {model.name} is not here what it was where the run was planned: another folder of that name, "
+            "or files that changed since",
+            hint="give all machines the same files, and run again",
+        )
 
 
 def load_model(model: Model, storage: Storage) -> LoadedModel:
@@ -176,11 +174,12 @@ def load_model(model: Model, storage: Storage) -> LoadedModel:
     """
     from transformers import AutoModel
 
-    device, dtype = prepared_device(model), resolve_dtype(model, storage)
+    device, dtype = prepared_device(model), settle_dtype(model, storage)
     with explained(model):
         module = AutoModel.from_pretrained(location(model, storage), **revision(model), dtype=dtype)
     module.eval().requires_grad_(False)
     module.to(device)
+    require_causal(module, model.name)
     config = text_config(module.config)
     return LoadedModel(
         module=module,
@@ -193,27 +192,28 @@ def load_model(model: Model, storage: Storage) -> LoadedModel:
     )
 
 
-def prepared_device(model: Model) -> torch.device:
-    """The model's device, with the process set up for it: threads on a CPU, no progress bars of transformers.
+@torch.inference_mode()
+def require_causal(module: Any, name: str) -> None:
+    """Whether no position sees what is to its right, as all that is computed here takes for granted.
+
+    Two sequences that differ in their last token must agree before it.
 
     Raises:
-        ModelError: if a device is asked for that is not there.
+        ModelError: if they do not: the model reads both ways, as BERT does.
     """
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    device = choose_device(model.device)
-    if device.type == "cpu":
-        # Products split over another number of threads round differently, and Dask gives its workers one:
-        # without this, features at the threshold would depend on who computed them.
-        torch.set_num_threads(model.threads or available_cores())
-    return device
-
-
-def usable_devices(model: Model) -> int:
-    """Devices that can hold a copy of the model each: all GPUs, unless one is named; else one."""
-    is_any_cuda = model.device in {"auto", "cuda"} and choose_device(model.device).type == "cuda"
-    return torch.cuda.device_count() if is_any_cuda else 1
+    embedding = module.get_input_embeddings().weight
+    ids = torch.arange(1, 6, device=embedding.device).clamp(max=embedding.shape[0] - 1).repeat(2, 1)
+    ids[1, -1] = 0
+    found = module(input_ids=ids, use_cache=False)
+    states = (found.logits if hasattr(found, "logits") else found.last_hidden_state).float()
+    # Rows of one batch may round differently; a model that reads both ways is off by orders of magnitude more.
+    rounding = max(1e-4, 16 * torch.finfo(embedding.dtype).eps)
+    apart = (states[0, :-1] - states[1, :-1]).abs().max()
+    if bool(apart > rounding * states[:, :-1].abs().max()):
+        raise ModelError(
+            f"model {name} is not causal: what its positions compute depends on tokens to their right",
+            hint="function tokens are defined for decoders, which read from left to right",
+        )
 
 
 def decoder_blocks(module: Any, n_layers: int, name: str) -> torch.nn.ModuleList:
@@ -239,23 +239,19 @@ def text_config(config: Any) -> Any:
 __all__ = [
     "IN_STORAGE",
     "LoadedModel",
-    "LoadedTokenizer",
     "Residuals",
     "check_windows",
-    "choose_device",
     "context_length",
     "converted_gguf",
     "decoder_blocks",
     "is_gguf",
     "load_config_of",
     "load_model",
-    "load_tokenizer",
     "local_model_folder",
     "model_dimensions",
     "model_key",
-    "prepared_device",
     "refuse_missing_folder",
-    "resolve_dtype",
+    "require_causal",
+    "require_key",
     "text_config",
-    "usable_devices",
 ]

@@ -29,6 +29,7 @@ from infra.manifest import content_key
 from infra.storage import Storage
 from schemas.config import Config, consolidation_of
 from schemas.work import CorpusShards, GraphShard, TokenShard
+from tasks import heldout
 from tasks.heldout import heldout_documents
 from tasks.windows import read_shard_tokens
 
@@ -88,7 +89,7 @@ def training_text(config: Config, storage: Storage, shards: CorpusShards) -> Tra
     wanted = training_shards(shards)
     share = consolidation_of(config).heldout_share
     key = content_key(
-        version=VERSION,
+        version=[VERSION, heldout.VERSION],
         shards=[[shard.folder, shard.n_documents] for shard in wanted],
         heldout_share=share,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from infra.addresses import without_credentials
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.work import (
@@ -41,6 +42,9 @@ def stages_of(
 
 def plan_run(config: Config, storage: Storage) -> list[StagePlan]:
     """One `StagePlan` a stage, in order; stages behind an unfinished one are as far known as they can be.
+
+    No weights are read and nothing of a stage is made. Hashes of the documents' tokens (`tasks.heldout`) are computed
+    where a consolidation asks for them first, and kept where the root can be written.
 
     Raises:
         FunctokError: if the configuration does not fit its model or corpus.
@@ -93,7 +97,7 @@ def _plan_tokenize(config: Config, storage: Storage, plans: list[StagePlan]) -> 
     from tasks.tokenization import find_corpus_shards, missing_files
 
     finished, missing = missing_files(config, storage)
-    details = tuple(f"tokenize {file.url}" for file in missing)
+    details = tuple(f"tokenize {without_credentials(file.url)}" for file in missing)
     if missing:
         reason = "files are new or changed, or what tokenization reads of the configuration is"
         plans.append(
@@ -160,7 +164,8 @@ def _plan_features(
     done, missing = missing_features(config, storage, shards, dictionaries)
     n_missing = sum(len(layers) for layers in missing.values())
     details = tuple(
-        f"{part.shard.folder} ({part.n_tokens:,} tokens of {part.shard.source}): layers {', '.join(map(str, layers))}"
+        f"{part.shard.folder} ({part.n_tokens:,} tokens of {without_credentials(part.shard.source)}): "
+        f"layers {', '.join(map(str, layers))}"
         for part, layers in missing.items()
     )
     reason = (

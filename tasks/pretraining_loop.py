@@ -1,8 +1,10 @@
 """A training from its newest state, or from the start, to its end (PAPER 1.4).
 
 A training that was killed goes on from its last state; on one machine and CPU its loss curve and weights are bit
-for bit those of one that was not. Losses and norms are read in groups, so that no step waits for the device, and always
-before anything is saved; weights are kept only if loss and gradient of the next row are finite under them.
+for bit those of one that was not. It may go on on another kind of device (a GPU's training on a CPU, say): losses
+and weights then differ by rounding from those of either device alone. The log says so, and manifests say what was
+computed where. Losses and norms are read in groups, so that no step waits for the device, and always before anything
+is saved; weights are kept only if loss and gradient of the next row are finite under them.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from infra.progress import Progress, silent
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.work import CorpusShards
-from tasks.models import prepared_device
+from tasks.devices import prepared_device
 from tasks.packing import PackedRows, training_text
 from tasks.pretraining_model import build_model
 from tasks.pretraining_plan import TrainingPlan
@@ -110,7 +112,7 @@ class _Run:
     ) -> None:
         self._storage, self._trainer, self._tokenizer, self._progress = storage, trainer, tokenizer, progress
         self._plan = trainer.plan
-        self._start, self._finished = self._found()
+        self._start, self._finished, self._elsewhere = self._found()
         self._curve = Curve()
         self._epochs = self._plan.epochs(trainer.rows.epoch_length)
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -127,6 +129,7 @@ class _Run:
         self._clock = time.monotonic()
         if start in plan.checkpoint_steps:
             self._save(start, is_state_new=False)
+        self._record_device(start)
         for step in range(start + 1, plan.steps + 1):
             self._pending.append(trainer.step(step))
             is_kept = step in plan.checkpoint_steps
@@ -140,8 +143,11 @@ class _Run:
             finish(self._storage, plan, self._curve, self._stats())
         trainer.accelerator.wait_for_everyone()
 
-    def _found(self) -> tuple[int, set[int]]:
-        """The step to go on from and the checkpoints that are there, as the first process sees them."""
+    def _found(self) -> tuple[int, set[int], list[dict[str, Any]]]:
+        """The step to go on from and the checkpoints that are there, as the first process sees them.
+
+        The last is what the checkpoints that this process sees were made with.
+        """
         from accelerate.utils import broadcast
 
         plan, accelerator = self._plan, self._trainer.accelerator
@@ -149,9 +155,22 @@ class _Run:
         start = newest_state(self._storage, plan, finished)
         seen = [start, *(int(step in finished) for step in plan.checkpoint_steps)]
         start, *is_finished = broadcast(torch.tensor(seen, device=accelerator.device)).tolist()
-        return start, {
-            step for step, is_there in zip(plan.checkpoint_steps, is_finished, strict=True) if is_there
-        }
+        kept = {step for step, is_there in zip(plan.checkpoint_steps, is_finished, strict=True) if is_there}
+        return start, kept, [made for manifest in finished.values() for made in manifest.stats["made_with"]]
+
+    def _record_device(self, start: int) -> None:
+        """Note what the steps after `start` are computed with, and warn where others were on another device."""
+        made, now = self._curve.made_with, self._trainer.computes_with
+        before = [*self._elsewhere, *made]
+        if not made or made[-1] != {**now, "after_step": made[-1]["after_step"]}:
+            made.append({"after_step": start, **now})
+        others = sorted({_place(entry) for entry in before} - {_place(now)})
+        if others and self._trainer.accelerator.is_main_process:
+            logging.getLogger(__name__).warning(
+                "series %s: what there is was trained on %s, and the steps after %d are trained on %s: losses and "
+                "weights differ by rounding from those of one device alone",
+                *(self._plan.series, " and ".join(others), start, _place(now)),
+            )
 
     def _read(self, step: int) -> None:
         """Read the losses and norms of the last steps, up to `step`, and stop at the first that is not finite."""
@@ -183,7 +202,12 @@ class _Run:
             return
         loss = self._curve.loss[step - 1]
         if is_checkpoint:
-            stats = {"tokens": step * plan.step_tokens, "parameters": trainer.parameters, "loss": loss}
+            stats = {
+                "tokens": step * plan.step_tokens,
+                "parameters": trainer.parameters,
+                "loss": loss,
+                "made_with": self._curve.made_with,
+            }
             save_checkpoint(self._storage, plan, step, trainer.causal, model, self._tokenizer, stats)
             self._finished.add(step)
             logging.getLogger(__name__).info(
@@ -219,3 +243,7 @@ class _Run:
             hint=f"lower consolidation.train.learning_rate (now {plan.train.learning_rate:g}) or raise warm_up_share",
             stage=STAGE,
         )
+
+
+def _place(made: dict[str, Any]) -> str:
+    return f"{made['device']} in {made['precision']}"

@@ -99,7 +99,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
         dtype = dtype or weight.dtype
         head = weight.to(dtype)
         hidden_gradient = torch.empty_like(hidden)
-        weight_gradient = torch.zeros_like(weight)
+        # A sharded model gives its weight in bfloat16, which is too coarse to add many chunks in.
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for first in range(0, len(hidden), CHUNK_TOKENS):
             chunk = slice(first, first + CHUNK_TOKENS)
@@ -116,7 +117,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 weight_gradient.addmm_(gradient.T, inputs)
             else:
                 weight_gradient += gradient.T @ inputs
-        ctx.save_for_backward(hidden_gradient, weight_gradient)
+        ctx.save_for_backward(hidden_gradient, weight_gradient.to(weight.dtype))
         return total
 
     @staticmethod

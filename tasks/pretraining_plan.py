@@ -1,9 +1,11 @@
 """What a training is, before anything is loaded: its numbers, its key and its folders (PAPER 1.4).
 
-The key is made of what decides the weights. What changes them by rounding only (how many processes, sharded or
-not, compiled or not, in how many micro-batches) and what only says which of them are kept stay out of it, so that
-a training goes on where it was after such a change. A finished training that is asked for a step it has not
-kept is trained again; steps that it has kept are not written twice.
+The key is made of what decides the weights, as it was asked for: a machine without a GPU finds what one with a GPU
+has trained, so `precision = "auto"` is kept as that, and the device is not in the key. What changes weights by
+rounding only (the device, how many processes, sharded or not, compiled or not, in how many micro-batches) and what
+only says which of them are kept stay out of it, so that a training goes on where it was after such a change. What it
+was computed with stands in the manifests. A finished training that is asked for a step it has not kept is trained
+again; steps that it has kept are not written twice.
 """
 
 from __future__ import annotations
@@ -18,10 +20,10 @@ import torch
 
 from infra.errors import ConfigError
 from infra.manifest import content_key
-from schemas.config import Config, Pretraining, Series, Shape
+from schemas.config import Config, Model, Pretraining, Series, Shape
 from schemas.work import CorpusShards
-from tasks import packing
-from tasks.models import choose_device, usable_devices
+from tasks import heldout, packing
+from tasks.devices import choose_device, usable_devices
 from tasks.packing import training_shards
 
 VERSION = 1
@@ -36,7 +38,6 @@ _NOT_OF_THE_WEIGHTS = {
     "fsdp",
     "compile",
     "micro_batch_tokens",
-    "precision",
     "context_size",
 }
 _MANY_EPOCHS = 4.0
@@ -51,31 +52,41 @@ class TrainingPlan:
         series: Its name.
         shape: The model's shape.
         train: How it is trained.
+        model: Its `device` is where the series is trained.
         key: Content key of what decides the weights.
         inputs: What the key was made of.
         context_size: Tokens of a packed row, and positions that the model is built for.
         rows_per_step: Rows of an optimizer step, over all processes.
         steps: Optimizer steps.
         checkpoint_steps: Steps whose weights are kept, ascending; the last step among them.
-        device: Where it is trained.
-        is_bfloat16: Whether forward and backward run in bfloat16 (the weights stay float32).
-        is_compiled: Whether blocks run through torch.compile.
-        processes: Processes that share each step's rows.
     """
 
     series: str
     shape: Shape
     train: Pretraining
+    model: Model
     key: str
     inputs: dict[str, Any]
     context_size: int
     rows_per_step: int
     steps: int
     checkpoint_steps: tuple[int, ...]
-    device: torch.device
-    is_bfloat16: bool
-    is_compiled: bool
-    processes: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where this machine trains; raises ModelError if it has no such device."""
+        return choose_device(self.model.device)
+
+    @property
+    def is_bfloat16(self) -> bool:
+        """Whether forward and backward run in bfloat16 here (the weights stay float32)."""
+        precision = self.train.precision
+        return precision == "bfloat16" or (precision == "auto" and self.device.type == "cuda")
+
+    @property
+    def processes(self) -> int:
+        """Processes that share each step's rows."""
+        return self.train.processes or usable_devices(self.model)
 
     @property
     def step_tokens(self) -> int:
@@ -120,7 +131,7 @@ class TrainingPlan:
 
 
 def plan_training(config: Config, shards: CorpusShards, series: Series) -> TrainingPlan:
-    """The plan of a series with a shape; reads no file.
+    """The plan of a series with a shape; reads no file, and is the same on every machine.
 
     Raises:
         ConfigError: if rows are shorter than the windows that the model is judged on, or a step shorter than a row.
@@ -143,35 +154,28 @@ def plan_training(config: Config, shards: CorpusShards, series: Series) -> Train
             f"consolidation.train.batch_tokens = {train.batch_tokens} is less than one row of {context_size} tokens",
             hint=f"make it a multiple of {context_size}",
         )
-    device = choose_device(config.model.device)
-    is_bfloat16 = train.precision == "bfloat16" or (train.precision == "auto" and device.type == "cuda")
     inputs = {
-        "version": [VERSION, packing.VERSION],
+        "version": [VERSION, packing.VERSION, heldout.VERSION],
         "shape": series.shape.model_dump(),
         "train": train.model_dump(exclude=_NOT_OF_THE_WEIGHTS),
         "context_size": context_size,
         "prepend_bos": windows.prepend_bos,
         "shards": [[shard.folder, shard.n_documents] for shard in training_shards(shards)],
-        "tokenizer": shards.tokenizer_key,
+        "tokenizer": [shards.tokenizer_key, shards.eos_id],
         "heldout_share": config.consolidation.heldout_share,
-        "precision": "bfloat16" if is_bfloat16 else "float32",
-        "device": device.type,
     }
     steps = math.ceil(train.tokens / (rows_per_step * context_size))
     return TrainingPlan(
         series=series.name,
         shape=series.shape,
         train=train,
+        model=config.model,
         key=content_key(**inputs),
         inputs=inputs,
         context_size=context_size,
         rows_per_step=rows_per_step,
         steps=steps,
         checkpoint_steps=log_spaced(train.first_checkpoint, steps, train.checkpoints),
-        device=device,
-        is_bfloat16=is_bfloat16,
-        is_compiled=train.compile == "on" or (train.compile == "auto" and device.type == "cuda"),
-        processes=train.processes or usable_devices(config.model),
     )
 
 

@@ -42,11 +42,14 @@ class Curve:
         loss: Mean loss in nats over the step's targets, before its update.
         gradient_norm: Norm of the step's gradient before clipping.
         seconds: Spent on all steps, on the clock.
+        made_with: What the steps were computed with (`Trainer.computes_with`), one entry each time it changed, from the
+            step behind `after_step` on.
     """
 
     loss: list[float] = field(default_factory=list)
     gradient_norm: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    made_with: list[dict[str, Any]] = field(default_factory=list)
 
     def table(self, plan: TrainingPlan) -> pa.Table:
         """The rows of `losses.parquet`."""
@@ -104,7 +107,7 @@ def save_state(
         )
         save_file(small, Path(aside, "curve.safetensors"))
         storage.upload(Path(aside), folder)
-    stats = {"step": step, "seconds": curve.seconds}
+    stats = {"step": step, "seconds": curve.seconds, "made_with": curve.made_with}
     commit(storage, folder, Manifest(stage=STAGE, inputs={"training": plan.key}, stats=stats))
     delete_states(storage, plan, but=step)
 
@@ -125,11 +128,12 @@ def load_curve(storage: Storage, plan: TrainingPlan, step: int) -> Curve:
     torch.set_rng_state(small["random.cpu"])
     if plan.device.type == "cuda" and "random.cuda" in small:
         torch.cuda.set_rng_state(small["random.cuda"])
-    seconds = load_all(storage, [folder])[folder].stats["seconds"]
+    stats = load_all(storage, [folder])[folder].stats
     return Curve(
         loss=small["curve.loss"].tolist(),
         gradient_norm=small["curve.gradient_norm"].tolist(),
-        seconds=float(seconds),
+        seconds=float(stats["seconds"]),
+        made_with=stats["made_with"],
     )
 
 
@@ -170,7 +174,7 @@ def save_checkpoint(
         causal: The transformers model, for its configurations; its own weights may be sharded.
         model: Full weights by name.
         tokenizer: What the corpus was tokenized with.
-        stats: `tokens`, `parameters`, and the `loss` of the step.
+        stats: `tokens`, `parameters`, the `loss` of the step, and what the weights were `made_with`.
     """
     weights = {
         name.removeprefix("causal."): tensor for name, tensor in _without_tied_head(plan, model).items()
@@ -188,8 +192,12 @@ def save_checkpoint(
 def finish(storage: Storage, plan: TrainingPlan, curve: Curve, stats: dict[str, Any]) -> None:
     """Save the loss curve, commit the training, and delete its states."""
     storage.write_parquet(f"{plan.folder}/{LOSSES}", curve.table(plan))
-    stats = {"steps": plan.steps, "seconds": round(curve.seconds, 3), **stats}
-    commit(storage, plan.folder, Manifest(stage=STAGE, inputs=plan.inputs, files={LOSSES: 0}, stats=stats))
+    known = {"steps": plan.steps, "seconds": round(curve.seconds, 3), "made_with": curve.made_with}
+    commit(
+        storage,
+        plan.folder,
+        Manifest(stage=STAGE, inputs=plan.inputs, files={LOSSES: 0}, stats=known | stats),
+    )
     delete_states(storage, plan)
 
 

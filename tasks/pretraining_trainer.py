@@ -12,6 +12,7 @@ float32 takes 32 GB of main memory a process for that while.
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
 import shutil
@@ -27,6 +28,8 @@ from tasks.packing import PackedRows, Rows
 from tasks.pretraining_model import PackedLanguageModel, count_parameters, make_optimizer
 from tasks.pretraining_plan import TrainingPlan
 from tasks.pretraining_state import STAGE, load_tensors
+
+_logger = logging.getLogger(__name__)
 
 _PATIENCE = timedelta(hours=2)
 """How long processes wait for the first one, which writes what all have computed."""
@@ -55,6 +58,10 @@ class Trainer:
         plan: What is trained.
         rows: The packed training text.
         causal: A `LlamaForCausalLM` on the CPU.
+
+    Raises:
+        ConfigError: if a step has fewer rows than there are processes, the device cannot shard, or there is no compiler
+            where one is asked for.
     """
 
     def __init__(self, plan: TrainingPlan, rows: PackedRows, causal: Any) -> None:
@@ -62,13 +69,25 @@ class Trainer:
         self.accelerator = _accelerator(plan)
         self.parameters = count_parameters(causal)
         model = PackedLanguageModel(causal, torch.bfloat16 if plan.is_bfloat16 else None)
-        if plan.is_compiled:
-            _require_compiler(plan)
+        self.is_compiled = _is_compiled(plan, says_why=self.accelerator.is_main_process)
+        if self.is_compiled:
             for block in causal.model.layers:
                 block.compile()
         # FSDP looks for the optimizer's parameters among the model's: the optimizer first.
         self.model, self._optimizer = self.accelerator.prepare(model, make_optimizer(model, plan.train))
         self.model.train()
+
+    @property
+    def computes_with(self) -> dict[str, Any]:
+        """What decides how a step is rounded: `device` (its type), `precision`, `compiled`, `processes`, `sharded`."""
+        plan, n_processes = self.plan, self.accelerator.num_processes
+        return {
+            "device": plan.device.type,
+            "precision": "bfloat16" if plan.is_bfloat16 else "float32",
+            "compiled": self.is_compiled,
+            "processes": n_processes,
+            "sharded": plan.train.fsdp and n_processes > 1,
+        }
 
     def step(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Run optimizer step `number`, counted from 1.
@@ -160,6 +179,12 @@ def _accelerator(plan: TrainingPlan) -> Any:
 
     is_cpu = plan.device.type == "cpu"
     sharded = None
+    if plan.train.fsdp and launched_processes() == 1:
+        _logger.warning(
+            "consolidation.train.fsdp does nothing for series %s: it is trained in one process, and a model is "
+            "sharded over several (on several GPUs; see consolidation.train.processes)",
+            plan.series,
+        )
     if plan.train.fsdp and launched_processes() > 1:
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -196,14 +221,38 @@ def _accelerator(plan: TrainingPlan) -> Any:
     return accelerator
 
 
-def _require_compiler(plan: TrainingPlan) -> None:
-    names = (os.environ.get("CXX"), "g++", "clang++")
-    if plan.device.type == "cpu" and not any(name and shutil.which(name) for name in names):
+def _is_compiled(plan: TrainingPlan, *, says_why: bool) -> bool:
+    """Whether blocks run through torch.compile; where it is merely `auto`, not without a compiler.
+
+    Raises:
+        ConfigError: if it is asked for and there is no compiler.
+    """
+    asked, is_cuda = plan.train.compile, plan.device.type == "cuda"
+    if asked == "off" or (asked == "auto" and not is_cuda):
+        return False
+    # Triton builds the launchers of its kernels in C; on a CPU the kernels themselves are C++.
+    language, variable, names = (
+        ("C", "CC", ("gcc", "clang")) if is_cuda else ("C++", "CXX", ("g++", "clang++"))
+    )
+    named = os.environ.get(variable)
+    if any(shutil.which(name) for name in ((named,) if named else names)):
+        return True
+    missing = f"a {language} compiler on {plan.device.type}, and there is none"
+    way_out = f"install {names[0]}, or name one in {variable}"
+    if asked == "on":
         raise ConfigError(
-            "consolidation.train.compile = on needs a C++ compiler on a CPU, and there is none",
-            hint="install g++, or set it to off",
+            f"consolidation.train.compile = on needs {missing}",
+            hint=f"{way_out}, or set it to off",
             stage=STAGE,
         )
+    if says_why:
+        _logger.warning(
+            "series %s is trained without torch.compile, more slowly: it needs %s (%s)",
+            plan.series,
+            missing,
+            way_out,
+        )
+    return False
 
 
 def _whole(norm: torch.Tensor) -> torch.Tensor:

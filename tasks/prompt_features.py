@@ -73,12 +73,6 @@ def _check(model: LoadedModel, ids: Sequence[int], layers: Sequence[int]) -> Non
             f"a prompt of {len(ids)} tokens is longer than the model was built for ({model.context_length})",
             hint="shorten it",
         )
-    vocabulary = int(model.module.get_input_embeddings().weight.shape[0])
-    if max(ids) >= vocabulary:
-        raise ModelError(
-            f"token id {max(ids)} is outside the model's vocabulary ({vocabulary:,} tokens)",
-            hint="its tokenizer is another one than the corpus'; model.tokenizer names the right one",
-        )
     for layer in layers:
         if not 0 <= layer < model.n_layers:
             raise ModelError(f"the model has no block {layer}: it has {model.n_layers}")

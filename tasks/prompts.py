@@ -6,8 +6,9 @@ is taken to hold all that a prompt needs, BOS among it; without one, BOS begins 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from infra.errors import ConfigError, ModelError
 from schemas.config import Config, steering_of
@@ -15,6 +16,19 @@ from schemas.steering import short
 from tasks.tokenizers import LoadedTokenizer
 
 _STANDS_FOR_TEXT = "functok"
+
+_ENDS = ("\n", ".", "a")
+"""Ends of a token: before any text, one of them hardly merges with it."""
+
+_TODAY = datetime(2024, 7, 26)
+"""What templates that show the date are told, or a prompt would be another one every day: the date that Llama 3's
+template has where none is given."""
+
+_CLOCK = (
+    "{% macro strftime_now(format) %}{% set shown = namespace(text=format) %}{% for code, text in functok_today %}"
+    "{% set shown.text = shown.text | replace(code, text) %}{% endfor %}{{ shown.text }}{% endmacro %}{{ '' }}"
+)
+"""Goes before a template instead of transformers' function of that name: what is given to templates is plain data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,28 +60,25 @@ def tokenized(text: str, config: Config, tokenizer: LoadedTokenizer) -> Prompt:
         ModelError: if BOS is wanted and the tokenizer has none.
     """
     head: list[int] = []
-    if steering_of(config).chat_template and tokenizer.tokenizer.chat_template:
-        whole, start, end = _in_template(text, tokenizer)
-    else:
-        whole, start, end = text, 0, len(text)
-        if config.windows.prepend_bos:
-            if tokenizer.bos_id is None:
-                raise ModelError(
-                    f"the tokenizer of {config.model.name} has no BOS token",
-                    hint="set windows.prepend_bos = false",
-                )
-            head = [tokenizer.bos_id]
+    whole, start, end = _whole(text, config, tokenizer)
+    if not _has_template(config, tokenizer) and config.windows.prepend_bos:
+        if tokenizer.bos_id is None:
+            raise ModelError(
+                f"the tokenizer of {config.model.name} has no BOS token",
+                hint="set windows.prepend_bos = false",
+            )
+        head = [tokenizer.bos_id]
     encoded = tokenizer.backend.encode(whole, add_special_tokens=False)
     ids = [*head, *encoded.ids]
     # A token is of the text where their spans of characters overlap.
-    in_text = [False for _ in head] + [max(a, start) < min(b, end) for a, b in encoded.offsets]
+    in_text = [False for _ in head] + [max(a, start) < min(b, end) for a, b in _spans(encoded.offsets)]
     if not any(in_text):
         raise ConfigError(f"the prompt {short(text)} has no token", hint="give it text")
     special = set(tokenizer.special_ids)
     return Prompt(
         text=text,
         ids=tuple(ids),
-        tokens=tuple(tokenizer.tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids),
+        tokens=tuple(_decoded([i], tokenizer) for i in ids),
         is_special=tuple(i in special for i in ids),
         in_text=tuple(in_text),
     )
@@ -103,21 +114,74 @@ def content_position(prompt: Prompt, function_ids: Collection[int]) -> int | Non
     return None
 
 
-def target_ids(target: str, tokenizer: LoadedTokenizer) -> list[int]:
-    """The ids of a continuation, with no special token before or after it.
+def target_ids(target: str, text: str, config: Config, tokenizer: LoadedTokenizer) -> list[int]:
+    """The ids by which a target continues a prompt, with no special token added before or after it.
+
+    They are what it adds to the prompt's tokens in one text with it. Where the two texts would merge in a token, as
+    ` riv` and `er` may, the prompt's tokens stay and the target's own follow: what the tokenizer makes of it within
+    a text, not at the start of one, where many tokenizers put a space before it.
+
+    Args:
+        target: The continuation, with its spaces.
+        text: The prompt; the target continues it up to where the answer begins, in a chat template too.
+        config: The configuration, which says whether there is one.
+        tokenizer: The prompt's.
 
     Raises:
-        ConfigError: if it has no token.
+        ConfigError: if it adds no token, none of its tokens read as it does after the prompt's, or the chat template
+            fails or does not show the prompt.
     """
-    ids: list[int] = tokenizer.backend.encode(target, add_special_tokens=False).ids
-    if not ids:
+    prompt, _, _ = _whole(text, config, tokenizer)
+    before, whole = _ids(prompt, tokenizer), _ids(prompt + target, tokenizer)
+    if whole == before:
         raise ConfigError(f"the target {target!r} has no token", hint="give the text of an answer")
-    return ids
+    if added := _after(before, whole):
+        return added
+    for start in ("", *_ENDS):
+        own = _after(_ids(start, tokenizer), _ids(start + target, tokenizer))
+        if own and _decoded([*before, *own], tokenizer) == _decoded(whole, tokenizer):
+            return own
+    raise ConfigError(
+        f"the target {target!r} merges with the end of the prompt {short(text)}: no tokens continue it so",
+        hint="end the prompt where a token ends, and let the target begin with a space",
+    )
 
 
 def listed(tokens: Iterable[str]) -> str:
     """Tokens as they are, for messages."""
     return " ".join(repr(token) for token in tokens)
+
+
+def _ids(text: str, tokenizer: LoadedTokenizer) -> list[int]:
+    return list(tokenizer.backend.encode(text, add_special_tokens=False).ids)
+
+
+def _after(before: list[int], whole: list[int]) -> list[int]:
+    """What follows `before` in `whole`; nothing where that does not begin with it."""
+    return whole[len(before) :] if whole[: len(before)] == before else []
+
+
+def _decoded(ids: Sequence[int], tokenizer: LoadedTokenizer) -> str:
+    return str(tokenizer.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+
+def _spans(offsets: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """[start, end) of each token in characters, blank ones too, of which some tokenizers trim all but a border."""
+    spans, last = [], 0
+    for start, end in offsets:
+        # Trimmed to its end, or at the start of a text to its start.
+        spans.append((last, max(end, 1)) if start == end else (start, end))
+        last = end
+    return spans
+
+
+def _has_template(config: Config, tokenizer: LoadedTokenizer) -> bool:
+    return steering_of(config).chat_template and bool(tokenizer.tokenizer.chat_template)
+
+
+def _whole(text: str, config: Config, tokenizer: LoadedTokenizer) -> tuple[str, int, int]:
+    """What is tokenized of a prompt, and where in it the prompt's own text is: [start, end) in characters."""
+    return _in_template(text, tokenizer) if _has_template(config, tokenizer) else (text, 0, len(text))
 
 
 def _in_template(text: str, tokenizer: LoadedTokenizer) -> tuple[str, int, int]:
@@ -141,15 +205,21 @@ def _in_template(text: str, tokenizer: LoadedTokenizer) -> tuple[str, int, int]:
 
 
 def _rendered(text: str, tokenizer: LoadedTokenizer) -> str:
-    from jinja2 import TemplateError
-
+    # `%-d` is `%d` without a leading zero.
+    codes = [f"%{padding}{code}" for padding in ("", "-") for code in "aAbBcdDeFGHIjmMpRSTuUVwWxXyYzZ"]
     try:
+        template = tokenizer.tokenizer.get_chat_template()
         rendered = tokenizer.tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+            [{"role": "user", "content": text}],
+            chat_template=f"{_CLOCK}{template}" if "strftime_now" in template else template,
+            tokenize=False,
+            add_generation_prompt=True,
+            functok_today=[[code, _TODAY.strftime(code)] for code in codes],
         )
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
+    # A template is a program: it may fail in any way.
+    except Exception as error:
         raise ConfigError(
-            f"the model's chat template fails on the prompt {short(text)}: {error}",
+            f"the model's chat template fails on the prompt {short(text)}: {type(error).__name__}: {error}",
             hint="set steering.chat_template = false",
         ) from error
     return str(rendered)

@@ -1,12 +1,13 @@
 """The features of each case's prompts at every position and layer: what function tokens re-activate (PAPER 1.3).
 
 Two prompts of a case differ in one place, and later tokens are the same. What is kept here is what is active where;
-which features tell the contexts apart and come back is SQL over it. One content-keyed folder a case.
+which features tell the contexts apart and come back is SQL over it. One content-keyed folder a case for its tokens, and
+one a case and layer for its features: another SAE at a layer makes that layer's alone anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from infra.storage import Storage
 from schemas.config import Config
 from schemas.steering import Case
 from schemas.tables import SHARD_FILES
-from schemas.work import CaseFeatures, Dictionary
+from schemas.work import CaseFeatures, Dictionary, LayerFolder
 from tasks.cases import place_of, read_cases
 from tasks.encoding import Encoder
 from tasks.features import round_mantissa
@@ -34,17 +35,19 @@ VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class _Unit:
-    """One case: a folder to make or to find.
+    """One case: folders to make or to find.
 
     Attributes:
         case: The case.
-        inputs: What determines its features.
+        inputs: What determines its tokens.
+        of_layers: By layer, ascending: what determines its features.
         prompts: Its prompts, tokenized.
         place: [first, end) positions at which they differ.
     """
 
     case: Case
     inputs: dict[str, Any]
+    of_layers: dict[int, dict[str, Any]]
     prompts: tuple[Prompt, ...]
     place: tuple[int, int]
 
@@ -53,9 +56,37 @@ class _Unit:
         return f"reactivation/{content_key(**self.inputs)}"
 
     @property
+    def layers(self) -> tuple[LayerFolder, ...]:
+        return tuple(
+            LayerFolder(layer=layer, folder=f"reactivation/{content_key(**inputs)}")
+            for layer, inputs in self.of_layers.items()
+        )
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        return (self.folder, *(entry.folder for entry in self.layers))
+
+    @property
     def n_tokens(self) -> int:
         """Tokens that are not special."""
         return sum(not special for prompt in self.prompts for special in prompt.is_special)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Lack:
+    """What a case lacks: its tokens, its features at some layers, or both."""
+
+    unit: _Unit
+    has_tokens: bool
+    layers: tuple[LayerFolder, ...]
+
+    @property
+    def label(self) -> str:
+        """How messages name it: with its layers, where others are there."""
+        if not self.layers or len(self.layers) == len(self.unit.of_layers):
+            return self.unit.case.label
+        listed = ", ".join(str(entry.layer) for entry in self.layers)
+        return f"{self.unit.case.label}, layer{'s' * (len(self.layers) > 1)} {listed}"
 
 
 def find_reactivations(
@@ -78,9 +109,8 @@ def missing_reactivations(
         ConfigError: if the cases cannot be used.
     """
     units = _units(config, storage, dictionaries)
-    done = load_all(storage, [unit.folder for unit in units])
-    missing = [unit.case.label for unit in units if unit.folder not in done]
-    return len(units) - len(missing), missing
+    lacks = _lacks(storage, units)
+    return len(units) - len(lacks), [lack.label for lack in lacks]
 
 
 def compute_reactivations(
@@ -91,7 +121,8 @@ def compute_reactivations(
     Args:
         config: The configuration.
         storage: Where everything is.
-        dictionaries: The run's: every one of their layers is read.
+        dictionaries: The run's: every one of their layers is read. A case's prompts are read once for all layers
+            that it lacks.
         progress: Called after each case with tokens read.
 
     Returns:
@@ -103,17 +134,18 @@ def compute_reactivations(
         ModelError: if the model cannot be loaded or a residual is not finite.
     """
     units = _units(config, storage, dictionaries)
-    done = load_all(storage, [unit.folder for unit in units])
-    missing = [unit for unit in units if unit.folder not in done]
-    if missing:
-        total, seen = sum(unit.n_tokens for unit in missing), 0
+    lacks = _lacks(storage, units)
+    if lacks:
+        total, seen = sum(lack.unit.n_tokens for lack in lacks), 0
         progress(0, total, "tokens, cases")
-        model = load_model(config.model, storage)
-        encoders = load_encoders(storage, dictionaries, model.device)
-        for unit in missing:
-            with about(unit.case.label, stage="reactivation"):
-                _make(config, storage, unit, model, encoders)
-            seen += unit.n_tokens
+        needed = {entry.layer for lack in lacks for entry in lack.layers}
+        model = load_model(config.model, storage) if needed else None
+        own = [entry for entry in dictionaries if entry.layer in needed]
+        encoders = {} if model is None else load_encoders(storage, own, model.device)
+        for lack in lacks:
+            with about(lack.unit.case.label, stage="reactivation"):
+                _make(config, storage, lack, model, encoders)
+            seen += lack.unit.n_tokens
             progress(seen, total, "tokens, cases")
     found = _found(storage, units)
     if found is None:
@@ -127,7 +159,7 @@ def _units(config: Config, storage: Storage, dictionaries: Sequence[Dictionary])
     if not cases:
         return []
     tokenizer, key_of_model = load_tokenizer(config.model, storage), model_key(config.model, storage)
-    layers = sorted([entry.layer, entry.key] for entry in dictionaries)
+    by_layer = sorted(dictionaries, key=lambda entry: entry.layer)
     units = []
     for case in cases:
         with about(case.label, stage="reactivation"):
@@ -135,37 +167,68 @@ def _units(config: Config, storage: Storage, dictionaries: Sequence[Dictionary])
             place = place_of(case, prompts)
         inputs = {
             "version": VERSION,
-            "model": key_of_model,
             "case": case.name,
             "relation": case.relation,
             "look_at": case.look_at,
             "prompts": [vars(prompt) for prompt in prompts],
             "place": place,
-            "layers": layers,
-            "mantissa_bits": config.activations.mantissa_bits,
         }
-        units.append(_Unit(case=case, inputs=inputs, prompts=prompts, place=place))
+        of_layers = {
+            entry.layer: {
+                "version": VERSION,
+                "model": key_of_model,
+                "layer": entry.layer,
+                "dictionary": entry.key,
+                "prompts": [[prompt.text, prompt.ids, prompt.is_special] for prompt in prompts],
+                "mantissa_bits": config.activations.mantissa_bits,
+            }
+            for entry in by_layer
+        }
+        units.append(_Unit(case=case, inputs=inputs, of_layers=of_layers, prompts=prompts, place=place))
     return units
 
 
+def _lacks(storage: Storage, units: Sequence[_Unit]) -> list[_Lack]:
+    done = load_all(storage, [folder for unit in units for folder in unit.folders])
+    lacks = [
+        _Lack(
+            unit=unit,
+            has_tokens=unit.folder in done,
+            layers=tuple(entry for entry in unit.layers if entry.folder not in done),
+        )
+        for unit in units
+    ]
+    return [lack for lack in lacks if lack.layers or not lack.has_tokens]
+
+
 def _found(storage: Storage, units: Sequence[_Unit]) -> list[CaseFeatures] | None:
-    done = load_all(storage, [unit.folder for unit in units])
-    if any(unit.folder not in done for unit in units):
+    if _lacks(storage, units):
         return None
-    return [CaseFeatures(case=unit.case.name, folder=unit.folder, n_tokens=unit.n_tokens) for unit in units]
+    return [
+        CaseFeatures(case=unit.case.name, folder=unit.folder, layers=unit.layers, n_tokens=unit.n_tokens)
+        for unit in units
+    ]
 
 
 def _make(
-    config: Config, storage: Storage, unit: _Unit, model: LoadedModel, encoders: dict[int, Encoder]
+    config: Config, storage: Storage, lack: _Lack, model: LoadedModel | None, encoders: Mapping[int, Encoder]
 ) -> None:
-    features = [
-        _features(prompt, model, encoders, config.activations.mantissa_bits) for prompt in unit.prompts
-    ]
-    tokens = pa.Table.from_pylist(_tokens(unit), schema=SHARD_FILES["prompt_tokens"])
-    storage.write_parquet(f"{unit.folder}/prompt_tokens.parquet", tokens)
-    storage.write_parquet(f"{unit.folder}/prompt_features.parquet", pa.concat_tables(features))
-    stats = {"n_tokens": unit.n_tokens, "n_activations": sum(table.num_rows for table in features)}
-    commit(storage, unit.folder, Manifest(stage="reactivation", inputs=unit.inputs, stats=stats))
+    unit = lack.unit
+    if not lack.has_tokens:
+        tokens = pa.Table.from_pylist(_tokens(unit), schema=SHARD_FILES["prompt_tokens"])
+        storage.write_parquet(f"{unit.folder}/prompt_tokens.parquet", tokens)
+        stats = {"n_tokens": unit.n_tokens}
+        commit(storage, unit.folder, Manifest(stage="reactivation", inputs=unit.inputs, stats=stats))
+    if model is None or not lack.layers:
+        return
+    wanted = {entry.layer: encoders[entry.layer] for entry in lack.layers}
+    read = [_features(prompt, model, wanted, config.activations.mantissa_bits) for prompt in unit.prompts]
+    for entry in lack.layers:
+        features = pa.concat_tables([tables[entry.layer] for tables in read])
+        storage.write_parquet(f"{entry.folder}/prompt_features.parquet", features)
+        stats = {"n_activations": features.num_rows}
+        inputs = unit.of_layers[entry.layer]
+        commit(storage, entry.folder, Manifest(stage="reactivation", inputs=inputs, stats=stats))
 
 
 def _tokens(unit: _Unit) -> list[dict[str, Any]]:
@@ -190,24 +253,22 @@ def _tokens(unit: _Unit) -> list[dict[str, Any]]:
 
 
 def _features(
-    prompt: Prompt, model: LoadedModel, encoders: dict[int, Encoder], mantissa_bits: int
-) -> pa.Table:
-    """The rows of `prompt_features` of one prompt, in (layer, position, feature) order."""
+    prompt: Prompt, model: LoadedModel, encoders: Mapping[int, Encoder], mantissa_bits: int
+) -> dict[int, pa.Table]:
+    """By layer, the rows of `prompt_features` of one prompt, in (position, feature) order."""
     positions = torch.tensor([at for at, special in enumerate(prompt.is_special) if not special])
-    residuals, tables = residuals_of(model, prompt.ids, encoders), []
+    residuals, tables = residuals_of(model, prompt.ids, encoders), {}
     for layer, encoder in encoders.items():
         sparse = encoder(residuals[layer][positions.to(model.device)])
         n = len(sparse.row)
-        tables.append(
-            pa.table(
-                [
-                    pa.repeat(prompt.text, n),
-                    positions[sparse.row.cpu()].to(torch.int32).numpy(),
-                    pa.repeat(pa.scalar(layer, pa.int32()), n),
-                    sparse.feature.to(torch.int32).cpu().numpy(),
-                    round_mantissa(sparse.value.cpu().numpy(), mantissa_bits),
-                ],
-                schema=SHARD_FILES["prompt_features"],
-            )
+        tables[layer] = pa.table(
+            [
+                pa.repeat(prompt.text, n),
+                positions[sparse.row.cpu()].to(torch.int32).numpy(),
+                pa.repeat(pa.scalar(layer, pa.int32()), n),
+                sparse.feature.to(torch.int32).cpu().numpy(),
+                round_mantissa(sparse.value.cpu().numpy(), mantissa_bits),
+            ],
+            schema=SHARD_FILES["prompt_features"],
         )
-    return pa.concat_tables(tables)
+    return tables

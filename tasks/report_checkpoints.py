@@ -23,7 +23,6 @@ from tasks.consolidation_rows import (
 from tasks.report_corpus import rank_bin, tables_of
 from tasks.report_graph import DEGREE_BINS
 
-RESAMPLES = 1000
 LOSS_TABLES = {"checkpoints", "loss_buckets", "document_losses"}
 
 
@@ -92,14 +91,6 @@ def bucket_losses(connection: Any) -> list[BucketLoss]:
         ),
         key=lambda row: (order[row.model], row.step, BUCKETS.index(row.bucket)),
     )
-
-
-def resamples_of(connection: Any) -> int:
-    """Bootstrap resamples of this run."""
-    if "run_info" not in tables_of(connection):
-        return RESAMPLES
-    found = connection.execute("SELECT value FROM run_info WHERE key = 'loss_resamples'").fetchall()
-    return int(found[0][0]) if found else RESAMPLES
 
 
 def last_of_each(rows: list[BucketLoss]) -> list[BucketLoss]:

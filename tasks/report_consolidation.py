@@ -31,11 +31,11 @@ from tasks.report_checkpoints import (
     has_losses,
     last_of_each,
     learned_rows,
-    resamples_of,
     series_of,
     training_points,
     training_rows,
 )
+from tasks.report_corpus import resamples_of
 from tasks.report_findings import Finding
 from tasks.report_page import Section, picture
 from tasks.report_text import integer, listed, percent, plural, signed
@@ -100,8 +100,8 @@ def _findings(connection: Any) -> Section:
         title="Consolidation: the paper’s findings",
         shows="What the paper says of pre-training, held against the checkpoints of this run. A token group is the "
         "kind of the current and of the next token. In parentheses stand 95 % intervals: percentiles of "
-        f"{integer(resamples_of(connection))} resamples of the held-out documents, the same for all checkpoints and "
-        "models. They say what other documents would change, not what another training would.",
+        f"{integer(resamples_of(connection, 'loss'))} resamples of the held-out documents, the same for all "
+        "checkpoints and models. They say what other documents would change, not what another training would.",
         findings=consolidation_findings.findings(measured),
         tables=tables,
     )

@@ -12,6 +12,7 @@ from tasks.report_rows import CorpusSummary, DocumentShareBin, FrequencyPoint, L
 
 LOG_SCALE = 1_000_000
 SPREAD_BINS = 800
+RESAMPLES = 1000
 
 
 def rank_bin(rank: str = "rank", per_e_fold: int = 40) -> str:
@@ -48,6 +49,14 @@ def tables_of(connection: Any) -> set[str]:
     return {
         name for (name,) in connection.execute("SELECT table_name FROM information_schema.tables").fetchall()
     }
+
+
+def resamples_of(connection: Any, section: str) -> int:
+    """Bootstrap resamples of this run's own intervals: of its `loss` or of its `steering`."""
+    if "run_info" not in tables_of(connection):
+        return RESAMPLES
+    row = connection.execute("SELECT value FROM run_info WHERE key = ?", [f"{section}_resamples"]).fetchone()
+    return RESAMPLES if row is None else int(row[0])
 
 
 def corpus_summary(connection: Any) -> CorpusSummary:

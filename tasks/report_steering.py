@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tasks import steering_figures, steering_findings
+from tasks.report_corpus import resamples_of
 from tasks.report_findings import Finding
 from tasks.report_page import Section, picture
 from tasks.report_steering_tables import (
@@ -33,7 +34,7 @@ from tasks.steering_rows import (
     trait_features,
     trait_layers,
 )
-from tasks.steering_statistics import measure_reactivation, measure_steering, middle_strength, resamples_of
+from tasks.steering_statistics import measure_reactivation, measure_steering, middle_strength
 from tasks.steering_values import EffectRow, HeatMap, ScoreRow
 
 FEATURES_SHOWN = 8
@@ -94,7 +95,7 @@ def _reactivation(connection: Any) -> Section:
         "others are its own: they tell the contexts apart. Shown is the share of a prompt’s own features that are "
         "active again at later tokens, which are the same in all prompts of the case: in the prompt itself, at the "
         "same position of the counterfactual prompts, and at the same token in prompts of other relations. Bars are "
-        f"95 % intervals: percentiles of {integer(resamples_of(connection))} resamples of the cases.",
+        f"95 % intervals: percentiles of {integer(resamples_of(connection, 'steering'))} resamples of the cases.",
         picture=picture(
             steering_figures.scores(rows),
             "Two panels on one scale, function and content tokens: the share of own features active again, by layer. "
@@ -183,7 +184,8 @@ def _steering(connection: Any) -> Section:
         "activations (clamp), at the prompt’s last function token alone, at all positions, or, as a control, at the "
         "last content token of its text; as another control, random features are moved by as much. Means over "
         f"{plural(steered.n_experiments, 'experiment')}; bands are 95 % intervals: percentiles of "
-        f"{integer(resamples_of(connection))} resamples of the experiments. Strengths stand at equal distances.",
+        f"{integer(resamples_of(connection, 'steering'))} resamples of the experiments. Strengths stand at equal "
+        "distances.",
         picture=picture(
             steering_figures.effects(rows),
             "A column a mode: change of the target’s log-probability, KL and change of log perplexity against "

@@ -8,13 +8,13 @@ from tasks.consolidation_findings import estimate
 from tasks.consolidation_rows import Estimate
 from tasks.report_page import Column, Table, number_column, number_columns
 from tasks.report_text import integer, number, percent, plural, signed, visible, visible_text
+from tasks.steering_intervals import SCORES
 from tasks.steering_values import EffectRow, ScoreRow, SteeredText, TraitFeature, TraitLayer
 
 MOST_TOKENS = 40
 MOST_TEXTS = 600
 LONGEST_TEXT = 300
 
-_SCORES = ("own", "counterfactual", "unrelated", "excess", "excess_unrelated")
 _HEADINGS = ("own", "counterfactual", "unrelated", "excess", "excess over unrelated")
 _WHOLE = (
     "Per cent of own features that are active: in the prompt itself, at the same position of the case’s other prompts, "
@@ -37,7 +37,7 @@ def scores_table(rows: Sequence[ScoreRow]) -> Table:
                 row.kind,
                 integer(row.n_cases),
                 integer(row.n_positions),
-                *(_share(row.scores[score]) for score in _SCORES),
+                *(_share(row.scores[score]) for score in SCORES),
             ]
             for row in rows
             if row.token is None
@@ -63,7 +63,7 @@ def token_scores_table(rows: Sequence[ScoreRow], kind: str) -> Table:
                 str(row.layer),
                 integer(row.n_cases),
                 integer(row.n_positions),
-                *(_share(row.scores[score]) for score in _SCORES),
+                *(_share(row.scores[score]) for score in SCORES),
             ]
             for row in mine[:MOST_TOKENS]
         ],

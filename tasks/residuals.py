@@ -116,6 +116,7 @@ def write_residuals(
     if missing:
         model, tokenizer = load_model(config.model, storage), load_tokenizer(config.model, storage)
         forward = forward_key(config, model.key)
+        tokenizer = with_padding_for(model, tokenizer)
         for part, absent in missing.values():
             _write_part(config, storage, part, absent, model, tokenizer, forward)
             seen += part.n_tokens
@@ -163,6 +164,11 @@ def _write_part(
 def rows_of_tokens(tokens: ShardTokens) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """(n,) table row of each token; meaningless for special ones."""
     return np.cumsum(~tokens.is_special, dtype=np.int64) - 1
+
+
+def with_padding_for(model: LoadedModel, tokenizer: LoadedTokenizer) -> LoadedTokenizer:
+    """The tokenizer, with a padding id that the model has: an added `[PAD]` may lie beyond its embedding."""
+    return replace(tokenizer, pad_id=min(tokenizer.pad_id, model.vocabulary - 1))
 
 
 def shard_batches(config: Config, tokens: ShardTokens, tokenizer: LoadedTokenizer) -> list[Batch]:

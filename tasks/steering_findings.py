@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from tasks.consolidation_findings import beyond, estimate, every
+from tasks.consolidation_findings import Sign, beyond, estimate, every
 from tasks.consolidation_rows import Estimate
 from tasks.report_findings import Finding, Verdict
 from tasks.report_text import listed, number, percent, plural, signed, visible_text
@@ -30,6 +30,10 @@ _SAID: dict[Verdict, str] = {
     "differs": "does not hold here",
     "undecided": "is undecided here: not every interval lies on one side of zero",
 }
+FEWEST_UNITS = 6
+"""Cases or experiments without which nothing is decided: among five, one sign in all is no rarity (1 in 16) where there
+is no effect, and an interval from resamples of so few is too narrow."""
+
 _DIGITS = 4
 """Of shares of features, which are small."""
 
@@ -51,7 +55,9 @@ def is_active_again(measured: Reactivation | None) -> Finding:
     scores = measured.kinds["function"] if measured is not None else {}
     if measured is None or math.isnan(scores["own"].value):
         return _untested(0, "No case has a feature of its own and a later function token that is looked at")
-    verdict = every([scores["excess"].sign, scores["excess_unrelated"].sign])
+    verdict, said = _decided(
+        [scores["excess"].sign, scores["excess_unrelated"].sign], measured.n_cases, "case"
+    )
     above = [
         row for row in measured.by_layer if row.kind == "function" and row.scores["excess"].sign == "above"
     ]
@@ -69,7 +75,7 @@ def is_active_again(measured: Reactivation | None) -> Finding:
         f"token. That is {_beyond(scores['excess'])} the same features’ share in the counterfactual prompt, at the "
         f"same position (above it, interval and all, at {len(above)} of {layers}), and {unrelated}. {_anyway(scores)}"
         "That later function tokens activate the features which tell two contexts apart, more than in the other "
-        f"context and in unrelated ones, {_SAID[verdict]}.",
+        f"context and in unrelated ones, {said}.",
     )
 
 
@@ -77,14 +83,14 @@ def more_than_content(measured: Reactivation | None) -> Finding:
     """The excess over the counterfactual prompt, at function against content tokens of the same cases."""
     if measured is None or math.isnan(measured.difference.value):
         return _untested(1, "The cases lack later function tokens or later content tokens")
-    verdict = every([measured.difference.sign])
+    verdict, said = _decided([measured.difference.sign], measured.n_cases, "case")
     excess = {kind: measured.kinds[kind]["excess"] for kind in ("function", "content")}
     return Finding(
         title=TITLES[1],
         verdict=verdict,
         text=f"The excess over the counterfactual prompt is {_share(excess['function'])} at later function tokens "
         f"and {_share(excess['content'])} at later content tokens: function tokens are "
-        f"{_beyond(measured.difference)} content tokens. That it is function tokens above all {_SAID[verdict]}.",
+        f"{_beyond(measured.difference)} content tokens. That it is function tokens above all {said}.",
     )
 
 
@@ -92,7 +98,8 @@ def raises_the_target(steered: Steered) -> Finding:
     """Above zero and above random features moved by as much, at the middle strength."""
     if not steered.modes:
         return _untested(2, _NO_PLACE)
-    verdict = every(sign for mode in steered.modes for sign in (mode.gain.sign, mode.advantage.sign))
+    signs = [sign for mode in steered.modes for sign in (mode.gain.sign, mode.advantage.sign)]
+    verdict, said = _decided(signs, min(mode.n for mode in steered.modes), "experiment")
     told = [
         f"In mode {mode.mode} at strength {mode.strength:g}, the target’s log-probability changes by "
         f"{estimate(mode.gain)} nats over {plural(mode.n, 'experiment')}, {_over_random(mode)}."
@@ -101,9 +108,9 @@ def raises_the_target(steered: Steered) -> Finding:
     return Finding(
         title=TITLES[2],
         verdict=verdict,
-        text=f"{' '.join(told)} The strength is the middle one of those swept, not the best. That setting a trait’s "
-        "features at a prompt’s last function token alone makes the answer likelier, and more so than random "
-        f"features, {_SAID[verdict]}.",
+        text=f"{' '.join(told)} The strength is the middle one of those swept (the lower of two), not the best. That "
+        "setting a trait’s features at a prompt’s last function token alone makes the answer likelier, and more so "
+        f"than random features, {said}.",
     )
 
 
@@ -114,7 +121,8 @@ def more_than_content_token(steered: Steered) -> Finding:
         return _untested(
             3, "No experiment was steered both at the last function token and at a content token"
         )
-    verdict = every(mode.difference.sign for mode in tested)
+    signs = [mode.difference.sign for mode in tested]
+    verdict, said = _decided(signs, min(mode.n_paired for mode in tested), "experiment")
     told = [
         f"In mode {mode.mode} at strength {mode.strength:g}, the target’s change at the last function token is "
         f"{beyond(mode.difference)} that at the last content token before it "
@@ -124,7 +132,7 @@ def more_than_content_token(steered: Steered) -> Finding:
     return Finding(
         title=TITLES[3],
         verdict=verdict,
-        text=f"{' '.join(told)} That the function token is the better place {_SAID[verdict]}.",
+        text=f"{' '.join(told)} That the function token is the better place {said}.",
     )
 
 
@@ -159,6 +167,14 @@ def one_layer(rows: Sequence[TraitLayer]) -> Finding | None:
     )
 
 
+def _decided(signs: Sequence[Sign], n: int, unit: str) -> tuple[Verdict, str]:
+    """The verdict on a claim that rests on `n` cases or experiments, and how it is said."""
+    if n < FEWEST_UNITS:
+        return "undecided", f"is undecided here: {plural(n, unit)} are too few ({FEWEST_UNITS} at least)"
+    verdict = every(signs)
+    return verdict, _SAID[verdict]
+
+
 def _share(value: Estimate) -> str:
     return estimate(value, _DIGITS)
 
@@ -172,6 +188,8 @@ def _anyway(scores: Mapping[str, Estimate]) -> str:
     own, anyway = scores["own"].value, scores["counterfactual"].value
     if not own > 0 or math.isnan(anyway):
         return ""
+    if anyway >= own:
+        return "At least as many would be expected without the context. "
     return f"Of 100 such activations, {100 * anyway / own:.0f} would be expected without the context. "
 
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from infra.duck import Catalog, ShardFile
 from infra.manifest import content_key
-from schemas.config import Config, Steering
-from schemas.work import CaseFeatures, CorpusShards, SteeredPrompt, SteeringResults, TraitFeatures
+from schemas.config import Config, steering_of
+from schemas.work import (
+    CaseFeatures,
+    CorpusShards,
+    LayerFolder,
+    SteeredPrompt,
+    SteeringResults,
+    TraitFeatures,
+)
 from tasks.table_plan import (
     EXPERIMENT_TABLES,
     REACTIVATION_TABLES,
@@ -33,8 +41,8 @@ def steering_group(config: Config, shards: CorpusShards, results: SteeringResult
         "group": "steering",
         "version": VERSION,
         "corpus": corpus_group(config, shards).key,
-        "cases": [[case.case, case.folder] for case in cases],
-        "traits": [[trait.trait, trait.folder] for trait in traits],
+        "cases": [[case.case, case.folder, _folders(case.layers)] for case in cases],
+        "traits": [[trait.trait, _folders(trait.layers)] for trait in traits],
         "experiments": [[experiment.case, experiment.folder] for experiment in experiments],
         "resamples": steering_of(config).resamples,
     }
@@ -47,7 +55,9 @@ def steering_group(config: Config, shards: CorpusShards, results: SteeringResult
     inputs = {
         "shard_prompt_tokens": [ShardFile(name=f"{case.folder}/prompt_tokens.parquet") for case in cases],
         "shard_prompt_features": [
-            ShardFile(name=f"{case.folder}/prompt_features.parquet", source=case.case) for case in cases
+            ShardFile(name=f"{folder}/prompt_features.parquet", source=case.case)
+            for case in cases
+            for folder in _folders(case.layers)
         ],
     }
     return Group(
@@ -66,12 +76,10 @@ def sorted_results(
     """Cases, traits and experiments in an order that is not the file's."""
     return (
         sorted(results.cases, key=lambda case: (case.case, case.folder)),
-        sorted(results.traits, key=lambda trait: (trait.trait, trait.folder)),
+        sorted(results.traits, key=lambda trait: (trait.trait, _folders(trait.layers))),
         sorted(results.experiments, key=lambda made: (made.case, made.prompt, made.folder)),
     )
 
 
-def steering_of(config: Config) -> Steering:
-    """The section `steering`, which whoever asks for these tables has."""
-    assert config.steering is not None
-    return config.steering
+def _folders(layers: Sequence[LayerFolder]) -> list[str]:
+    return [entry.folder for entry in sorted(layers, key=lambda entry: entry.layer)]

@@ -53,7 +53,7 @@ def plan_steering(
 ) -> tuple[list[StagePlan], SteeringResults | None]:
     """A `StagePlan` for each stage that applies, and their results if both are finished.
 
-    Manifests are read, no model is.
+    Manifests are read, and to know the corpus' function tokens its counts; no model is. Nothing is written.
 
     Raises:
         ConfigError: if the cases cannot be used as asked.

@@ -8,15 +8,15 @@ What is tested is fixed beforehand, not picked by its outcome: all layers togeth
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tasks.bootstrap import bootstrap
 from tasks.consolidation_rows import Estimate
-from tasks.report_corpus import tables_of
+from tasks.consolidation_statistics import estimates
+from tasks.report_corpus import resamples_of
 from tasks.steering_intervals import (
     EFFECTS,
     FEWEST,
@@ -34,7 +34,6 @@ from tasks.steering_values import EffectRow, ModeEffects, Reactivation, Steered
 Floats = npt.NDArray[np.float64]
 Setting = tuple[str, str, str, float]
 
-RESAMPLES = 1000
 KINDS = ("function", "content")
 LAST, CONTENT = "last function token", "content token"
 
@@ -52,7 +51,7 @@ def measure_reactivation(connection: Any, resamples: int | None = None) -> React
         connection: The connection, with the table `reactivation_positions`.
         resamples: Of the cases; None: as many as the run's own intervals have.
     """
-    resamples = resamples or resamples_of(connection)
+    resamples = resamples or resamples_of(connection, "steering")
     sums = case_sums(connection)
     sums = sums.filter([token is None for token in sums["token"].to_pylist()])
     if not len(sums):
@@ -68,7 +67,7 @@ def measure_reactivation(connection: Any, resamples: int | None = None) -> React
         difference = found[:, 0, _EXCESS] - found[:, 1, _EXCESS]
         return np.column_stack([found.reshape(len(flat), -1), difference])
 
-    *scores, difference = _estimates(pooled.reshape(len(pooled), -1), measured, resamples)
+    *scores, difference = estimates(pooled.reshape(len(pooled), -1), measured, resamples)
     if has_kind.min() < FEWEST:
         difference = _without_interval(difference)
     kinds = {}
@@ -98,7 +97,7 @@ def measure_steering(connection: Any, resamples: int | None = None) -> Steered:
         connection: Of `infra.duck.connect`.
         resamples: Of the experiments; None: as many as the run's own intervals have.
     """
-    resamples = resamples or resamples_of(connection)
+    resamples = resamples or resamples_of(connection, "steering")
     effects = experiment_effects(connection)
     groups, values = by_unit(
         effects,
@@ -128,14 +127,6 @@ def middle_strength(strengths: Sequence[float]) -> float | None:
     return swept[(len(swept) - 1) // 2] if swept else None
 
 
-def resamples_of(connection: Any) -> int:
-    """Resamples of the run's own intervals."""
-    if "run_info" not in tables_of(connection):
-        return RESAMPLES
-    row = connection.execute("SELECT value FROM run_info WHERE key = 'steering_resamples'").fetchone()
-    return RESAMPLES if row is None else int(row[0])
-
-
 def _mode(
     mode: str, strength: float, of: dict[Setting, Floats], rows: Sequence[EffectRow], resamples: int
 ) -> ModeEffects:
@@ -161,16 +152,8 @@ def _mean(values: Floats, resamples: int) -> Estimate:
     """Mean of the values that are there."""
     known = np.isfinite(values)
     counts = np.column_stack([np.where(known, values, 0.0), known])
-    (found,) = _estimates(counts, means_of, resamples)
+    (found,) = estimates(counts, means_of, resamples)
     return found if known.sum() >= FEWEST else _without_interval(found)
-
-
-def _estimates(counts: Floats, statistic: Callable[[Floats], Floats], resamples: int) -> list[Estimate]:
-    intervals = bootstrap(counts, statistic, resamples)
-    return [
-        Estimate(value=float(value), low=float(low), high=float(high))
-        for value, (low, high) in zip(statistic(counts.sum(axis=0)[None])[0], intervals, strict=True)
-    ]
 
 
 def _without_interval(found: Estimate) -> Estimate:

@@ -85,8 +85,7 @@ def sweep(model: LanguageModel, sae: Any, experiment: Experiment) -> Iterator[li
     question, conditions = experiment.question, experiment.conditions
     if not conditions:
         return
-    directions = _directions(sae, experiment, model.device)
-    rows = [_row(condition, experiment.moved, directions) for condition in conditions]
+    directions, rows = _interventions(sae, experiment, model.device)
     norms = _relative_norms(residual_at(model, question), rows)
     n_batches = -(-len(rows) // experiment.batch_size)
     size = -(-len(rows) // n_batches)
@@ -106,6 +105,28 @@ def sweep(model: LanguageModel, sae: Any, experiment: Experiment) -> Iterator[li
         known |= perplexities(model, question, new, experiment.batch_size)
         features = [directions[condition.draw].feature_ids for condition in some]
         yield _effects(features, found, baseline, known, norms[first : first + size])
+
+
+def check_experiment(sae: Any, experiment: Experiment) -> None:
+    """Refuse what `sweep` would refuse before it asks the model anything, without a model.
+
+    Args:
+        sae: The SAELens SAE of the layer that is steered, on the CPU.
+        experiment: What would be swept.
+
+    Raises:
+        ConfigError: if the dictionary is too small for random controls.
+        DictionaryError: naming the condition, if features cannot be set as asked.
+    """
+    _interventions(sae, experiment, torch.device("cpu"))
+
+
+def _interventions(
+    sae: Any, experiment: Experiment, device: torch.device
+) -> tuple[dict[int, Directions], list[list[Intervention]]]:
+    """The directions by draw, and what each condition does."""
+    directions = _directions(sae, experiment, device)
+    return directions, [_row(condition, experiment.moved, directions) for condition in experiment.conditions]
 
 
 def _directions(sae: Any, experiment: Experiment, device: torch.device) -> dict[int, Directions]:

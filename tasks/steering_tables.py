@@ -6,18 +6,19 @@ neither the order of the cases' file nor threads can change a bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import asdict
 
 import pyarrow as pa
 
 from infra.duck import Catalog, create_views, open_duckdb, read_catalog
 from infra.progress import Progress, one_by_one, silent
 from infra.storage import Storage
-from schemas.config import Config
+from schemas.config import Config, steering_of
 from schemas.tables import TABLES
 from schemas.work import CorpusShards, SteeringResults
+from tasks.loaded_traits import load_layers
 from tasks.steering_intervals import case_sums, effect_intervals, experiment_effects, score_intervals
-from tasks.steering_plan import sorted_results, steering_group, steering_of
+from tasks.steering_plan import sorted_results, steering_group
 from tasks.table_plan import Group, corpus_group, merged
 from tasks.table_sql import ensure_folder, explained, write_table
 from tasks.tables import build_corpus
@@ -79,7 +80,7 @@ def _write(
     config: Config, storage: Storage, corpus: Group, group: Group, results: SteeringResults, table: str
 ) -> None:
     if table in SORTED_BY:
-        storage.write_parquet(group.tables[table], _gathered(storage, table, _folders(results, table)))
+        storage.write_parquet(group.tables[table], _gathered(storage, table, results))
         return
     made = corpus.tables | group.tables
     inputs = Catalog(
@@ -117,20 +118,23 @@ def _measured(config: Config, storage: Storage, table: str, inputs: Catalog) -> 
         return {"experiment_effects": effects, "intervals": effect_intervals(effects, resamples)}
 
 
-def _folders(results: SteeringResults, table: str) -> list[str]:
-    _, traits, experiments = sorted_results(results)
-    if table == "steering":
-        return [made.folder for made in experiments]
-    return [made.folder for made in traits]
-
-
-def _gathered(storage: Storage, table: str, folders: Sequence[str]) -> pa.Table:
+def _gathered(storage: Storage, table: str, results: SteeringResults) -> pa.Table:
     """The folders' rows under each other, sorted by the table's keys."""
     schema = TABLES[table]
-    rows = pa.concat_tables(
-        [
-            storage.read_parquet(f"{folder}/{table}.parquet").select(schema.names).cast(schema)
-            for folder in folders
+    _, traits, experiments = sorted_results(results)
+    if table == "trait_layers":
+        layers = [
+            {"trait": trait.trait, **asdict(layer)}
+            for trait in traits
+            for layer in load_layers(storage, trait)
         ]
-    )
+        rows = pa.Table.from_pylist(layers, schema=schema)
+    else:
+        folders = (
+            [made.folder for made in experiments]
+            if table == "steering"
+            else [entry.folder for trait in traits for entry in trait.layers]
+        )
+        read = (storage.read_parquet(f"{folder}/{table}.parquet") for folder in folders)
+        rows = pa.concat_tables([part.select(schema.names).cast(schema) for part in read])
     return rows.sort_by([(name, "ascending") for name in SORTED_BY[table]]).combine_chunks()

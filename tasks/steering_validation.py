@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -43,30 +43,24 @@ def check_reactivation(
         for case in read_cases(config, storage).case
         for prompt in case.prompts
     ]
-    committed = load_all(storage, [case.folder for case in read])
-    rows = [
-        {
-            "case": case.case,
-            "folder": case.folder,
-            "n_tokens": case.n_tokens,
-            "committed": case.folder in committed,
-        }
-        for case in read
-    ]
-    sizes = _sizes(dictionaries)
-    key = check_key("reactivation", shards=rows, wanted=wanted, dictionaries=sizes, of=shards.vocabulary)
+    named = [(case.folder, {"case": case.case, "n_tokens": case.n_tokens}) for case in read]
+    tables: dict[str, tuple[Rows, pa.Schema]] = {
+        "shards": (_folders(storage, named), _CASES),
+        "layer_shards": (_folders(storage, _of_layers("case", read)), _CASE_LAYERS),
+        "wanted": (wanted, _PROMPTS),
+        "dictionaries": (_sizes(dictionaries), _SIZES),
+    }
+    rows = {name: rows for name, (rows, _) in tables.items()}
+    key = check_key("reactivation", **rows, of=shards.vocabulary)
     if passed(storage, "reactivation", key):
         return
-    folders = [case.folder for case in read]
     with open_duckdb(storage, config.duckdb) as connection:
-        put(connection, "shards", rows_table(rows, _CASES))
-        put(connection, "wanted", rows_table(wanted, _PROMPTS))
-        put(connection, "dictionaries", rows_table(sizes, _SIZES))
+        for name, (entries, schema) in tables.items():
+            put(connection, name, rows_table(entries, schema))
         put(connection, "vocabulary", storage.read_parquet(shards.vocabulary))
-        files = ("prompt_tokens", "prompt_features")
-        for name in files:
-            _put_files(connection, storage, name, folders)
-        views = {"shards", "wanted", "dictionaries", "vocabulary", *files}
+        for name, view in (("prompt_tokens", "shards"), ("prompt_features", "layer_shards")):
+            _put_files(connection, storage, name, [row["folder"] for row in rows[view]])
+        views = {*tables, "vocabulary", "prompt_tokens", "prompt_features"}
         findings = find_in_views(connection, SUITES["reactivation"], views, storage.url("reactivation"))
     conclude(storage, "reactivation", key, findings)
 
@@ -89,9 +83,11 @@ def check_steering(
         **_wanted(read_cases(config, storage), [dictionary.layer for dictionary in dictionaries]),
         **_settings(config),
         "dictionaries": (_sizes(dictionaries), _SIZES),
-        "traits": (_folders(storage, [(found, {"trait": found.trait}) for found in traits]), _TRAITS),
+        "traits": (_folders(storage, _of_layers("trait", traits)), _TRAITS),
         "experiments": (
-            _folders(storage, [(made, {"case": made.case, "prompt": made.prompt}) for made in steered]),
+            _folders(
+                storage, [(made.folder, {"case": made.case, "prompt": made.prompt}) for made in steered]
+            ),
             _EXPERIMENTS,
         ),
     }
@@ -102,7 +98,7 @@ def check_steering(
         for name, (rows, schema) in tables.items():
             put(connection, name, rows_table(rows, schema))
         for name in ("trait_layers", "trait_features"):
-            _put_files(connection, storage, name, [found.folder for found in traits])
+            _put_files(connection, storage, name, [row["folder"] for row in tables["traits"][0]])
         _put_files(connection, storage, "steering", [made.folder for made in steered])
         views = {*tables, "trait_layers", "trait_features", "steering"}
         findings = find_in_views(connection, SUITES["steering"], views, storage.url("steering"))
@@ -184,10 +180,19 @@ def _sizes(dictionaries: Sequence[Dictionary]) -> Rows:
     return [{"layer": entry.layer, "key": entry.key, "d_sae": entry.d_sae} for entry in dictionaries]
 
 
-def _folders(storage: Storage, found: Sequence[tuple[TraitFeatures | SteeredPrompt, dict[str, str]]]) -> Rows:
-    committed = load_all(storage, [entry.folder for entry, _ in found])
+def _folders(storage: Storage, named: Sequence[tuple[str, dict[str, Any]]]) -> Rows:
+    """Folders with what they are of, and whether each is finished."""
+    committed = load_all(storage, [folder for folder, _ in named])
+    return [{**of, "folder": folder, "committed": folder in committed} for folder, of in named]
+
+
+def _of_layers(
+    kind: Literal["case", "trait"], found: Sequence[CaseFeatures | TraitFeatures]
+) -> list[tuple[str, dict[str, Any]]]:
     return [
-        {**named, "folder": entry.folder, "committed": entry.folder in committed} for entry, named in found
+        (entry.folder, {kind: getattr(one, kind), "layer": entry.layer})
+        for one in found
+        for entry in one.layers
     ]
 
 
@@ -226,8 +231,11 @@ def _put_files(connection: Any, storage: Storage, name: str, folders: Iterable[s
 _TEXT, _WHOLE = pa.string(), pa.int64()
 _SIZES = pa.schema([("layer", pa.int32()), ("key", _TEXT), ("d_sae", _WHOLE)])
 _CASES = pa.schema([("case", _TEXT), ("folder", _TEXT), ("n_tokens", _WHOLE), ("committed", pa.bool_())])
+_CASE_LAYERS = pa.schema(
+    [("case", _TEXT), ("layer", pa.int32()), ("folder", _TEXT), ("committed", pa.bool_())]
+)
 _PROMPTS = pa.schema([("case", _TEXT), ("relation", _TEXT), ("prompt", _TEXT)])
-_TRAITS = pa.schema([("trait", _TEXT), ("folder", _TEXT), ("committed", pa.bool_())])
+_TRAITS = pa.schema([("trait", _TEXT), ("layer", pa.int32()), ("folder", _TEXT), ("committed", pa.bool_())])
 _EXPERIMENTS = pa.schema([("case", _TEXT), ("prompt", _TEXT), ("folder", _TEXT), ("committed", pa.bool_())])
 _WANTED_TRAITS = pa.schema([("trait", _TEXT), ("n_pairs", _WHOLE)])
 _WANTED_LAYERS = pa.schema([("trait", _TEXT), ("layer", pa.int32())])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tasks import loaded_traits
 from tasks.consolidation_rows import Estimate
 
 
@@ -102,29 +103,20 @@ class Reactivation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TraitLayer:
+class TraitLayer(loaded_traits.TraitLayer):
     """How well a layer tells a trait's left-out prompts apart; None for a trait whose features are given."""
 
     trait: str
-    layer: int
-    separation: float | None
-    accuracy: float | None
-    explained_variance: float | None
-    n_pairs: int
-    is_most_informative: bool
 
 
 @dataclass(frozen=True, kw_only=True)
-class TraitFeature:
+class TraitFeature(loaded_traits.TraitFeature):
     """One of a trait's strongest features at a layer."""
 
     trait: str
     layer: int
     place: int
-    feature_id: int
-    coefficient: float
     contribution: float
-    clamp_value: float | None
     mean_positive: float | None
     mean_negative: float | None
 

@@ -55,6 +55,7 @@ class Group:
         tables: Table to its file.
         sharded: Table to its shards' files.
         inputs: What its SQL reads that is not published.
+        about: Of the group `corpus`: the run's model and dictionaries (`subject_of`).
     """
 
     name: str
@@ -63,6 +64,7 @@ class Group:
     tables: dict[str, str]
     sharded: dict[str, list[ShardFile]]
     inputs: Catalog
+    about: tuple[str, ...] = ()
 
     @property
     def made(self) -> list[str]:
@@ -107,6 +109,27 @@ def corpus_group(config: Config, shards: CorpusShards) -> Group:
             tables={"vocabulary": shards.vocabulary},
             sharded={"shard_token_counts": files("token_counts"), "documents": files("documents")},
         ),
+        about=subject_of(config),
+    )
+
+
+def subject_of(config: Config) -> tuple[str, ...]:
+    """What a run's tables are about: keys of its model, then of each of its dictionaries, as they are configured.
+
+    The tokenizer is the corpus' own matter. What a dictionary must reach is no part of it; which residuals are read,
+    and how, is where it is trained on them.
+    """
+    model = content_key(name=config.model.name, revision=config.model.revision)
+    residuals = [
+        config.windows.model_dump(),
+        config.activations.model_dump(include={"max_documents", "max_tokens"}),
+    ]
+    return model, *sorted(
+        content_key(
+            sae=entry.model_dump(exclude={"train": {"gate"}}),
+            residuals=residuals if entry.train is not None else [],
+        )
+        for entry in config.sae
     )
 
 
@@ -178,22 +201,36 @@ def checked_layers(features: Sequence[FeatureShard], dictionaries: Sequence[Dict
 def merged(published: Catalog, *groups: Group) -> Catalog:
     """A catalogue, published or itself a candidate, with `groups` in place of those of the same names.
 
-    What was made from another corpus (a graph, a consolidation, …) goes with the old corpus; `expectations`
+    What was made from another corpus (a graph, a consolidation, …) goes with the old corpus, which is told by the
+    group `corpus`. So does what is about another model than the run's, or about dictionaries of which the run has
+    others: one report is about one model. What another configuration has made of the same stays. `expectations`
     goes always, as it is written again when the candidate is published.
     """
     replaced = {group.name for group in groups}
-    corpus = next((group.key for group in groups if group.name == "corpus"), None)
-    if corpus is not None and published.lineage.get("corpus") != corpus:
-        replaced |= MEMBERS.keys()
+    corpus = next((group for group in groups if group.name == "corpus"), None)
+    if corpus is not None:
+        is_same = published.lineage.get("corpus") == corpus.key
+        replaced |= {
+            name for name in MEMBERS if not (is_same and _is_of(published.about.get(name, []), corpus.about))
+        }
     gone = {"expectations", *(table for group in replaced for table in MEMBERS[group])}
     tables = {table: name for table, name in published.tables.items() if table not in gone}
     sharded = {table: files for table, files in published.sharded.items() if table not in gone}
     lineage = {group: key for group, key in published.lineage.items() if group not in replaced}
+    about = {group: keys for group, keys in published.about.items() if group not in replaced}
     for group in groups:
         tables |= group.tables
         sharded |= group.sharded
         lineage[group.name] = group.key
-    return Catalog(tables=tables, sharded=sharded, lineage=lineage)
+        if corpus is not None:
+            # Checkpoints have dictionaries of their own.
+            about[group.name] = list(corpus.about[:1] if group.name == "consolidation" else corpus.about)
+    return Catalog(tables=tables, sharded=sharded, lineage=lineage, about=about)
+
+
+def _is_of(about: Sequence[str], run: Sequence[str]) -> bool:
+    """Whether published tables are about a run's model, and about none but its dictionaries where it has any."""
+    return about[:1] == list(run[:1]) and (len(run) == 1 or set(about) <= set(run))
 
 
 def _shown(config: Config) -> list[Any]:

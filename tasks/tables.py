@@ -12,6 +12,7 @@ Building publishes nothing: it returns a candidate catalogue, which `publish` ma
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -61,8 +62,8 @@ def build_corpus_tables(
     """Make the corpus group: `tokens` and `run_info`, and views of documents, rejects and occurrences.
 
     Returns:
-        The candidate catalogue: what is published, with this group in place of the old one. A graph that
-        was made from another corpus is left out.
+        The candidate catalogue: what is published, with this group in place of the old one. What was made from
+        another corpus, model or dictionaries is left out (`tasks.table_plan.merged`).
 
     Raises:
         ConfigError: if DuckDB cannot work within its limits.
@@ -123,7 +124,7 @@ def find_tables(
     results: ConsolidationResults | None = None,
     steering: SteeringResults | None = None,
 ) -> bool:
-    """Whether the published tables are those that a run would make now, and all of their files are there.
+    """Whether the published tables are those that a run would leave, and all of those it makes are there.
 
     Args:
         config: The configuration.
@@ -152,9 +153,9 @@ def find_tables(
             return False
         groups.append(graph_group(config, shards, features, dictionaries, edges))
     published = read_catalog(storage)
+    if merged(published, *groups).lineage != published.lineage:
+        return False
     for group in groups:
-        if published.lineage.get(group.name) != group.key:
-            return False
         if any(published.tables.get(table) != name for table, name in group.tables.items()):
             return False
         if any(published.sharded.get(table) != files for table, files in group.sharded.items()):
@@ -171,11 +172,7 @@ def publish(storage: Storage, catalog: Catalog) -> None:
     name = f"tables/expectations-{content_key(rows=rows.to_pylist())}/expectations.parquet"
     if not storage.exists(name):
         storage.write_parquet(name, rows)
-    published = Catalog(
-        tables={**catalog.tables, "expectations": name},
-        sharded=catalog.sharded,
-        lineage=catalog.lineage,
-    )
+    published = replace(catalog, tables={**catalog.tables, "expectations": name})
     storage.write_json(CATALOG, published.to_json())
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from infra.addresses import shown_reason, without_credentials
 from infra.cluster import tokenization_client
 from infra.errors import CorpusError, FunctokError
 from infra.hashing import content_hash
@@ -58,7 +59,8 @@ def _plan(config: Config, storage: Storage) -> _Plan:
         try:
             identity = content_hash(file.url, config.storage.endpoint_url)
         except OSError as error:
-            raise CorpusError(f"cannot read {file.url}: {error}", stage="tokenize") from error
+            shown = f"{without_credentials(file.url)}: {shown_reason(error, file.url)}"
+            raise CorpusError(f"cannot read {shown}", stage="tokenize") from error
         key = content_key(
             version=VERSION, content=identity, format=file.format, tokenizer=tokenizer.key, reads=reads
         )
@@ -169,7 +171,10 @@ def _assemble(
             )
             offset += shard.n_documents
     corpus = CorpusShards(
-        shards=tuple(shards), tokenizer_key=plan.tokenizer.key, vocabulary=f"{folder}/vocabulary.parquet"
+        shards=tuple(shards),
+        tokenizer_key=plan.tokenizer.key,
+        vocabulary=f"{folder}/vocabulary.parquet",
+        eos_id=plan.tokenizer.tokenizer.eos_token_id,
     )
     _check_usable(config, storage, corpus)
     return corpus
@@ -184,7 +189,8 @@ def _check_usable(config: Config, storage: Storage, corpus: CorpusShards) -> Non
     for shard in corpus.shards:
         if shard.n_rejects and len(examples) < 3:
             rows = storage.read_parquet(f"{shard.folder}/rejects.parquet").slice(0, 3).to_pylist()
-            examples += [f"{shard.source}:{row['line']}: {row['reason']}" for row in rows]
+            source = without_credentials(shard.source)
+            examples += [f"{source}:{row['line']}: {row['reason']}" for row in rows]
     shown = "; ".join(examples[:3])
     if share > config.corpus.max_reject_share:
         raise CorpusError(

@@ -2,12 +2,13 @@
 
 The paper takes the mean difference of activations at the last function token, at the most informative layer, and
 decomposes it by the SAE. Here every layer that has a dictionary is decomposed, and the most informative one is the
-layer that best tells *left-out* pairs apart (`tasks.contrasts`). One content-keyed folder a trait.
+layer that best tells *left-out* pairs apart (`tasks.contrasts`); `tasks.loaded_traits` says which. One content-keyed
+folder a trait and layer: another SAE at a layer makes that layer's alone anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +24,12 @@ from infra.storage import Storage
 from schemas.config import Config, steering_of
 from schemas.steering import Trait
 from schemas.tables import SHARD_FILES
-from schemas.work import Dictionary, TraitFeatures
+from schemas.work import Dictionary, LayerFolder, TraitFeatures
 from tasks.cases import check_feature_ids, read_cases
 from tasks.contrasts import contrasted, given
+from tasks.devices import choose_device
 from tasks.encoding import Encoder
-from tasks.models import LoadedModel, choose_device, load_model, model_key
+from tasks.models import LoadedModel, load_model, model_key
 from tasks.prompt_features import load_encoders, residuals_of
 from tasks.prompts import Prompt, last_function_position, tokenized
 from tasks.tokenizers import load_tokenizer
@@ -41,25 +43,47 @@ Ids = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, kw_only=True)
 class _Unit:
-    """One trait: a folder to make or to find.
+    """One trait: folders to make or to find.
 
     Attributes:
         trait: The trait.
-        inputs: What determines its features.
+        of_layers: What determines its features, for each layer that it is looked for at, ascending; for the one layer
+            alone where its features are given.
         prompts: Positive prompts, then negative ones; none where its features are given.
         positions: Of the last function token of each.
-        dictionaries: Those that it is looked for in; the one layer's where its features are given.
     """
 
     trait: Trait
-    inputs: dict[str, Any]
+    of_layers: dict[int, dict[str, Any]]
     prompts: tuple[Prompt, ...]
     positions: tuple[int, ...]
-    dictionaries: tuple[Dictionary, ...]
 
     @property
-    def folder(self) -> str:
-        return f"traits/{content_key(**self.inputs)}"
+    def layers(self) -> tuple[LayerFolder, ...]:
+        return tuple(
+            LayerFolder(layer=layer, folder=f"traits/{content_key(**inputs)}")
+            for layer, inputs in self.of_layers.items()
+        )
+
+    @property
+    def found(self) -> TraitFeatures:
+        return TraitFeatures(trait=self.trait.name, layers=self.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Lack:
+    """The layers at which a trait is still to be looked for."""
+
+    unit: _Unit
+    layers: tuple[LayerFolder, ...]
+
+    @property
+    def label(self) -> str:
+        """How messages name it: with its layers, where others are there."""
+        if len(self.layers) == len(self.unit.of_layers):
+            return self.unit.trait.label
+        listed = ", ".join(str(entry.layer) for entry in self.layers)
+        return f"{self.unit.trait.label}, layer{'s' * (len(self.layers) > 1)} {listed}"
 
 
 def find_traits(
@@ -75,11 +99,12 @@ def find_traits(
 
 def missing_traits(
     config: Config, storage: Storage, dictionaries: Sequence[Dictionary], function_ids: Ids
-) -> tuple[int, list[str]]:
-    """The number of traits that are done, and a line for each that is not; raises what `find_traits` raises."""
+) -> tuple[list[TraitFeatures], list[str]]:
+    """The traits that are done, and a line for each that is not; raises what `find_traits` raises."""
     units = _units(config, storage, dictionaries, function_ids)
-    missing = _missing(storage, units)
-    return len(units) - len(missing), [unit.trait.label for unit in missing]
+    lacks = _lacks(storage, units)
+    lacking = {lack.unit.trait.name for lack in lacks}
+    return [unit.found for unit in units if unit.trait.name not in lacking], [lack.label for lack in lacks]
 
 
 def compute_traits(
@@ -94,7 +119,7 @@ def compute_traits(
     Args:
         config: The configuration.
         storage: Where everything is.
-        dictionaries: The run's.
+        dictionaries: The run's. A trait's prompts are read once for all layers that it lacks.
         function_ids: The corpus' function tokens.
         progress: Called after each trait with prompts read.
 
@@ -104,18 +129,18 @@ def compute_traits(
         ModelError: if the model cannot be loaded or a residual is not finite.
     """
     units = _units(config, storage, dictionaries, function_ids)
-    missing = _missing(storage, units)
-    if missing:
-        total, seen = sum(len(unit.prompts) for unit in missing), 0
+    lacks = _lacks(storage, units)
+    if lacks:
+        total, seen = sum(len(lack.unit.prompts) for lack in lacks), 0
         progress(0, total, "prompts, traits")
         model = load_model(config.model, storage) if total else None
         device = model.device if model is not None else choose_device(config.model.device)
-        needed = {entry.layer: entry for unit in missing for entry in unit.dictionaries}
-        encoders = load_encoders(storage, list(needed.values()), device)
-        for unit in missing:
-            with about(unit.trait.label, stage="steering"):
-                _make(config, storage, unit, model, encoders)
-            seen += len(unit.prompts)
+        needed = {entry.layer for lack in lacks for entry in lack.layers}
+        encoders = load_encoders(storage, [entry for entry in dictionaries if entry.layer in needed], device)
+        for lack in lacks:
+            with about(lack.unit.trait.label, stage="steering"):
+                _make(config, storage, lack, model, encoders)
+            seen += len(lack.unit.prompts)
             progress(seen, total, "prompts, traits")
     found = _found(storage, units)
     if found is None:
@@ -154,47 +179,58 @@ def _units(
                 "decomposition": section.decomposition,
                 "kept": max(KEPT, section.features),
             }
-        inputs |= {"version": VERSION, "trait": trait.name, "layers": [[e.layer, e.key] for e in own]}
-        units.append(
-            _Unit(trait=trait, inputs=inputs, prompts=prompts, positions=positions, dictionaries=own)
-        )
+        of_layers = {
+            entry.layer: inputs
+            | {"version": VERSION, "trait": trait.name, "layer": entry.layer, "dictionary": entry.key}
+            for entry in own
+        }
+        units.append(_Unit(trait=trait, of_layers=of_layers, prompts=prompts, positions=positions))
     return units
 
 
-def _missing(storage: Storage, units: Sequence[_Unit]) -> list[_Unit]:
-    done = load_all(storage, [unit.folder for unit in units])
-    return [unit for unit in units if unit.folder not in done]
+def _lacks(storage: Storage, units: Sequence[_Unit]) -> list[_Lack]:
+    done = load_all(storage, [entry.folder for unit in units for entry in unit.layers])
+    lacks = [
+        _Lack(unit=unit, layers=tuple(entry for entry in unit.layers if entry.folder not in done))
+        for unit in units
+    ]
+    return [lack for lack in lacks if lack.layers]
 
 
 def _found(storage: Storage, units: Sequence[_Unit]) -> list[TraitFeatures] | None:
-    if _missing(storage, units):
-        return None
-    return [TraitFeatures(trait=unit.trait.name, folder=unit.folder) for unit in units]
+    return None if _lacks(storage, units) else [unit.found for unit in units]
 
 
 def _make(
-    config: Config, storage: Storage, unit: _Unit, model: LoadedModel | None, encoders: dict[int, Encoder]
+    config: Config,
+    storage: Storage,
+    lack: _Lack,
+    model: LoadedModel | None,
+    encoders: Mapping[int, Encoder],
 ) -> None:
-    if model is not None and unit.prompts:
-        residuals = _at_last_function_tokens(unit, model)
-        decomposition, kept = steering_of(config).decomposition, unit.inputs["kept"]
-        layers, features = contrasted(encoders, residuals, decomposition, kept)
-    else:
-        trait, layer = unit.trait, unit.dictionaries[0].layer
-        layers, features = given(encoders[layer], layer, trait.features or (), trait.values or ())
-    for name, rows in (("trait_layers", layers), ("trait_features", features)):
-        table = pa.Table.from_pylist(
-            [{"trait": unit.trait.name, **row} for row in rows], schema=SHARD_FILES[name]
-        )
-        storage.write_parquet(f"{unit.folder}/{name}.parquet", table)
-    commit(storage, unit.folder, Manifest(stage="steering", inputs=unit.inputs))
+    unit, how = lack.unit, steering_of(config).decomposition
+    residuals = {} if model is None or not unit.prompts else _at_last_function_tokens(lack, model)
+    for entry in lack.layers:
+        layer, inputs = entry.layer, unit.of_layers[entry.layer]
+        if residuals:
+            judged, features = contrasted(encoders[layer], layer, residuals[layer], how, inputs["kept"])
+        else:
+            judged, features = given(
+                encoders[layer], layer, unit.trait.features or (), unit.trait.values or ()
+            )
+        for name, rows in (("trait_layers", [judged]), ("trait_features", features)):
+            table = pa.Table.from_pylist(
+                [{"trait": unit.trait.name, **row} for row in rows], schema=SHARD_FILES[name]
+            )
+            storage.write_parquet(f"{entry.folder}/{name}.parquet", table)
+        commit(storage, entry.folder, Manifest(stage="steering", inputs=inputs))
 
 
-def _at_last_function_tokens(unit: _Unit, model: LoadedModel) -> dict[int, torch.Tensor]:
-    """(n_prompts, d_model) residuals of each layer, positive prompts first."""
-    wanted = [entry.layer for entry in unit.dictionaries]
+def _at_last_function_tokens(lack: _Lack, model: LoadedModel) -> dict[int, torch.Tensor]:
+    """(n_prompts, d_model) residuals of each layer that the trait lacks, positive prompts first."""
+    wanted = [entry.layer for entry in lack.layers]
     found = []
-    for prompt, at in zip(unit.prompts, unit.positions, strict=True):
+    for prompt, at in zip(lack.unit.prompts, lack.unit.positions, strict=True):
         # Copies of the one row, so that the other positions are freed.
         residuals = residuals_of(model, prompt.ids[: at + 1], wanted)
         found.append({layer: x[-1].clone() for layer, x in residuals.items()})

@@ -22,7 +22,14 @@ from infra.manifest import Manifest, commit
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.tables import SHARD_FILES
-from schemas.work import CaseFeatures, CorpusShards, SteeredPrompt, SteeringResults, TraitFeatures
+from schemas.work import (
+    CaseFeatures,
+    CorpusShards,
+    LayerFolder,
+    SteeredPrompt,
+    SteeringResults,
+    TraitFeatures,
+)
 from tasks.steering_tables import build_steering_tables
 from tasks.tables import publish
 
@@ -102,14 +109,15 @@ class SteeringRun:
         rng = random.Random(seed)
         cases, traits, experiments = [], [], []
         for place, name in enumerate(sorted(self.tokens)):
-            files = {"prompt_tokens": self.tokens[name], "prompt_features": self.features[name]}
-            folder = _write(storage, f"reactivation/case-{place}", files, rng)
-            cases.append(CaseFeatures(case=name, folder=folder, n_tokens=len(self.tokens[name])))
+            folder = _write(storage, f"reactivation/case-{place}", {"prompt_tokens": self.tokens[name]}, rng)
+            layers = _write_layers(storage, folder, {"prompt_features": self.features[name]}, rng)
+            cases.append(
+                CaseFeatures(case=name, folder=folder, layers=layers, n_tokens=len(self.tokens[name]))
+            )
         for place, name in enumerate(sorted(self.trait_layers)):
             files = {"trait_layers": self.trait_layers[name], "trait_features": self.trait_features[name]}
-            traits.append(
-                TraitFeatures(trait=name, folder=_write(storage, f"steering/trait-{place}", files, rng))
-            )
+            layers = _write_layers(storage, f"steering/trait-{place}", files, rng)
+            traits.append(TraitFeatures(trait=name, layers=layers))
         for place, key in enumerate(sorted(self.steering)):
             folder = _write(storage, f"steering/{place}", {"steering": self.steering[key]}, rng)
             experiments.append(SteeredPrompt(case=key[0], prompt=key[1], folder=folder))
@@ -288,3 +296,21 @@ def _write(storage: Storage, folder: str, files: dict[str, list[Row]], rng: rand
         )
     commit(storage, folder, Manifest(stage="steering", inputs={}))
     return folder
+
+
+def _write_layers(
+    storage: Storage, folder: str, files: dict[str, list[Row]], rng: random.Random
+) -> tuple[LayerFolder, ...]:
+    """A folder for each layer that the files have rows of."""
+    return tuple(
+        LayerFolder(
+            layer=layer,
+            folder=_write(
+                storage,
+                f"{folder}-{layer}",
+                {name: [row for row in rows if row["layer"] == layer] for name, rows in files.items()},
+                rng,
+            ),
+        )
+        for layer in sorted({row["layer"] for rows in files.values() for row in rows})
+    )

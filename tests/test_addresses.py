@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 from s3 import S3Root, free_port
 
-from infra.addresses import is_unreachable, storage_options, without_credentials
-from infra.errors import CorpusError, StorageError
+from infra.addresses import is_unreachable, refuse_secrets, storage_options, without_credentials
+from infra.errors import ConfigError, CorpusError, StorageError
 from infra.storage import Storage
-from schemas.config import Config
+from schemas.config import Config, Sae
 from tasks.cases import read_cases
-from tasks.corpus import corpus_files
+from tasks.corpus import CorpusFile, corpus_files
+from tasks.corpus_tokenizer import find_tokenizer
+from tasks.dictionary_checks import source_of
+from tasks.plan import plan_run
+from tasks.records import read_records
+from tasks.tokenization import find_corpus_shards
 
 
 @pytest.mark.parametrize(
@@ -35,6 +41,101 @@ from tasks.corpus import corpus_files
 )
 def test_no_secret_of_an_address_is_shown(address: str, shown: str) -> None:
     assert without_credentials(address) == shown
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        ({"corpus": {"urls": ["a.txt", "https://hunter2@host/a.txt"]}}, "corpus.urls.1"),
+        ({"corpus": {"urls": ["zip://a.txt::http://hunter2@host/a.zip"]}}, "corpus.urls.0"),
+        ({"dask": {"scheduler": "tcp://me:hunter2@host:8786"}}, "dask.scheduler"),
+        ({"sae": [{"layer": 0, "path": "https://host/sae?sig=hunter2"}]}, "sae.0.path"),
+        (
+            {"sae": [{"layer": 0, "train": {"d_sae": 8, "k": 2, "start_from": "https://h/s?token=hunter2"}}]},
+            "sae.0.train.start_from",
+        ),
+        (
+            {
+                "consolidation": {
+                    "series": [{"name": "a", "folder": "f"}],
+                    "growth": {
+                        "layer": 0,
+                        "train": {"d_sae": 8, "k": 2, "start_from": "https://h/s?X-Amz-Signature=hunter2"},
+                    },
+                }
+            },
+            "consolidation.growth.train.start_from",
+        ),
+    ],
+)
+def test_a_secret_is_refused_wherever_it_stands(change: dict[str, Any], place: str) -> None:
+    values = {"corpus": {"urls": ["a.txt"]}, "model": {"name": "m"}}
+    with pytest.raises(ConfigError) as caught:
+        refuse_secrets(Config.model_validate(values | change))
+    assert caught.value.message.startswith(f"{place} carries")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_what_is_no_secret_is_not_refused() -> None:
+    series = {"name": "a", "folder": "f"}
+    prompts = ["Go to https://me:word@host/?token=1 and"]
+    refuse_secrets(
+        Config.model_validate(
+            {
+                "corpus": {
+                    "urls": [
+                        "sftp://me@host/a.txt",
+                        "hf://datasets/a/b@main/x.parquet",
+                        "https://host/a.txt?v=2",
+                    ]
+                },
+                "model": {"name": "m"},
+                "consolidation": {"series": [series], "generations": {"prompts": prompts}},
+            }
+        )
+    )
+
+
+SIGNED = CorpusFile(url="https://host/a.txt?v=hunter2", format="txt", compression=None, size=1)
+
+
+def refusing(url: str, *_: object, **__: object) -> None:
+    raise OSError(f"no answer from {url}")
+
+
+READERS: dict[str, Callable[[Config, Storage], object]] = {
+    "tokenization": find_corpus_shards,
+    "corpus_tokenizer": find_tokenizer,
+    "records": lambda asked, _: list(read_records(SIGNED, asked.corpus)),
+}
+
+
+@pytest.mark.parametrize("module", READERS)
+def test_a_file_that_cannot_be_read_is_named_without_its_query(
+    module: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked, storage = config(tmp_path, "a.txt"), Storage(str(tmp_path))
+    monkeypatch.setattr("fsspec.open", refusing)
+    for plans in ("tokenization", "corpus_tokenizer"):
+        monkeypatch.setattr(f"tasks.{plans}.corpus_files", lambda _: [SIGNED])
+        monkeypatch.setattr(f"tasks.{plans}.content_hash", refusing)
+    monkeypatch.setattr("tasks.tokenization.load_tokenizer", lambda *_: None)
+    monkeypatch.setattr("tasks.corpus_tokenizer._vocabulary_size", lambda _: 300)
+    with pytest.raises(CorpusError, match=r"https://host/a\.txt: OSError") as caught:
+        READERS[module](asked, storage)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_plan_names_files_without_their_query(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tasks.tokenization.missing_files", lambda *_: ([], [SIGNED]))
+    counting = config(tmp_path, "a.txt").model_copy(update={"sae": [], "steering": None})
+    [tokenize, *_] = plan_run(counting, Storage(str(tmp_path)))
+    assert tokenize.details == ("tokenize https://host/a.txt",)
+
+
+def test_a_dictionary_is_named_without_its_query() -> None:
+    saved = Sae(layer=3, path="https://host/sae?v=hunter2")
+    assert source_of(saved) == "https://host/sae"
 
 
 class Empty(BaseHTTPRequestHandler):

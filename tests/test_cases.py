@@ -22,6 +22,7 @@ from tasks.dictionary_checks import Facts
 from tasks.function_tokens import function_token_ids
 from tasks.preflight import check_fit
 from tasks.prompts import Prompt, content_position, last_function_position, target_ids, tokenized
+from tasks.tables import build_corpus_tables
 from tasks.tokenizers import LoadedTokenizer, load_tokenizer
 
 REPOSITORY = Path(__file__).parent.parent
@@ -39,6 +40,13 @@ TEMPLATES = {
     ),
     "changed": TURNS.replace("CONTENT", "m['content'] | upper"),
     "failing": "{{ raise_exception('no user here') }}",
+    "dividing": "{{ 1 / 0 }}",
+    "dated": TURNS.replace("CONTENT", "m['content']").replace(
+        "be kind", "{{ strftime_now('%d %b %Y, %A %-d.%-m.%y %H:%M') }}"
+    ),
+    "of one day": TURNS.replace("CONTENT", "m['content']").replace(
+        "be kind", "26 Jul 2024, Friday 26.7.24 00:00"
+    ),
 }
 
 CASE: dict[str, Any] = {
@@ -175,13 +183,42 @@ def test_a_prompt_is_found_in_the_chat_template(
     assert prompt.is_special[own[-1] + 1]
 
 
+def test_a_chat_template_that_shows_the_date_shows_one_day(
+    tmp_path: Path, models: Callable[[str | None], Path]
+) -> None:
+    dated, fixed = (Setup(tmp_path, models(name)).prompt("the river?") for name in ("dated", "of one day"))
+    assert dated == fixed
+
+
+@pytest.mark.parametrize("template", [None, "as it is"])
+@pytest.mark.parametrize("text", ["the  cat", "  the cat  ", "   the \n\n cat", " a \u3000 🙂 b "])
+def test_blank_tokens_are_of_the_text_whatever_the_tokenizer_says_of_spans(
+    tmp_path: Path, models: Callable[[str | None], Path], template: str | None, text: str
+) -> None:
+    from tokenizers import processors
+
+    setup = Setup(tmp_path, models(template))
+    tokenizer = setup.tokenizer
+    plain = tokenized(text, setup.config, tokenizer)
+    spans = tokenizer.backend.encode(text).offsets
+    tokenizer.backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    assert tokenizer.backend.encode(text).offsets != spans
+    assert tokenized(text, setup.config, tokenizer) == plain
+    assert sum(plain.in_text) == len(spans)
+
+
 def test_a_chat_template_can_be_left_out(tmp_path: Path, models: Callable[[str | None], Path]) -> None:
     chat, bare = Setup(tmp_path, models("as it is"), steering={"chat_template": False}), models(None)
     assert chat.prompt("the river").ids == Setup(tmp_path, bare).prompt("the river").ids
 
 
 @pytest.mark.parametrize(
-    ("template", "reason"), [("changed", "does not show the prompt"), ("failing", "no user here")]
+    ("template", "reason"),
+    [
+        ("changed", "does not show the prompt"),
+        ("failing", "no user here"),
+        ("dividing", "ZeroDivisionError: division by zero"),
+    ],
 )
 def test_a_chat_template_that_hides_the_prompt_is_refused(
     tmp_path: Path, models: Callable[[str | None], Path], template: str, reason: str
@@ -267,6 +304,11 @@ def test_the_function_tokens_are_those_of_the_table(tmp_path: Path) -> None:
     assert found.tolist() == sorted(expected)
     assert str(found.dtype) == "int32"
     assert 1 < len(expected) < 12
+    assert not storage.sizes("tables"), "who only asks writes nothing"
+    name = build_corpus_tables(config, storage, shards).tables["tokens"]
+    rows = storage.read_parquet(name).to_pylist()
+    assert sorted(row["token_id"] for row in rows if row["is_function"]) == found.tolist()
+    assert function_token_ids(config, storage, shards).tolist() == found.tolist()
 
 
 # The file
@@ -420,7 +462,112 @@ def test_prompts_that_differ_in_spaces_that_the_template_strips(
 def test_a_target_without_a_token(setup: Setup) -> None:
     setup.write(case=[{**CASE, "targets": ["river", ""]}])
     refused(setup, "[[case]] 'place': the target '' has no token")
-    assert target_ids(" river?", setup.tokenizer) == setup.tokenizer.backend.encode(" river?").ids
+
+
+def sentencepiece(kind: str) -> Any:
+    """A tokenizer that puts a space before a text and writes spaces as `▁`."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    specials = ["<bos>", "<eos>", "<unk>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=specials, initial_alphabet=["\n", "<", ">"], show_progress=False
+    )
+    if kind == "normalizer":  # as Llama 2's
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    backend.train_from_iterator(tiny.texts(200), trainer)
+    if kind == "normalizer":
+        backend.pre_tokenizer = None
+    backend.decoder = decoders.Metaspace(prepend_scheme="always")
+    return backend
+
+
+def wordpiece() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    words = ["[UNK]", "<bos>", "<eos>", "<unk>", "the", "riv", "river", "er", "##ver", "##s"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.decoder = decoders.WordPiece(cleanup=False)
+    return backend
+
+
+def with_tokenizer(tmp_path: Path, model: Path, backend: Any, template: str | None = None) -> Setup:
+    """A setup on a model with another tokenizer."""
+    from transformers import PreTrainedTokenizerFast
+
+    names = {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    tokenizer.chat_template = template and TEMPLATES[template]
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    setup = Setup(tmp_path, model)
+    named = setup.config.model.model_copy(update={"tokenizer": str(tmp_path / "tokenizer")})
+    setup.config = setup.config.model_copy(update={"model": named})
+    return setup
+
+
+@pytest.mark.parametrize("template", [None, "as it is"])
+@pytest.mark.parametrize("kind", ["normalizer", "pre-tokenizer"])
+def test_a_target_is_what_goes_on_from_the_prompt(
+    tmp_path: Path, models: Callable[[str | None], Path], kind: str, template: str | None
+) -> None:
+    setup = with_tokenizer(tmp_path, models(None), sentencepiece(kind), template)
+    tokenizer = setup.tokenizer
+    n_alone = 0
+    # The last three merge with what stands before them: the prompt, or its template's end.
+    for text, target in [
+        ("he is in", " London"),
+        ("he is in", " the river."),
+        ("he is in", "."),
+        ("he is in ", "London"),
+        ("he is in", "side London"),
+        ("he is in\n", "\nLondon"),
+    ]:
+        prompt, found = setup.prompt(text), target_ids(target, text, setup.config, tokenizer)
+        whole = tokenizer.tokenizer.decode([*prompt.ids, *found])
+        assert whole == tokenizer.tokenizer.decode(list(prompt.ids)) + target
+        n_alone += found == tokenizer.backend.encode(target, add_special_tokens=False).ids
+    assert n_alone < 6
+    london = setup.tokenizer.backend.token_to_id("▁London")
+    if template is None:
+        assert target_ids(" London", "he is in", setup.config, tokenizer) == [london]
+        assert target_ids("London", "he is in ", setup.config, tokenizer)[0] != london
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        ("he is in", " London"),
+        ("in the riv", "er?"),
+        ("in the river ", "Thames"),
+        ("in\n", "\n\n naïve 🙂"),
+        ("in ", "  two"),
+    ],
+)
+@pytest.mark.parametrize("template", [None, "as it is"])
+def test_bytes_have_the_same_tokens_anywhere(
+    tmp_path: Path, models: Callable[[str | None], Path], template: str | None, text: str, target: str
+) -> None:
+    setup = Setup(tmp_path, models(template))
+    found = target_ids(target, text, setup.config, setup.tokenizer)
+    assert found == setup.tokenizer.backend.encode(target, add_special_tokens=False).ids
+
+
+def test_pieces_of_words_follow_as_pieces(tmp_path: Path, models: Callable[[str | None], Path]) -> None:
+    setup = with_tokenizer(tmp_path, models(None), wordpiece())
+    pieces = [
+        setup.tokenizer.backend.id_to_token(i)
+        for i in target_ids("s", "the er", setup.config, setup.tokenizer)
+    ]
+    assert pieces == ["##s"]
+    setup.write(trait=[TRAIT], steer=[{**STEER, "prompt": "the riv", "target": "er"}])
+    refused(
+        setup, "[[steer]] 'plural', 'the riv': the target 'er' merges with the end of the prompt 'the riv'"
+    )
 
 
 def test_later_tokens_to_look_at(setup: Setup) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import N_LAYERS, save_model, save_tokenizer
 from transformers import AutoConfig
 
@@ -14,7 +18,8 @@ from infra.errors import ConfigError, ModelError
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.work import CorpusShards
-from tasks import models
+from tasks import checkpoints, models
+from tasks.checkpoint_jobs import open_checkpoint
 from tasks.checkpoints import config_of, find_checkpoints, prepare_checkpoints
 
 SHARDS = CorpusShards(shards=(), tokenizer_key="t", vocabulary="v")
@@ -80,6 +85,7 @@ def test_a_folder_of_checkpoints_in_the_order_of_their_steps(pythia: Path, tmp_p
     config = _config(
         {"tokenizer": str(pythia / "step-16")}, {"name": "a", "folder": str(pythia)}, growth=growth
     )
+    config = Config.model_validate(config.model_dump() | {"windows": {"context_size": 16}})
     storage = Storage(str(tmp_path))
     found = find_checkpoints(config, storage, SHARDS)
     assert found is not None
@@ -94,6 +100,38 @@ def test_a_folder_of_checkpoints_in_the_order_of_their_steps(pythia: Path, tmp_p
     assert spine.model.name == str(pythia / "step1000")
     assert spine.sae == []
     assert spine.windows == config.windows
+
+
+def test_checkpoints_with_weights_of_the_older_kind_are_told_apart(pythia: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    for step in ("step-16", "step1000"):
+        older = tmp_path / "series" / step
+        shutil.copytree(pythia / step, older)
+        torch.save(load_file(older / "model.safetensors"), older / "pytorch_model.bin")
+        (older / "model.safetensors").unlink()
+    # Weights alone tell them apart.
+    shutil.copy(tmp_path / "series/step-16/config.json", tmp_path / "series/step1000/config.json")
+    config = _config(
+        {"tokenizer": str(pythia / "step-16")}, {"name": "a", "folder": str(tmp_path / "series")}
+    )
+    storage = Storage(str(tmp_path / "root"))
+    found = find_checkpoints(config, storage, SHARDS)
+    assert found is not None
+    assert found[0].key != found[1].key
+    states = [models.load_model(entry.model, storage).module.state_dict() for entry in found]
+    assert not torch.equal(*(state["embed_in.weight"] for state in states))
+
+
+def test_a_checkpoint_that_is_another_where_it_is_read_is_refused(pythia: Path, tmp_path: Path) -> None:
+    series = {"name": "a", "folder": str(pythia)}
+    config = _config({"tokenizer": str(pythia / "step-16")}, series)
+    config = Config.model_validate(config.model_dump() | {"windows": {"context_size": 16}})
+    storage = Storage(str(tmp_path))
+    first, second = prepare_checkpoints(config, storage, SHARDS)
+    open_checkpoint(config, storage, first)
+    with pytest.raises(ModelError, match=r"step-16 is not here what it was .*same files"):
+        open_checkpoint(config, storage, replace(first, key=second.key))
 
 
 def test_revisions_say_their_step_or_are_told_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -131,7 +169,13 @@ def test_revisions_say_their_step_or_are_told_it(monkeypatch: pytest.MonkeyPatch
     ("series", "message"),
     [
         ({"revisions": ["main"]}, "'main' does not say its step"),
-        ({"revisions": ["step5", {"revision": "other", "step": 5}]}, "two checkpoints at step 5"),
+        (
+            {"revisions": ["step5", {"revision": "other", "step": 5}]},
+            r"two checkpoints are at step 5: step5, other \(",
+        ),
+        ({"revisions": ["step1000ckpt"]}, "'step1000ckpt' does not say its step"),
+        ({"revisions": ["step-1.5K"]}, "'step-1.5K' does not say its step"),
+        ({"folder": "s3://user:secret@bucket/run"}, "s3://bucket/run is no local folder"),
         ({"folder": "/nowhere/at/all"}, "no local folder"),
         ({"folder": "."}, "no subfolder"),
     ],
@@ -144,6 +188,82 @@ def test_a_series_that_cannot_be_ordered_is_refused(
     with pytest.raises(ConfigError, match=message) as caught:
         find_checkpoints(config, Storage(str(tmp_path)), SHARDS)
     assert caught.value.message.startswith("series a")
+    assert caught.value.hint
+
+
+def test_a_checkpoint_given_as_a_series_is_told_its_folder(pythia: Path, tmp_path: Path) -> None:
+    config = _config({"tokenizer": "t"}, {"name": "a", "folder": str(pythia / "step1000")})
+    with pytest.raises(ConfigError, match=r"but itself has one \(give the folder above it, .*\)") as caught:
+        find_checkpoints(config, Storage(str(tmp_path)), SHARDS)
+    assert str(pythia) in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("step-50K", 50_000),
+        ("tinyllama-step-1M", 1_000_000),
+        ("checkpoint-100", 100),
+        ("ckpt_20k", 20_000),
+        ("global_step100", 100),
+        ("step1000-tokens4B", 1_000),
+        ("v2.5", None),
+        ("step7half", None),
+    ],
+)
+def test_names_say_steps(name: str, step: int | None) -> None:
+    assert checkpoints._step_of(name) == step
+
+
+def a_series(pythia: Path, folder: Path) -> tuple[Path, Config]:
+    """A copy of a series' first checkpoint, to be damaged, and the configuration that reads it."""
+    copied = folder / "series" / "step7"
+    shutil.copytree(pythia / "step-16", copied)
+    series = {"name": "a", "folder": str(folder / "series")}
+    config = _config({"tokenizer": str(pythia / "step-16")}, series)
+    return copied, Config.model_validate(config.model_dump() | {"windows": {"context_size": 16}})
+
+
+@pytest.mark.parametrize("length", [0, 5, -5_000])
+def test_a_damaged_safetensors_file_is_named(pythia: Path, tmp_path: Path, length: int) -> None:
+    copied, config = a_series(pythia, tmp_path)
+    weights = copied / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:length])
+    storage = Storage(str(tmp_path / "root"))
+    with pytest.raises(ModelError, match=r"step7/model.safetensors is damaged or half copied.*copy it again"):
+        find_checkpoints(config, storage, SHARDS)
+    with pytest.raises(ModelError, match=r"cannot load the model .*step7: a safetensors file is damaged"):
+        models.load_model(config.model.model_copy(update={"name": str(copied)}), storage)
+
+
+def test_weights_that_do_not_fit_their_configuration_are_named(pythia: Path, tmp_path: Path) -> None:
+    copied, config = a_series(pythia, tmp_path)
+    saved = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(saved | {"intermediate_size": 48}))
+    storage = Storage(str(tmp_path / "root"))
+    (found,) = prepare_checkpoints(config, storage, SHARDS)
+    with pytest.raises(ModelError, match=r"step7: its weights have other shapes than its config.json says"):
+        open_checkpoint(config, storage, found)
+
+
+def test_arguments_of_a_trainer_are_no_weights(pythia: Path, tmp_path: Path) -> None:
+    copied, config = a_series(pythia, tmp_path)
+    (copied / "model.safetensors").rename(copied / "training_args.bin")
+    with pytest.raises(ConfigError, match=r"step7 has a config\.json, but no weights"):
+        find_checkpoints(config, Storage(str(tmp_path / "root")), SHARDS)
+
+
+def test_what_does_not_fit_the_corpus_is_said_before_any_forward(pythia: Path, tmp_path: Path) -> None:
+    copied, config = a_series(pythia, tmp_path)
+    tokenizer = json.loads((copied / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    one, other = list(vocabulary)[10:12]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    (copied / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(
+        ModelError, match=r"^\[checkpoints\] checkpoint a, step 7: its own tokenizer is another"
+    ):
+        prepare_checkpoints(config, Storage(str(tmp_path / "root")), SHARDS)
 
 
 def test_a_revision_that_is_nowhere_is_named(tmp_path: Path) -> None:

@@ -87,6 +87,32 @@ def test_query_in_every_format(finished: Path, capfdbinary: Any, tmp_path: Path)
         assert table in tables
     odd = functok(capfdbinary, "query", "SELECT 'inf'::DOUBLE AS a, [1.5] AS b", *root, "--format", "json")
     assert json.loads(odd.out) == [{"a": None, "b": [1.5]}]
+    sql = (
+        "SELECT [1, NULL, 3] AS ids, {'a': 'é, \"', 'b': 'inf'::DOUBLE} AS pair, MAP{'k': 'inf'::DOUBLE} AS map, "
+        "[1, 2]::INT[2] AS fixed, [[1.5]] AS deep, 7 AS n "
+        "UNION ALL SELECT NULL, NULL, NULL, NULL, NULL, NULL ORDER BY n"
+    )
+    nested = functok(capfdbinary, "query", sql, *root, "--format", "csv")
+    assert nested.status == 0
+    first, nothing = csv.DictReader(io.StringIO(nested.out))
+    assert {name: json.loads(text) for name, text in first.items()} == {
+        "ids": [1, None, 3],
+        "pair": {"a": 'é, "', "b": None},
+        "map": [["k", None]],
+        "fixed": [1, 2],
+        "deep": [[1.5]],
+        "n": 7,
+    }
+    assert set(nothing.values()) == {""}
+    assert json.loads(functok(capfdbinary, "query", sql, *root, "--format", "json").out)[0]["map"] == [
+        ["k", None]
+    ]
+    sql = "SELECT union_value(k := 1) AS a"
+    refused = functok(
+        capfdbinary, "query", sql, *root, "--format", "parquet", "-o", tmp_path / "union.parquet"
+    )
+    assert refused.status == 1
+    assert "CAST(" in refused.err
     escape = functok(capfdbinary, "query", "SELECT chr(27) || '[31mred' AS a", *root)
     assert "\x1b[31mred" not in escape.out
     assert "␛[31mred" in escape.out
@@ -163,6 +189,10 @@ def test_report_is_written_again(finished: Path, capfdbinary: Any) -> None:
         (["run", "{}/tiny.toml", "--set", "corpus.text_feild=x"], "did you mean text_field"),
         (["run", "{}/tiny.toml", "--set", "corpus.urls=['{}/model']"], "is a folder"),
         (["status", "{}/tiny.toml", "--set", "sae.0.layer=9"], "layer 9"),
+        (
+            ["status", "{}/tiny.toml", "--set", "sae.0.path='https://me@host/sae'"],
+            "sae.0.path carries a password",
+        ),
         (["status", "{}/tiny.toml", "--set", "windows.context_size=4096"], "more than"),
         (["run", "{}/tiny.toml", "--set", "storage.root="], "storage.root"),
         (["catalog", "{}/tiny.toml", "--root", "{}/run"], "is no DuckDB file"),

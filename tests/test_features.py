@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import plain
 import pytest
 import reference
@@ -17,8 +20,10 @@ from schemas.config import Config
 from schemas.work import Dictionary, FeatureShard
 from tasks import extraction, features
 from tasks.dictionaries import prepare_dictionaries
+from tasks.extraction import compute_features
 from tasks.features import extract_features, missing_features
-from tasks.models import load_model
+from tasks.graph import graph_shards
+from tasks.models import load_model, model_key
 from tasks.tokenization import tokenize_corpus
 from tasks.windows import read_shard_tokens
 
@@ -285,3 +290,58 @@ def test_a_shard_reads_only_its_graph_documents(parts: Path, tmp_path: Path) -> 
     made, _, storage = run(config_for(parts, tmp_path, activations={"max_documents": 3}))
     tokens = read_shard_tokens(storage, made[0].part)
     assert set(tokens.doc.tolist()) == {0, 1, 2}
+
+
+def test_a_model_that_changed_since_the_run_was_planned_is_refused(parts: Path, tmp_path: Path) -> None:
+    config = config_for(parts, tmp_path)
+    storage = Storage(config.storage.root)
+    shards = tokenize_corpus(config, storage)
+    dictionaries = prepare_dictionaries(config, storage, shards)
+    (part, *_) = graph_shards(config, shards, storage)
+    with pytest.raises(ModelError, match=r"model .*llama is not here what it was where the run was planned"):
+        compute_features(config, storage, part, dictionaries, "another")
+
+
+def test_a_process_that_outlives_a_run_reads_its_model_again_when_that_has_changed(
+    parts: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(parts / "llama", tmp_path / "model")
+    config = config_for(parts, tmp_path / "run", model={"name": str(tmp_path / "model")})
+    storage = Storage(config.storage.root)
+    shards = tokenize_corpus(config, storage)
+    dictionaries = prepare_dictionaries(config, storage, shards)
+    (part, *_) = graph_shards(config, shards, storage)
+
+    def values() -> npt.NDArray[np.float32]:
+        key = model_key(config.model, storage)
+        return compute_features(config, storage, part, dictionaries, key)[1][1].value
+
+    before = values()
+    tiny.save_model(tmp_path / "model", seed=5)
+    changed = values()
+    extraction.forget_loaded()
+    assert not np.array_equal(before, changed)
+    assert np.array_equal(values(), changed)
+
+
+@pytest.mark.parametrize("keep_dense", [False, True])
+def test_a_padding_id_beyond_the_embedding_is_no_matter(
+    parts: Path, tmp_path: Path, keep_dense: bool
+) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(parts / "llama")
+    tokenizer.add_special_tokens({"pad_token": "<later>"})
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    assert tokenizer.pad_token_id == len(tokenizer) - 1
+    activations = {"keep_dense": keep_dense}
+    model = {"name": str(parts / "llama"), "tokenizer": str(tmp_path / "tokenizer")}
+    padded = run(config_for(parts, tmp_path / "padded", model=model, activations=activations))
+    plainly = run(config_for(parts, tmp_path / "plain", activations=activations))
+    assert contents(padded[0], padded[2]) == contents(plainly[0], plainly[2])
+
+
+def test_a_token_outside_the_vocabulary_is_refused(parts: Path, tmp_path: Path) -> None:
+    model = load_model(config_for(parts, tmp_path).model, Storage(str(tmp_path)))
+    with pytest.raises(ModelError, match=r"token id 400 is outside the model's vocabulary \(400 tokens\)"):
+        model.forward(torch.tensor([[1, 400]]), [0], lambda _layer, _hidden: None)

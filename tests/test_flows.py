@@ -33,6 +33,7 @@ from schemas.work import (
     GeneratedTexts,
     GraphShard,
     GrownSae,
+    LayerFolder,
     LossShard,
     SteeredPrompt,
     SteeringResults,
@@ -67,8 +68,12 @@ CHECKPOINTS = [
 ]
 
 
-CASE = CaseFeatures(case="c", folder="reactivation/c", n_tokens=8)
-TRAIT = TraitFeatures(trait="t", folder="traits/t")
+CASE = CaseFeatures(
+    case="c", folder="reactivation/c", layers=(LayerFolder(layer=7, folder="reactivation/c-7"),), n_tokens=8
+)
+TRAIT = TraitFeatures(
+    trait="t", layers=tuple(LayerFolder(layer=layer, folder=f"traits/t-{layer}") for layer in (7, 15))
+)
 EXPERIMENT = SteeredPrompt(case="t", prompt="p", folder="steering/t")
 
 
@@ -269,14 +274,14 @@ class StandIn:
         progress: Progress,
     ) -> tuple[list[TraitFeatures], list[SteeredPrompt]]:
         self._make("steering", progress)
-        layers = [{"trait": "t", "layer": layer, "is_most_informative": layer == 15} for layer in (7, 15)]
-        write_rows(storage, "traits/t/trait_layers.parquet", SHARD_FILES["trait_layers"], layers)
-        ranked = [
-            {"trait": "t", "layer": layer, "place": place, "feature_id": layer + place}
-            for layer in (7, 15)
-            for place in range(1, 9)
-        ]
-        write_rows(storage, "traits/t/trait_features.parquet", SHARD_FILES["trait_features"], ranked)
+        for layer, folder in ((entry.layer, entry.folder) for entry in TRAIT.layers):
+            judged = [{"trait": "t", "layer": layer, "separation": layer / 10}]
+            write_rows(storage, f"{folder}/trait_layers.parquet", SHARD_FILES["trait_layers"], judged)
+            ranked = [
+                {"trait": "t", "layer": layer, "place": place, "feature_id": layer + place}
+                for place in range(1, 9)
+            ]
+            write_rows(storage, f"{folder}/trait_features.parquet", SHARD_FILES["trait_features"], ranked)
         texts = [
             {"case": "t", "prompt": "p", "place": place, "control": control, "strength": strength}
             | {"mode": "add", "baseline_text": "Japan", "steered_text": f"日本 {strength}"}
@@ -416,9 +421,9 @@ def test_reproduce_runs_every_stage_in_order_and_shows_results(config: Config, s
     assert stages.journal == WHOLE
     shown = artifacts()
     coverage = json.loads(shown["coverage"]["data"])
-    assert coverage == [{"rank": 1, "token": "'\\n'", "layer 7": "23.19%", "layer 15": "23.19%"}]
+    assert coverage == [{"rank": 1, "token": r"\n", "layer 7": "23.19%", "layer 15": "23.19%"}]
     [function_token] = json.loads(shown["function-tokens"]["data"])
-    assert function_token["token"] == "'\\n'"
+    assert function_token["token"] == r"\n"
     assert function_token["share"] == "75.00%"
     assert "report.html" in shown["report"]["data"]
     assert CATALOG in shown["catalogue"]["data"]
@@ -577,6 +582,7 @@ def test_reactivation_and_steering_have_stages_of_their_own(
         (0.0, "Japan", "日本 0.0"),
         (2.0, "Japan", "日本 2.0"),
     ]
+    assert shown["steered-texts"]["description"].endswith("(place: last function token)")
     [effect] = json.loads(shown["steering-effects"]["data"])
     assert (effect["strength"], effect["kl"], effect["advantage"]) == (2.0, 0.5, None)
     for place in (1, 2):
@@ -588,6 +594,23 @@ def test_reactivation_and_steering_have_stages_of_their_own(
     stages.journal.clear()
     reproduce(steering, start_from="steering")
     assert stages.journal == STEERING[STEERING.index("steering") :]
+
+
+def test_steered_texts_name_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows.artifacts import show_steering
+
+    storage = Storage(str(tmp_path))
+    rows = [{"case": "t", "prompt": "p", "place": "all positions", "control": "trait", "strength": 2.0}]
+    write_rows(storage, "steering/t/steering.parquet", SHARD_FILES["steering"], rows)
+    said: dict[str, str] = {}
+
+    def note(key: str, description: str, **_: Any) -> None:
+        said[key] = description
+
+    monkeypatch.setattr("flows.artifacts.create_table_artifact", note)
+    show_steering(storage, [], [EXPERIMENT])
+    assert "all positions" in said["steered-texts"]
+    assert "last function token" not in said["steered-texts"]
 
 
 @pytest.mark.usefixtures("prefect_api")
@@ -841,6 +864,8 @@ def test_steps_report_to_the_terminal_that_watches(config: Config, stages: Stand
         {"corpus": {"urls": ["zip://a.txt::https://host/a.zip?X-Amz-Signature=hunter2"]}},
         {"storage": {"root": "runs", "endpoint_url": "http://key:hunter2@localhost:9000"}},
         {"steering": {"cases": "https://host/cases.toml?X-Amz-Signature=hunter2"}},
+        {"sae": [{"layer": 7, "train": {"d_sae": 8, "k": 2, "start_from": "https://host/sae?sig=hunter2"}}]},
+        {"corpus": {"urls": ["https://hunter2@host/a.txt"]}},
     ],
 )
 def test_secrets_are_refused_before_prefect_sees_them(
@@ -849,7 +874,7 @@ def test_secrets_are_refused_before_prefect_sees_them(
     from flows.reproduce import run
 
     leaky = Config.model_validate(config.model_dump() | change)
-    with pytest.raises(ConfigError, match="password or a signature") as caught:
+    with pytest.raises(ConfigError, match="a password, a token or a signature") as caught:
         run(leaky)
     assert "hunter2" not in str(caught.value)
     assert "hunter2" not in json.dumps(last_runs("flow_runs"))

@@ -124,6 +124,22 @@ def test_a_second_call_generates_nothing_and_a_lost_checkpoint_alone_is_made_aga
     assert find_generations(*prepare(parts, tmp_path, prepend_bos=False)) is None
 
 
+def test_texts_that_end_elsewhere_are_others(parts: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    config, storage, checkpoints = prepare(parts, tmp_path / "run", max_new_tokens=2)
+    own = load_tokenizer(config.model, storage)
+    generate_texts(config, storage, checkpoints)
+    # A token that was special before, so that the tokenizer's key is the same.
+    ending = AutoTokenizer.from_pretrained(parts / "step-0")
+    ending.eos_token, ending.sep_token = "<pad>", "<eos>"
+    ending.save_pretrained(tmp_path / "ending")
+    model = config.model.model_copy(update={"tokenizer": str(tmp_path / "ending")})
+    assert load_tokenizer(model, storage).key == own.key
+    assert find_generations(config, storage, checkpoints) is not None
+    assert find_generations(config.model_copy(update={"model": model}), storage, checkpoints) is None
+
+
 def test_another_seed_changes_what_is_sampled_alone(parts: Path, tmp_path: Path) -> None:
     one, other = prepare(parts, tmp_path), prepare(parts, tmp_path, seed=4)
     for left, right in zip(

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from plain import InThisProcess
 from tiny import save_tokenizer, texts, write_jsonl
 
-from infra.errors import CorpusError
+from infra.errors import CorpusError, StorageError
 from infra.storage import Storage
-from schemas.config import Config
-from schemas.work import CorpusShards
+from schemas.config import Config, Model
+from schemas.work import Checkpoint, CorpusShards
 from tasks import tokenization
-from tasks.heldout import heldout_documents, heldout_parts
+from tasks.growth import find_growth
+from tasks.heldout import document_hashes, heldout_documents, heldout_parts
+from tasks.losses import find_losses
 
 
 @pytest.fixture(autouse=True)
@@ -101,3 +104,42 @@ def test_nothing_to_hold_out_is_an_error_with_a_way_out(tmp_path: Path) -> None:
     assert _all_heldout(config, storage, shards) == [True]
     with pytest.raises(CorpusError, match="no held-out document fits into 2 tokens"):
         heldout_parts(config, storage, shards, 2)
+
+
+def test_errors_name_the_stage_that_asks(tmp_path: Path) -> None:
+    config, storage, shards = _corpus(tmp_path, 1e-12, texts(5))
+    with pytest.raises(CorpusError) as caught:
+        heldout_parts(config, storage, shards, None)
+    assert caught.value.stage == ""
+    checkpoint = Checkpoint(series="a", step=1, model=Model(name="nowhere"), key="k")
+    with pytest.raises(CorpusError) as caught:
+        find_losses(config, storage, shards, [checkpoint])
+    assert caught.value.stage == "losses"
+    growth = {"layer": 0, "train": {"d_sae": 8, "k": 2}}
+    section = config.consolidation.model_dump() | {"growth": growth} if config.consolidation else {}
+    grown = Config.model_validate(config.model_dump() | {"consolidation": section})
+    with pytest.raises(CorpusError) as caught:
+        find_growth(grown, storage, shards, [checkpoint])
+    assert caught.value.stage == "growth"
+
+
+def test_hashes_are_kept_where_the_root_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, storage, shards = _corpus(tmp_path, 0.5, texts(20))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise StorageError("read-only")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "write_parquet", refuse)
+        patch.setattr(Storage, "write_json", refuse)
+        found = document_hashes(storage, shards.shards)
+    assert not storage.sizes("heldout")
+    again = document_hashes(storage, shards.shards)
+    assert storage.sizes("heldout")
+    monkeypatch.setattr("tasks.heldout._hashed", refuse)
+    for one, other, kept in zip(found, again, document_hashes(storage, shards.shards), strict=True):
+        for mine, theirs, read in zip(one, other, kept, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+            np.testing.assert_array_equal(mine, read)

@@ -112,7 +112,9 @@ def recorded(model: LanguageModel, layer: int) -> Iterator[list[torch.Tensor]]:
 
 
 def n_hooks(model: LanguageModel) -> int:
-    return sum(len(module._forward_hooks) for module in model.module.modules())
+    return sum(
+        len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.module.modules()
+    )
 
 
 @pytest.mark.parametrize("architecture", ["jumprelu", "standard"])
@@ -431,7 +433,7 @@ def test_the_model_is_restored_whatever_happens(folder: Path) -> None:
         return n_hooks(model) == hooks and torch.equal(bits(model.next_log_probs(ids)), bits(log_probs))
 
     with steered(model, rows):
-        assert n_hooks(model) == hooks + 2
+        assert n_hooks(model) == hooks + 4  # one in each block, and before the decoder for each
         assert not torch.equal(model.next_log_probs(ids), log_probs)
     assert restored()
     with pytest.raises(ZeroDivisionError), steered(model, rows):
@@ -599,8 +601,38 @@ def test_a_second_pass_is_refused(folder: Path) -> None:
     ids = torch.tensor([PROMPT])
     with steered(model, [[intervene(sae, (5.0,), "add", 6)]]):
         model.next_log_probs(ids)
-        with pytest.raises(ModelError, match=r"7 tokens came after 7, .*open another"):
+        with pytest.raises(ModelError, match=r"a second pass begins after 7 tokens .*open another"):
             model.next_log_probs(ids)
+
+
+def test_several_tokens_at_once_after_the_prompt_are_refused(folder: Path) -> None:
+    model, sae = load(folder), correlated()
+    ids = torch.tensor([PROMPT])
+    with torch.inference_mode(), steered(model, [[intervene(sae, (5.0,), "add", 3)]]):
+        cache = model.module(ids[:, :4], use_cache=True).past_key_values
+        with pytest.raises(ModelError, match=r"3 tokens came after 4, .*open another"):
+            model.module(ids[:, 4:], past_key_values=cache, use_cache=True)
+
+
+@pytest.mark.parametrize("is_chunked", [True, False])
+@pytest.mark.parametrize("first", [1, 7])
+@pytest.mark.parametrize("architecture", MODELS)
+def test_a_second_pass_of_one_token_is_no_step_of_a_generation(
+    folder: Path, architecture: str, first: int, is_chunked: bool
+) -> None:
+    model, sae = load(folder, architecture), correlated()
+    model.is_chunked = is_chunked
+    rows = [[intervene(sae, (5.0,), "add", 0)]]
+    prompt, one = torch.tensor([PROMPT[:first]]), torch.tensor([[40]])
+    passes: dict[str, Callable[[torch.Tensor], Any]] = {
+        "distribution": model.next_log_probs,
+        "text": lambda ids: model.generate_rows(ids, 4),
+    }
+    for before, after in itertools.product(passes.values(), passes.values()):
+        with steered(model, rows):
+            before(prompt)
+            with pytest.raises(ModelError, match=r"a second pass begins after \d+ tokens .*open another"):
+                after(one)
 
 
 def test_directions_are_float32_whatever_the_dictionary_is() -> None:

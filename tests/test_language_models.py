@@ -424,3 +424,23 @@ def test_threads_construct_one_model_at_a_time(folder: Path, monkeypatch: pytest
     assert most == [1]
     # Two at once leave a transformers without weight tying behind, now and then.
     assert PreTrainedModel.tie_weights is tie_weights
+
+
+def test_a_model_that_reads_both_ways_is_refused(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    tokenizer = tiny.save_tokenizer(tmp_path)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    BertForMaskedLM(config).save_pretrained(tmp_path)
+    storage = Storage(str(tmp_path / "storage"))
+    for load in (load_language_model, load_model):
+        with pytest.raises(ModelError, match="is not causal"):
+            load(Model(name=str(tmp_path)), storage)

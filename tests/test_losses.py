@@ -395,7 +395,7 @@ def test_workers_take_whole_checkpoints(parts: Path, tmp_path: Path, monkeypatch
     jobs: list[int] = []
 
     @contextmanager
-    def two_workers(_dask: Any, _n_devices: int, n_parts: int) -> Iterator[Any]:
+    def two_workers(_dask: Any, _count_devices: Any, n_parts: int) -> Iterator[Any]:
         jobs.append(n_parts)
         with Client(processes=False, n_workers=2, threads_per_worker=1, dashboard_address=None) as client:
             yield client

@@ -18,7 +18,7 @@ from infra import storage as storage_module
 from infra.errors import CorpusError
 from infra.storage import Storage
 from schemas.config import Config
-from tasks import packing
+from tasks import heldout, packing
 from tasks.heldout import heldout_documents
 from tasks.packing import PackedRows, TrainingText, training_text
 
@@ -196,9 +196,12 @@ def test_trains_on_the_documents_that_are_not_held_out_and_once_on_a_file_and_it
         ]
     found = [text.tokens[start:end].tolist() for start, end in itertools.pairwise(text.starts)]
     assert found == expected
-    # The next call reads what the first one wrote; another share is another text.
+    # The next call reads what the first one wrote; another share is another text, and so is another way to hold out.
     monkeypatch.setattr(packing, "_write", lambda *_: pytest.fail("written again"))
     assert training_text(config, storage, shards).tokens.tolist() == text.tokens.tolist()
+    monkeypatch.setattr(heldout, "VERSION", -1)
+    with pytest.raises(pytest.fail.Exception, match="written again"):
+        training_text(config, storage, shards)
     monkeypatch.undo()
     monkeypatch.setattr(storage_module, "LOCAL_CACHE", tmp_path / "cache")
     assert len(training_text(consolidation_config(storage, 0.1), storage, shards).tokens) > len(text.tokens)

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,26 @@ from infra.errors import ConfigError, CorpusError, ModelError, TrainingError
 from infra.manifest import load
 from schemas.config import Config
 from schemas.tables import SHARD_FILES
-from tasks import pretraining, pretraining_loop, pretraining_model, pretraining_trainer, pretraining_worker
+from tasks import (
+    heldout,
+    packing,
+    pretraining,
+    pretraining_loop,
+    pretraining_model,
+    pretraining_plan,
+    pretraining_trainer,
+    pretraining_worker,
+)
 from tasks.pretraining import find_trained, started_training, train_series, training_losses_file
 from tasks.pretraining_launch import FAILURE, _failure, as_written
 from tasks.pretraining_model import PackedLanguageModel, default_intermediate_size
 from tasks.pretraining_plan import TrainingPlan, log_spaced, plan_training
 from tasks.pretraining_trainer import Trainer, shares
 from tasks.tokenizers import load_tokenizer
+
+HERE = {"device": "cpu", "precision": "float32", "compiled": False, "processes": 1, "sharded": False}
+"""What a step of a training in these tests is computed with."""
+GPU = {**HERE, "device": "cuda", "precision": "bfloat16", "compiled": True}
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +106,7 @@ def test_keeps_checkpoints_that_load_by_themselves(trained: Training) -> None:
         manifest = load(trained.storage, folder)
         assert manifest is not None
         assert manifest.stats["loss"] == losses[checkpoint.step - 1]
+        assert manifest.stats["made_with"] == [{"after_step": 0, **HERE}]
         module = AutoModelForCausalLM.from_pretrained(trained.storage.local_folder(folder))
         assert checkpoint.parameters == sum(parameter.numel() for parameter in module.parameters())
         assert module.lm_head.weight is module.model.embed_tokens.weight
@@ -116,6 +131,7 @@ def test_keeps_the_loss_curve_and_no_state(trained: Training) -> None:
     manifest = load(trained.storage, name.rsplit("/", 1)[0])
     assert manifest is not None
     assert list(manifest.files) == ["losses.parquet"]
+    assert manifest.stats["made_with"] == [{"after_step": 0, **HERE}]
     assert manifest.stats["epochs"] == pytest.approx(STEPS * BATCH_TOKENS / manifest.stats["training_tokens"])
     assert trained.states() == []
     done = [report[0] for report in trained.progress]
@@ -247,6 +263,41 @@ def test_a_checkpoint_that_is_missing_at_the_state_itself_is_made_of_it(
     assert weights[0] == weights[1]
 
 
+def test_goes_on_on_another_kind_of_device_and_says_so(
+    untrained: Training,
+    stop_before: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "computes_with", GPU)
+        stop_before(10)
+        stop_before(11)
+    config = untrained.config()
+    plan = plan_of(untrained, config)
+    state = load(untrained.storage, f"{plan.folder}/state-00000008")
+    assert state is not None
+    # Gone on on the same device once, which is no change.
+    assert state.stats["made_with"] == [{"after_step": 0, **GPU}]
+    assert "trained on" not in caplog.text
+    untrained.train(config)
+    said = "trained on cuda in bfloat16, and the steps after 8 are trained on cpu in float32"
+    assert caplog.text.count(said) == 1
+    both = [{"after_step": 0, **GPU}, {"after_step": 8, **HERE}]
+    for folder, made in (
+        (plan.checkpoint_folder(7), both[:1]),
+        (plan.checkpoint_folder(20), both),
+        (plan.folder, both),
+    ):
+        manifest = load(untrained.storage, folder)
+        assert manifest is not None
+        assert manifest.stats["made_with"] == made
+    # Trained again for a step that was not kept: beside checkpoints of the other device.
+    caplog.clear()
+    untrained.train(untrained.config(checkpoints=6))
+    assert "trained on cuda in bfloat16, and the steps after 0 are trained on cpu in float32" in caplog.text
+
+
 def test_loss_that_is_not_finite_stops_it_with_the_step_and_the_last_good_checkpoint(
     trained: Training, untrained: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -315,6 +366,20 @@ def test_chunked_loss_and_gradients_are_those_of_the_whole(
         results.append((loss.detach(), inputs.grad, head.grad))
     for chunk, whole in zip(*results, strict=True):
         torch.testing.assert_close(chunk, whole, rtol=tolerance, atol=tolerance)
+
+
+def test_the_gradient_of_a_bfloat16_weight_is_added_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretraining_model, "CHUNK_TOKENS", 1)
+    torch.manual_seed(0)
+    hidden, labels = torch.randn(600, 16).bfloat16(), torch.randint(0, 20, (600,))
+    head = (torch.randn(20, 16) * 0.1).bfloat16().requires_grad_()
+    twin = head.detach().double().requires_grad_()
+    pretraining_model._SummedCrossEntropy.apply(hidden, head, labels, torch.bfloat16).backward()
+    nn.functional.cross_entropy(hidden.double() @ twin.T, labels, reduction="sum").backward()
+    assert head.grad is not None
+    assert twin.grad is not None
+    assert head.grad.dtype == torch.bfloat16
+    assert (head.grad - twin.grad).norm() < 4e-3 * twin.grad.norm()
 
 
 def test_bfloat16_and_compiled_blocks_train_the_same_up_to_rounding(
@@ -390,13 +455,7 @@ def test_the_key_is_made_of_what_decides_the_weights(prepared: Training) -> None
     key = plan_of(prepared, prepared.config()).key
     for same in (
         {"processes": 2, "fsdp": True, "compile": "on", "micro_batch_tokens": 64},
-        {
-            "checkpoints": 5,
-            "first_checkpoint": 2,
-            "state_every": 1,
-            "context_size": 32,
-            "precision": "float32",
-        },
+        {"checkpoints": 5, "first_checkpoint": 2, "state_every": 1, "context_size": 32},
     ):
         assert plan_of(prepared, prepared.config(**same)).key == key
     others = [
@@ -406,19 +465,90 @@ def test_the_key_is_made_of_what_decides_the_weights(prepared: Training) -> None
         prepared.config(tokens=4000),
         prepared.config(beta2=0.99),
         prepared.config(precision="bfloat16"),
+        prepared.config(precision="float32"),
         prepared.config(context_size=64),
         prepared.config(shape={"layers": 3}),
         prepared.config(sections={"windows": {"context_size": 32, "prepend_bos": False}}),
     ]
     shards = prepared.shards()
     keys = {plan_of(prepared, other).key for other in others}
-    keys.add(
-        plan_training(
-            prepared.config(), dataclasses.replace(shards, tokenizer_key="other"), series_of(others[0])
-        ).key
-    )
-    assert len(keys) == len(others) + 1
+    assert shards.eos_id is not None
+    for changed in ({"tokenizer_key": "other"}, {"eos_id": shards.eos_id + 1}):
+        keys.add(
+            plan_training(prepared.config(), dataclasses.replace(shards, **changed), series_of(others[0])).key
+        )
+    assert len(keys) == len(others) + 2
     assert key not in keys
+
+
+@pytest.mark.parametrize("module", [heldout, packing, pretraining_plan])
+def test_other_held_out_documents_or_rows_are_another_training(
+    prepared: Training, monkeypatch: pytest.MonkeyPatch, module: ModuleType
+) -> None:
+    config = prepared.config()
+    key = plan_of(prepared, config).key
+    monkeypatch.setattr(module, "VERSION", -1)
+    assert plan_of(prepared, config).key != key
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:1"])
+def test_machines_with_and_without_a_gpu_find_the_same_training(
+    trained: Training, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    tokenizer = trained.config().model.tokenizer
+    config = trained.config(sections={"model": {"tokenizer": tokenizer, "device": device}})
+    key = plan_of(trained, trained.config()).key
+    assert plan_of(trained, config).key == key
+    assert trained.steps(config) == [1, 3, 7, 20]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    plan = plan_of(trained, config)
+    assert (plan.device.type, plan.is_bfloat16) == ("cuda", True)
+    assert plan.processes == (1 if device == "cuda:1" else 3)
+    assert plan.key == key
+    assert trained.steps(config) == [1, 3, 7, 20]
+
+
+def test_compiles_only_where_there_is_a_compiler(
+    prepared: Training, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def compiles(asked: str, device: str) -> bool:
+        model = prepared.config().model.model_copy(update={"device": device})
+        plan = dataclasses.replace(plan_of(prepared, prepared.config(compile=asked)), model=model)
+        return pretraining_trainer._is_compiled(plan, says_why=True)
+
+    there: set[str] = set()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(pretraining_trainer.shutil, "which", lambda name: name if name in there else None)
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    assert not compiles("off", "cuda")
+    assert not compiles("auto", "cpu")
+    assert not caplog.records
+    assert not compiles("auto", "cuda")
+    assert "series small is trained without torch.compile" in caplog.text
+    for device, language in (("cuda", "C compiler on cuda"), ("cpu", r"C\+\+ compiler on cpu")):
+        with pytest.raises(ConfigError, match=rf"compile = on needs a {language}") as caught:
+            compiles("on", device)
+        assert "or set it to off" in str(caught.value)
+    there.add("g++")
+    assert compiles("on", "cpu")
+    assert not compiles("auto", "cuda")
+    there.add("clang")
+    assert compiles("auto", "cuda")
+    # It is the one that torch takes, there or not.
+    monkeypatch.setenv("CC", "icx")
+    assert not compiles("auto", "cuda")
+    there.add("icx")
+    assert compiles("auto", "cuda")
+
+
+def test_says_that_one_process_shards_nothing(untrained: Training, caplog: pytest.LogCaptureFixture) -> None:
+    untrained.train(untrained.config(fsdp=True, tokens=BATCH_TOKENS))
+    assert "consolidation.train.fsdp does nothing for series small" in caplog.text
+    caplog.clear()
+    untrained.train(untrained.config(tokens=2 * BATCH_TOKENS))
+    assert "fsdp" not in caplog.text
 
 
 def test_says_how_many_epochs_a_small_corpus_makes(

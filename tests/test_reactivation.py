@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import tiny
 import torch
 
 from infra.errors import ConfigError, ModelError
+from infra.manifest import MANIFEST
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.tables import SHARD_FILES
@@ -20,7 +22,7 @@ from tasks import reactivation
 from tasks.dictionaries import prepare_dictionaries
 from tasks.models import load_model
 from tasks.prompt_features import residuals_of
-from tasks.reactivation import compute_reactivations, find_reactivations
+from tasks.reactivation import compute_reactivations, find_reactivations, missing_reactivations
 
 SAES = {0: "jumprelu", 1: "standard", 2: "topk"}
 NO_CORPUS = CorpusShards(shards=(), tokenizer_key="t", vocabulary="vocabulary.parquet")
@@ -64,6 +66,7 @@ def write_cases(path: Path, cases: list[dict[str, Any]]) -> Path:
     return path
 
 
+FILES = ("prompt_tokens", "prompt_features")
 Prepared = tuple[Config, Storage, list[Dictionary]]
 
 
@@ -91,10 +94,20 @@ def prepare(
     return config, storage, prepare_dictionaries(config, storage, NO_CORPUS)
 
 
+def folders_of(case: CaseFeatures, name: str) -> list[str]:
+    return [case.folder] if name == "prompt_tokens" else [entry.folder for entry in case.layers]
+
+
 def rows(made: list[CaseFeatures], storage: Storage, name: str) -> list[list[dict[str, Any]]]:
-    tables = [storage.read_parquet(f"{case.folder}/{name}.parquet") for case in made]
-    assert all(table.schema == SHARD_FILES[name] for table in tables)
-    return [table.to_pylist() for table in tables]
+    found = []
+    for case in made:
+        tables = [storage.read_parquet(f"{folder}/{name}.parquet") for folder in folders_of(case, name)]
+        assert all(table.schema == SHARD_FILES[name] for table in tables)
+        found.append([row for table in tables for row in table.to_pylist()])
+        if name == "prompt_features":
+            layers = [[entry.layer] for entry in case.layers]
+            assert [table["layer"].unique().to_pylist() for table in tables] == layers
+    return found
 
 
 def plain_ids(folder: Path, prompt: str, prepend_bos: bool = True) -> tuple[list[int], set[int]]:
@@ -263,22 +276,74 @@ def test_a_second_call_makes_nothing_and_a_changed_case_alone_is_made_again(
     monkeypatch.setattr(reactivation, "commit", counting)
     assert compute_reactivations(*prepared) == made
     assert written == []
-    changes: list[dict[str, Any]] = [
-        {"prompts": ["the river of Russia is that", "the river of Zürich is that"]},
-        {"look_at": [" that"]},
-        {"relation": "another"},
-        {"name": "another"},
+    folders = [folder for case in made for name in FILES for folder in folders_of(case, name)]
+    assert len(set(folders)) == len(folders) == 4 * len(CASES)
+    changes: list[tuple[dict[str, Any], int]] = [
+        ({"prompts": ["the river of Russia is that", "the river of Zürich is that"]}, 4),
+        # What is active is no matter of names, relations and what is looked at.
+        ({"look_at": [" that"]}, 1),
+        ({"relation": "another"}, 1),
+        ({"name": "another"}, 1),
     ]
-    folders = {case.folder for case in made}
-    for change in changes:
+    for change, n_new in changes:
         changed = prepare(parts, tmp_path, cases=[CASES[0] | change, *CASES[1:]])
         assert find_reactivations(*changed) is None
+        assert missing_reactivations(*changed)[0] == 2
         written.clear()
         again = compute_reactivations(*changed)
-        assert written == [again[0].folder]
+        assert written == [again[0].folder, *(entry.folder for entry in again[0].layers)][:n_new]
         assert again[1:] == made[1:]
         assert again[0].folder not in folders
-        folders.add(again[0].folder)
+        folders.append(again[0].folder)
+
+
+def test_another_dictionary_makes_its_layer_alone_again_and_reads_each_prompt_once(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = prepare(parts, tmp_path)
+    made = compute_reactivations(*prepared)
+    asked: list[list[int]] = []
+
+    def counting(model: Any, ids: Any, layers: Any) -> Any:
+        asked.append(list(layers))
+        return residuals_of(model, ids, layers)
+
+    monkeypatch.setattr(reactivation, "residuals_of", counting)
+    other = prepare(parts, tmp_path, saes={1: "other-sae"})
+    assert find_reactivations(*other) is None
+    assert missing_reactivations(*other) == (0, [f"[[case]] {case['name']!r}, layer 1" for case in CASES])
+    before = prepared[1].sizes("reactivation")
+    again = compute_reactivations(*other)
+    assert asked == [[1]] * sum(len(case["prompts"]) for case in CASES)
+    new = prepared[1].sizes("reactivation").keys() - before.keys()
+    assert new == {
+        f"{case.layers[1].folder}/{name}" for case in again for name in ("prompt_features.parquet", MANIFEST)
+    }
+    for one, two in zip(made, again, strict=True):
+        assert replace(one, layers=()) == replace(two, layers=())
+        assert [old == now for old, now in zip(one.layers, two.layers, strict=True)] == [True, False, True]
+    # What was done in part goes on with the rest of it.
+    storage = other[1]
+    for entry in (again[0].layers[0], again[0].layers[2]):
+        kept = storage.read_bytes(f"{entry.folder}/prompt_features.parquet")
+        storage.delete(f"{entry.folder}/{MANIFEST}")
+        storage.write_bytes(f"{entry.folder}/prompt_features.parquet", kept[:10])
+    asked.clear()
+    assert missing_reactivations(*other)[1] == [f"[[case]] {CASES[0]['name']!r}, layers 0, 2"]
+    assert compute_reactivations(*other) == again
+    assert asked == [[0, 2]] * 2
+    assert storage.read_bytes(f"{again[0].layers[2].folder}/prompt_features.parquet") == kept
+    # A layer more is read alone, and the others stay.
+    config, _, dictionaries = other
+    fewer = compute_reactivations(config, storage, dictionaries[:2])
+    assert [case.layers for case in fewer] == [case.layers[:2] for case in again]
+
+
+def test_cases_of_the_same_prompts_share_what_is_active(parts: Path, tmp_path: Path) -> None:
+    twin = {**CASES[0], "name": "twin", "relation": "another"}
+    one, _, _, two = compute_reactivations(*prepare(parts, tmp_path, cases=[*CASES, twin]))
+    assert one.layers == two.layers
+    assert one.folder != two.folder
 
 
 def test_a_case_is_the_same_whatever_stands_beside_it(parts: Path, tmp_path: Path) -> None:
@@ -286,24 +351,24 @@ def test_a_case_is_the_same_whatever_stands_beside_it(parts: Path, tmp_path: Pat
     alone = prepare(parts, tmp_path / "alone", cases=CASES[2:])
     made, one = compute_reactivations(*whole), compute_reactivations(*alone)
     assert one == made[2:]
-    for name in ("prompt_tokens", "prompt_features"):
-        file = f"{one[0].folder}/{name}.parquet"
-        assert alone[1].read_bytes(file) == whole[1].read_bytes(file)
+    for name in FILES:
+        for folder in folders_of(one[0], name):
+            file = f"{folder}/{name}.parquet"
+            assert alone[1].read_bytes(file) == whole[1].read_bytes(file)
     assert compute_reactivations(*prepare(parts, tmp_path / "whole", cases=CASES[::-1])) == made[::-1]
 
 
-def test_another_dictionary_model_or_precision_makes_cases_again(parts: Path, tmp_path: Path) -> None:
+def test_another_model_or_precision_makes_cases_again(parts: Path, tmp_path: Path) -> None:
     made = compute_reactivations(*prepare(parts, tmp_path))
     prepared = [
-        prepare(parts, tmp_path, saes={1: "other-sae"}),
         prepare(parts, tmp_path, "gemma2"),
         prepare(parts, tmp_path, activations={"mantissa_bits": 23}),
         prepare(parts, tmp_path, windows={"prepend_bos": False}),
     ]
     for other in prepared:
         assert find_reactivations(*other) is None
-    exact = rows(compute_reactivations(*prepared[2]), prepared[2][1], "prompt_features")
-    rounded = rows(made, prepared[2][1], "prompt_features")
+    exact = rows(compute_reactivations(*prepared[1]), prepared[1][1], "prompt_features")
+    rounded = rows(made, prepared[1][1], "prompt_features")
     for one, other in zip(exact, rounded, strict=True):
         assert [row["feature_id"] for row in one] == [row["feature_id"] for row in other]
         assert [r["activation"] for r in one] == pytest.approx([r["activation"] for r in other], rel=2**-16)

@@ -122,5 +122,7 @@ def test_the_cases_of_the_readme_are_valid() -> None:
 
 
 def test_files_that_the_readme_points_to_exist() -> None:
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+    targets = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert "DESIGN.md" in targets
+    for target in targets:
         assert (REPOSITORY / target).exists(), target

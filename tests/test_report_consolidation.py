@@ -44,7 +44,7 @@ def test_all_four_hold_with_the_numbers_that_were_put_in(tmp_path: Path) -> None
     assert "though not throughout" in hardest[2]
     # f→f falls from 8 to 3: 5.5 is 2.5 / 3 of the way from step 1 to step 4, which is 2 doublings.
     assert f"by step {2 ** (2 * 2.5 / 3):.3g} and" in falls[2]
-    assert "function→content by 0.600 (0.600 to 0.600), content→content by 0.400" in gains[2]
+    assert "function→content 0.600 (0.600 to 0.600) lower, content→content 0.400" in gains[2]
     assert "function→content falls most, by 12.0 %" in gains[2]
     assert "131,072 tokens into both" in gains[2]
     assert "In small, learned features go from 20 at step 1 to 700 at step 256 (of 1,024)" in grows[2]
@@ -141,6 +141,24 @@ def test_one_series_leaves_the_comparison_of_sizes_untested(tmp_path: Path) -> N
     assert [verdict for _, verdict, _ in findings] == ["holds", "holds", "untested", "untested"]
     assert "One series." in findings[GAINS][2]
     assert "consolidation.growth" in findings[GROWS][2]
+
+
+def test_a_larger_model_that_is_worse_is_told_so(tmp_path: Path) -> None:
+    worse = {bucket: (*values[:-1], values[-1] + 0.25) for bucket, values in SMALL.items()}
+    findings = found(tmp_path, Made(curves={"small": SMALL, "large": worse}, learned=None))
+    assert "function→function 0.250 (0.250 to 0.250) higher" in findings[GAINS][2]
+    assert "relative to the loss, none falls." in findings[GAINS][2]
+    assert findings[GAINS][1] != "holds"
+
+
+def test_a_short_series_is_named_beside_those_that_are_tested(tmp_path: Path) -> None:
+    short = {bucket: values[-1:] for bucket, values in LARGE.items()}
+    curves = {"small": SMALL, "large": short}
+    findings = found(tmp_path, Made(curves=curves, steps={"large": (256,)}, learned=None))
+    assert findings[FALLS][1] == "undecided"
+    assert "In small, half of the fall from step 1 to step 256" in findings[FALLS][2]
+    assert "Not tested in large: fewer than three checkpoints" in findings[FALLS][2]
+    assert findings[HARDEST][1] == "holds"
 
 
 def test_one_checkpoint_has_nothing_to_fall(tmp_path: Path) -> None:

@@ -51,7 +51,9 @@ def test_rarefaction_equals_scipy(published: report_catalogue.Published) -> None
             "SELECT layer, is_function, count, degree, rarefied_degree FROM token_degree "
             "WHERE rarefied_degree IS NOT NULL"
         ).fetchall()
-        for found in report_graph.rarefactions(connection):
+        measured = report_graph.rarefactions(connection)
+        assert [found.layer for found in measured] == list(report_catalogue.LAYERS)
+        for found in measured:
             mine = [row for row in rows if row[0] == found.layer]
             assert found.n_function + found.n_content == len(mine)
             assert found.function_median == pytest.approx(np.median([row[4] for row in mine if row[1]]))

@@ -116,6 +116,32 @@ def test_without_own_features_nothing_is_tested() -> None:
     assert steering_findings.is_active_again(without).verdict == "untested"
 
 
+@pytest.mark.parametrize(
+    ("own", "counterfactual", "said"),
+    [
+        (0.5, 0.4, "Of 100 such activations, 80 would be expected without the context."),
+        (0.4, 0.4, "At least as many would be expected without the context."),
+        (0.4, 0.5, "At least as many would be expected without the context."),
+    ],
+)
+def test_what_is_active_anyway(own: float, counterfactual: float, said: str) -> None:
+    measured = reactivation(ABOVE, ABOVE, ABOVE, own=own)
+    measured.kinds["function"]["counterfactual"] = estimate(counterfactual)
+    assert said in steering_findings.is_active_again(measured).text
+
+
+def test_few_cases_and_experiments_decide_nothing(tmp_path: Path) -> None:
+    for n, verdict in ((5, "undecided"), (6, "holds")):
+        # One experiment has no content token.
+        found = verdicts(tmp_path / str(n), Made(experiments=n + 1))
+        assert found[PLACE][0] == verdict
+        assert found[RAISES][0] == "holds"
+    few = replace(reactivation(ABOVE, ABOVE, ABOVE), n_cases=5)
+    for finding in steering_findings.reactivation_findings(few):
+        assert finding.verdict == "undecided"
+        assert "5 cases are too few (6 at least)" in finding.text
+
+
 def verdicts(tmp_path: Path, made: Made) -> dict[str, tuple[str, str]]:
     storage = Storage(str(tmp_path))
     catalogue.built(storage, made)
@@ -138,7 +164,7 @@ def test_all_hold_with_the_numbers_that_were_put_in(connection: Any) -> None:
     }
     assert "at 2 of 2 layers" in found[AGAIN][1]
     assert "In mode clamp at strength 2" in found[RAISES][1]
-    assert "the middle one of those swept, not the best" in found[RAISES][1]
+    assert "the middle one of those swept (the lower of two), not the best" in found[RAISES][1]
     assert "(7 experiments)" in found[PLACE][1]
     assert "nats at strength 4, where 100 % of the texts change" in found[COST][1]
     assert f"{math.exp(0.4):.3g} times" in found[COST][1]

@@ -26,7 +26,7 @@ from tasks.dictionaries import prepare_dictionaries
 from tasks.function_tokens import function_token_ids
 from tasks.language_models import LanguageModel
 from tasks.loaded_traits import TraitFeature, load_trait
-from tasks.steering import find_steering, run_steering
+from tasks.steering import find_steering, missing_steering, run_steering
 from tasks.steering_conditions import moved_features, random_features
 from tasks.steering_measures import divergences
 
@@ -88,6 +88,9 @@ class Here:
 
     def find(self) -> tuple[list[TraitFeatures], list[SteeredPrompt]] | None:
         return find_steering(self.config, self.storage, self.shards, self.dictionaries)
+
+    def missing(self) -> tuple[int, list[str]]:
+        return missing_steering(self.config, self.storage, self.shards, self.dictionaries)
 
     def tables(self) -> list[list[dict[str, Any]]]:
         tables = [self.storage.read_parquet(f"{made.folder}/steering.parquet") for made in self.run()[1]]
@@ -663,6 +666,91 @@ def test_what_rows_depend_on_makes_them_anew_and_nothing_else_does(world: World,
     assert found() == made
 
 
+def with_saes(here: Here, saes: dict[int, Path]) -> Here:
+    """The same with other dictionaries, or with one more."""
+    entries = {entry.layer: entry.model_dump() for entry in here.config.sae}
+    entries |= {layer: {"layer": layer, "path": str(path)} for layer, path in saes.items()}
+    config = Config.model_validate(here.config.model_dump() | {"sae": [*entries.values()]})
+    return Here(config, here.storage, here.shards, prepare_dictionaries(config, here.storage, here.shards))
+
+
+def test_another_dictionary_makes_its_layer_alone_again(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The trait that is looked for is steered at layer 1, as the one beside it is given there.
+    steer = [*STEER, {"traits": ["planted"], "prompt": PROMPT, "target": " London"}]
+    here = prepare(world, tmp_path, steer=steer, strengths=[1.0], random_controls=1, modes=["add"])
+    tiny.build_sae("jumprelu", seed=8).save_model(str(tmp_path / "other"))
+    traits_made, made = here.run()
+    assert [table[0]["layer"] for table in here.tables()] == [1, 1, 2]
+    found, given, planted = (trait.layers for trait in traits_made)
+    swept: list[str] = []
+    run = steering.sweep
+
+    def counting(*arguments: Any) -> Any:
+        swept.append(arguments[2].prompt)
+        return run(*arguments)
+
+    monkeypatch.setattr(steering, "sweep", counting)
+    more = with_saes(here, {0: tmp_path / "other"})
+    again, steered = more.run()
+    assert steered == made
+    assert swept == []
+    assert [trait.layers[-len(old) :] for trait, old in zip(again, (found, given, planted), strict=True)] == [
+        *(found, given, planted)
+    ]
+    assert [len(trait.layers) for trait in again] == [3, 1, 1]
+    other = with_saes(here, {2: tmp_path / "other"})
+    before = here.storage.sizes("traits").keys()
+    again, steered = other.run()
+    assert [one == two for one, two in zip(made, steered, strict=True)] == [True, True, False]
+    assert swept == [PROMPT]
+    assert [trait.layers == old for trait, old in zip(again, (found, given, planted), strict=True)] == [
+        *(False, True, False)
+    ]
+    assert again[0].layers[0] == found[0]
+    new = {name.rsplit("/", 1)[0] for name in here.storage.sizes("traits").keys() - before}
+    assert new == {again[0].layers[1].folder, again[2].layers[0].folder}
+
+
+def test_an_experiment_is_what_it_moves(world: World, tmp_path: Path) -> None:
+    small = {"strengths": [1.0], "random_controls": 0, "modes": ["add"]}
+    prepare(world, tmp_path, **small).run()
+    # How many features are steered together is no matter where they are given.
+    fewer = prepare(world, tmp_path, features=2, **small)
+    assert fewer.missing() == (4, [f"[[steer]] 'both', '{STEER[1]['prompt']}'"])
+
+
+def test_experiments_are_judged_by_their_own_traits(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"strengths": [1.0], "random_controls": 0, "modes": ["add"]}
+    here = prepare(world, tmp_path, **small)
+    made, steered = here.run()
+    monkeypatch.setattr(traits, "load_model", no_model)
+    monkeypatch.setattr(steering, "load_dictionary", no_model)
+
+    assert here.missing() == (5, [])
+    unused = {**TRAITS[0], "name": "unused", "negative": [f"{p} the" for p in TRAITS[0]["negative"]]}
+    new = prepare(world, tmp_path, trait=[unused, *TRAITS], **small)
+    assert new.missing() == (5, ["[[trait]] 'unused'"])
+    both, given = f"[[steer]] 'both', '{STEER[1]['prompt']}'", f"[[steer]] 'given', '{PROMPT}'"
+    changed = {**TRAITS[0], "negative": unused["negative"]}
+    assert prepare(world, tmp_path, trait=[changed, *TRAITS[1:]], **small).missing() == (
+        3,
+        ["[[trait]] 'found'", both],
+    )
+    # A trait whose features are given is known, found or not.
+    here.storage.delete(made[1].layers[0].folder)
+    assert prepare(world, tmp_path, **small).missing() == (4, ["[[trait]] 'given'"])
+    here.storage.delete(steered[0].folder)
+    assert here.missing() == (3, ["[[trait]] 'given'", given])
+
+
+def no_model(*_: Any, **__: Any) -> Any:
+    raise AssertionError("weights are read")
+
+
 def test_cases_without_experiments_have_traits_alone(world: World, tmp_path: Path) -> None:
     here = prepare(world, tmp_path, steer=[])
     text = '[[case]]\nname = "a"\nrelation = "b"\nprompts = ["the river in the", "the river to the"]\n'
@@ -770,3 +858,53 @@ def test_a_dictionary_that_cannot_be_clamped_stops_before_traits_are_looked_for(
     ):
         here.run()
     assert not here.storage.sizes("traits")
+
+
+MANY = {**TRAITS[1], "features": list(range(49)), "values": [1.0] * 49}
+
+
+@pytest.mark.parametrize(
+    ("changed", "pattern"),
+    [
+        ({"steer": [STEER[0], {**STEER[1], "prompt": "🙂"}]}, r"'both', '🙂'.* no function token"),
+        ({"trait": [TRAITS[0], MANY], "steer": STEER[:1]}, r"'given', .*dictionary's 96 latents"),
+        # Together with one that is still to be found it can only be more.
+        ({"trait": [TRAITS[0], MANY], "steer": STEER[1:]}, r"'both', .*dictionary's 96 latents"),
+    ],
+)
+def test_what_no_weights_are_needed_for_is_refused_before_any_and_by_status(
+    world: World,
+    tmp_path: Path,
+    changed: dict[str, Any],
+    pattern: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(traits, "load_model", no_model)
+    monkeypatch.setattr(traits, "load_encoders", no_model)
+    here = prepare(world, tmp_path, modes=["add"], **changed)
+    for ask in (run_steering, missing_steering):
+        with pytest.raises(ConfigError, match=rf"^\[steering\] \[\[steer\]\] {pattern}") as caught:
+            ask(here.config, here.storage, here.shards, here.dictionaries)
+        assert caught.value.hint
+    assert not here.storage.sizes("traits")
+    if changed["steer"] == STEER[:1]:
+        assert prepare(world, tmp_path, modes=["add"], random_controls=0, **changed).find() is None
+
+
+def test_given_values_below_a_threshold_are_refused_before_a_model_is_loaded(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steering, "load_language_model", no_model)
+    low = {**TRAITS[1], "values": [0.01, 3.0]}
+    expected = r"strength 1 \(clamp, last function token\): layer 1: feature 3 .*threshold"
+    # With a trait that is to be found, what is moved is known when it is found.
+    both = prepare(world, tmp_path, trait=[TRAITS[0], low], steer=STEER[1:])
+    with pytest.raises(DictionaryError, match=rf"^\[steering\] \[\[steer\]\] 'both', .*{expected}"):
+        both.run()
+    monkeypatch.setattr(traits, "load_model", no_model)
+    monkeypatch.setattr(traits, "load_encoders", no_model)
+    both.storage.delete("traits")
+    alone = prepare(world, tmp_path, trait=[TRAITS[0], low], steer=[STEER[0], STEER[1]])
+    with pytest.raises(DictionaryError, match=rf"^\[steering\] \[\[steer\]\] 'given', .*{expected}"):
+        alone.run()
+    assert not alone.storage.sizes("traits")

@@ -122,7 +122,9 @@ def test_from_nothing_to_a_finished_run(
     ]
     spine: Spine = request.getfixturevalue("spine")
     shards, made = spine
+    before = storage.sizes()
     assert told(config, storage, spine) == {"reactivation": (0, 1), "steering": (0, 2)}
+    assert storage.sizes() == before
     assert find_steering_results(config, storage, shards, made) is None
     read = reactivation.compute_reactivations(config, storage, made)
     assert told(config, storage, spine) == {"reactivation": (1, 0), "steering": (0, 2)}

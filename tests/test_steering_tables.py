@@ -402,7 +402,18 @@ def test_the_group_goes_with_its_corpus_and_stays_beside_the_others(tmp_path: Pa
     gone = build_corpus_tables(other, storage, run.shards)
     assert not set(MADE) & set(gone.tables)
     assert "steering" not in gone.lineage
-    onto = Catalog(sharded={"edges": [ShardFile(name="x.parquet")]}, lineage=read_catalog(storage).lineage)
+    graph_only = run.config.model_copy(update={"steering": None})
+    assert build_corpus_tables(graph_only, storage, run.shards).lineage.keys() == {"corpus", "steering"}
+    retrained = graph_only.model_copy(
+        update={"sae": [entry.model_copy(update={"path": "new"}) for entry in run.config.sae]}
+    )
+    assert build_corpus_tables(retrained, storage, run.shards).lineage.keys() == {"corpus"}
+    published = read_catalog(storage)
+    onto = Catalog(
+        sharded={"edges": [ShardFile(name="x.parquet")]},
+        lineage=published.lineage,
+        about=published.about | {"graph": published.about["steering"]},
+    )
     built = build_steering_tables(run.config, storage, run.shards, run.write(storage), onto=onto)
     assert built.sharded["edges"] == onto.sharded["edges"]
     changed = make_config(storage, LAYERS, steering={"cases": "cases.toml", "resamples": 101})

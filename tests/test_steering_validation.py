@@ -18,7 +18,15 @@ from infra.storage import Storage
 from schemas.config import Config
 from schemas.expectations import SUITES
 from schemas.tables import SHARD_FILES, VOCABULARY
-from schemas.work import CaseFeatures, CorpusShards, Dictionary, Stage, SteeredPrompt, TraitFeatures
+from schemas.work import (
+    CaseFeatures,
+    CorpusShards,
+    Dictionary,
+    LayerFolder,
+    Stage,
+    SteeredPrompt,
+    TraitFeatures,
+)
 from tasks import verdicts
 from tasks.data_docs import Finding
 from tasks.steering_validation import check_reactivation, check_steering
@@ -65,6 +73,14 @@ class Run:
     traits: list[TraitFeatures] = field(default_factory=list)
     steered: list[SteeredPrompt] = field(default_factory=list)
 
+    def add_layers(self, folder: str, files: dict[str, list[Row]]) -> tuple[LayerFolder, ...]:
+        """A folder for each layer that the files have rows of."""
+        layers = sorted({row["layer"] for rows in files.values() for row in rows})
+        for layer in layers:
+            own = {name: [row for row in rows if row["layer"] == layer] for name, rows in files.items()}
+            self.files[f"{folder}-{layer}"] = own
+        return tuple(LayerFolder(layer=layer, folder=f"{folder}-{layer}") for layer in layers)
+
     def write(self, storage: Storage) -> None:
         for folder, files in self.files.items():
             for name, rows in files.items():
@@ -95,12 +111,13 @@ def good_run(storage: Storage, cases: dict[str, list[Row]] | None = None, **stee
     for case in cases.get("case", []):
         files = case_rows(case)
         folder = f"reactivation/{case['name']}"
-        run.files[folder] = files
+        run.files[folder] = {"prompt_tokens": files["prompt_tokens"]}
+        layers = run.add_layers(folder, {"prompt_features": files["prompt_features"]})
         tokens = len(files["prompt_tokens"])
-        run.cases.append(CaseFeatures(case=case["name"], folder=folder, n_tokens=tokens))
+        run.cases.append(CaseFeatures(case=case["name"], folder=folder, layers=layers, n_tokens=tokens))
     for trait in cases.get("trait", []):
-        run.files[f"traits/{trait['name']}"] = trait_rows(trait)
-        run.traits.append(TraitFeatures(trait=trait["name"], folder=f"traits/{trait['name']}"))
+        layers = run.add_layers(f"traits/{trait['name']}", trait_rows(trait))
+        run.traits.append(TraitFeatures(trait=trait["name"], layers=layers))
     for steer in cases.get("steer", []):
         title = steer.get("name") or " + ".join(steer["traits"])
         run.files[f"steering/{title}"] = {"steering": experiment_rows(steer, title, config)}
@@ -154,7 +171,7 @@ def case_rows(case: Row) -> dict[str, list[Row]]:
 def trait_rows(trait: Row) -> dict[str, list[Row]]:
     name = trait["name"]
     if "features" in trait:
-        layers = [{"trait": name, "layer": trait["layer"], "n_pairs": 0, "is_most_informative": True}]
+        layers = [{"trait": name, "layer": trait["layer"], "n_pairs": 0}]
         given = zip(trait["features"], trait["values"], strict=True)
         features = [
             {"trait": name, "layer": trait["layer"], "place": place, "feature_id": feature}
@@ -165,7 +182,7 @@ def trait_rows(trait: Row) -> dict[str, list[Row]]:
     return {
         "trait_layers": [
             {"trait": name, "layer": layer, "separation": separation, "accuracy": 0.75, "n_pairs": 3}
-            | {"explained_variance": 0.5, "is_most_informative": layer == 4}
+            | {"explained_variance": 0.5}
             for layer, separation in ((1, 0.5), (4, 2.0))
         ],
         "trait_features": [
@@ -242,6 +259,14 @@ def fewer(name: str, text: str) -> Plant:
     return plant, text
 
 
+def without_layer(name: str, place: int, text: str) -> Plant:
+    def plant(run: Run) -> None:
+        found = getattr(run, name)
+        found[place] = replace(found[place], layers=found[place].layers[1:])
+
+    return plant, text
+
+
 def where(text: str, changed: Row, **wanted: Any) -> Plant:
     """Change the rows of the first experiment that have the values `wanted`."""
 
@@ -259,12 +284,13 @@ def where(text: str, changed: Row, **wanted: Any) -> Plant:
 
 
 def swapped(run: Run) -> None:
-    rows = run.files["traits/found"]["trait_features"]
+    rows = run.files[AT_1]["trait_features"]
     for name in ("contribution", "coefficient", "mean_positive", "mean_negative"):
         rows[0][name], rows[1][name] = rows[1][name], rows[0][name]
 
 
-TWO, TRAIT, GIVEN, EXPERIMENT = "reactivation/two", "traits/found", "traits/given", "steering/found"
+TWO, TWO_AT_1, EXPERIMENT = "reactivation/two", "reactivation/two-1", "steering/found"
+AT_1, AT_4, GIVEN = "traits/found-1", "traits/found-4", "traits/given-1"
 TOKENS, FEATURES, RANKED = "prompt_tokens", "prompt_features", "trait_features"
 AT_ONE = {"mode": "add", "place": "last function token", "control": "trait", "strength": 1.0}
 AT_ZERO = AT_ONE | {"strength": 0.0}
@@ -273,6 +299,9 @@ RANDOM = {"control": "random", "draw": 2}
 PLANTS: dict[Stage, dict[str, Plant]] = {
     "reactivation": {
         "every case has its folder": fewer("cases", "case: three, is_wanted: True, folders: 0"),
+        "every layer of a case has its folder": without_layer(
+            "cases", 1, "case: three, layer: 1, is_wanted: True, folders: 0"
+        ),
         "every prompt is read": (
             lambda run: [row.update(relation="other") for row in run.files[TWO][TOKENS][:4]].clear(),
             "relation: capital, prompt: of A?, is_wanted: True, is_there: False",
@@ -284,26 +313,24 @@ PLANTS: dict[Stage, dict[str, Plant]] = {
         "prompt tokens are the tokenizer's": cell(TWO, TOKENS, "token_id: 77", 0, token_id=77),
         "prompts differ in one place alone": cell(TWO, TOKENS, "position: 3, tokens: ", 2, token_id=9),
         "what is looked at comes later": cell(TWO, TOKENS, "last_in_place: 2", 0, looked_at=True),
-        "prompt feature keys are unique": repeated(TWO, FEATURES, "feature_id: 11, rows: 2"),
-        "prompt activations are positive": cell(TWO, FEATURES, "activation: 0.0", 0, activation=0.0),
-        "prompt features are in the dictionaries": cell(TWO, FEATURES, "feature_id: 40", 0, feature_id=40),
-        "features are of tokens": cell(TWO, FEATURES, "prompt: of A?, position: 0", 0, position=0),
+        "prompt feature keys are unique": repeated(TWO_AT_1, FEATURES, "feature_id: 11, rows: 2"),
+        "prompt activations are positive": cell(TWO_AT_1, FEATURES, "activation: 0.0", 0, activation=0.0),
+        "prompt features are in the dictionaries": cell(
+            TWO_AT_1, FEATURES, "feature_id: 40", 0, feature_id=40
+        ),
+        "features are of tokens": cell(TWO_AT_1, FEATURES, "prompt: of A?, position: 0", 0, position=0),
     },
     "steering": {
-        "every trait has its folder": fewer("traits", "trait: given, is_wanted: True, folders: 0"),
-        "traits are looked for at every layer": dropped(TRAIT, "trait_layers", "layer: 1, counted_n: None"),
-        "layers are possible": cell(TRAIT, "trait_layers", "accuracy: 1.5", 0, accuracy=1.5),
-        "pairs are the trait's": cell(TRAIT, "trait_layers", "n_pairs: 2, wanted_pairs: 3", 0, n_pairs=2),
-        "one most informative layer": cell(
-            TRAIT, "trait_layers", "most_informative: 2", 0, is_most_informative=True
+        "every layer of a trait has its folder": without_layer(
+            "traits", 0, "trait: found, layer: 1, is_wanted: True, folders: 0"
         ),
-        "the most informative layer separates best": cell(
-            TRAIT, "trait_layers", "separation: 2.0, chosen_layer: 4", 0, separation=2.0
-        ),
-        "places run from 1": cell(TRAIT, RANKED, "place: 4, expected_place: 3", 2, place=4),
+        "a folder judges its layer": dropped(AT_1, "trait_layers", "layer: 1, counted_n: None"),
+        "layers are possible": cell(AT_1, "trait_layers", "accuracy: 1.5", 0, accuracy=1.5),
+        "pairs are the trait's": cell(AT_1, "trait_layers", "n_pairs: 2, wanted_pairs: 3", 0, n_pairs=2),
+        "places run from 1": cell(AT_1, RANKED, "place: 4, expected_place: 3", 2, place=4),
         "the strongest come first": (swapped, "contribution: 8.0, n_pairs: 3, contribution_before: 4.0"),
-        "trait features are in the dictionaries": cell(TRAIT, RANKED, "feature_id: 40", 2, feature_id=40),
-        "coefficients are possible": cell(TRAIT, RANKED, "coefficient: 4.5", 0, coefficient=4.5),
+        "trait features are in the dictionaries": cell(AT_1, RANKED, "feature_id: 40", 2, feature_id=40),
+        "coefficients are possible": cell(AT_1, RANKED, "coefficient: 4.5", 0, coefficient=4.5),
         "given features are those given": cell(GIVEN, RANKED, "counted_clamp_value: 1.0", 1, clamp_value=1.0),
         "every experiment has its folder": fewer("steered", "case: another target"),
         "rows are of their experiment": cell(
@@ -335,18 +362,36 @@ MORE: list[tuple[Stage, str, Plant]] = [
     (
         "reactivation",
         "prompt activations are positive",
-        cell(TWO, FEATURES, "nan", 0, activation=float("nan")),
+        cell(TWO_AT_1, FEATURES, "nan", 0, activation=float("nan")),
     ),
-    ("reactivation", "prompt features are in the dictionaries", cell(TWO, FEATURES, "layer: 2", 0, layer=2)),
+    (
+        "reactivation",
+        "prompt features are in the dictionaries",
+        cell(TWO_AT_1, FEATURES, "layer: 2", 0, layer=2),
+    ),
     ("reactivation", "prompts differ in one place alone", cell(TWO, TOKENS, "prompts: 1", 1, in_place=False)),
-    ("reactivation", "features are of tokens", cell(TWO, FEATURES, "prompt: of Z?", 0, prompt="of Z?")),
+    ("reactivation", "features are of tokens", cell(TWO_AT_1, FEATURES, "prompt: of Z?", 0, prompt="of Z?")),
     (
         "steering",
-        "one most informative layer",
-        cell(TRAIT, "trait_layers", "most_informative: 0", 1, is_most_informative=False),
+        "every layer of a trait has its folder",
+        fewer("traits", "trait: given, layer: 1, is_wanted: True, folders: 0"),
     ),
-    ("steering", "places run from 1", cell(TRAIT, RANKED, "feature_id: 5", 1, feature_id=5)),
-    ("steering", "coefficients are possible", cell(TRAIT, RANKED, "clamp_value: 4.0", 0, clamp_value=4.0)),
+    ("steering", "a folder judges its layer", repeated(AT_4, "trait_layers", "layer: 4, counted_n: 2")),
+    (
+        "steering",
+        "a folder judges its layer",
+        cell(AT_4, "trait_layers", "layer: 4, counted_n: None", layer=1),
+    ),
+    (
+        "steering",
+        "experiments are steered at the layer chosen",
+        (
+            lambda run: run.files[AT_4]["trait_features"].clear(),
+            "layer: 4, configured_layer: None, given_layer: None, separation: 2.0, largest_separation: 0.5",
+        ),
+    ),
+    ("steering", "places run from 1", cell(AT_1, RANKED, "feature_id: 5", 1, feature_id=5)),
+    ("steering", "coefficients are possible", cell(AT_1, RANKED, "clamp_value: 4.0", 0, clamp_value=4.0)),
     (
         "steering",
         "every condition is tried once",
@@ -517,7 +562,7 @@ def test_other_cases_than_those_of_the_file_are_named(storage: Storage) -> None:
     write_cases(Path(run.config.steering.cases), {kind: CASES[kind][:1] for kind in CASES})
     with pytest.raises(ExpectationError, match="case: three, is_wanted: False, folders: 1"):
         run.check("reactivation", storage)
-    with pytest.raises(ExpectationError, match="trait: given, is_wanted: False, folders: 1"):
+    with pytest.raises(ExpectationError, match="trait: given, layer: 1, is_wanted: False, folders: 1"):
         run.check("steering", storage)
 
 
@@ -525,11 +570,12 @@ def test_other_cases_than_those_of_the_file_are_named(storage: Storage) -> None:
 def test_folders_that_are_not_committed_are_named(storage: Storage) -> None:
     run = good_run(storage)
     run.write(storage)
-    for folder in (TWO, TRAIT, EXPERIMENT):
+    for folder in (TWO, TWO_AT_1, AT_1, EXPERIMENT):
         storage.delete(f"{folder}/manifest.json")
-    with pytest.raises(ExpectationError, match=r"case: two, .*committed: False"):
+    with pytest.raises(ExpectationError, match=r"case: two, is_wanted: .*committed: False") as raised:
         run.check("reactivation", storage)
-    with pytest.raises(ExpectationError, match=r"trait: found, .*committed: False") as raised:
+    assert "case: two, layer: 1, is_wanted: True, folders: 1, committed: False" in str(raised.value)
+    with pytest.raises(ExpectationError, match=r"trait: found, layer: 1, .*committed: False") as raised:
         run.check("steering", storage)
     assert "case: found, prompt: Where?, target:  here, traits: found, is_wanted: True" in str(raised.value)
 

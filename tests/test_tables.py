@@ -41,7 +41,7 @@ from schemas.tables import TABLES
 from schemas.work import CorpusShards, FeatureShard, GraphShard, TokenShard
 from tasks.powerlaw_fit import fit_power_law
 from tasks.table_edges import edge_files, ensure_edges, token_ranges
-from tasks.table_plan import MEMBERS, graph_inputs
+from tasks.table_plan import MEMBERS, graph_inputs, subject_of
 from tasks.tables import (
     build_corpus_tables,
     build_graph_tables,
@@ -454,6 +454,54 @@ def test_a_new_corpus_drops_the_graph_of_the_old_one(storage: Storage) -> None:
     assert set(published.lineage) == {"corpus"}
     assert {"tokens", "run_info", "expectations"} == set(published.tables)
     assert {"documents", "rejects", "occurrences"} == set(published.sharded)
+
+
+def test_a_graph_stays_where_a_run_is_about_its_model_and_dictionaries(storage: Storage) -> None:
+    cuts = cut_up(random_documents(8, 12), [], 12)
+    publish(storage, built(storage, cuts))
+    shards = write_corpus(storage, cuts)
+
+    def is_kept(config: Config) -> bool:
+        kept = "graph" in build_corpus_tables(config, storage, shards).lineage
+        assert kept == ("coverage" in build_corpus_tables(config, storage, shards).tables)
+        return kept
+
+    assert is_kept(make_config(storage))
+    assert is_kept(make_config(storage, (), windows={"context_size": 7}))
+    assert is_kept(make_config(storage, (1, 4, 9)))
+    assert not is_kept(make_config(storage, (1,)))
+    renamed = make_config(storage, (), model={"name": "other"})
+    for changed in (renamed, make_config(storage, (), model={"name": "tiny", "revision": "r"})):
+        assert not is_kept(changed)
+    assert not find_tables(renamed, storage, shards, None, None)
+    publish(storage, build_corpus_tables(renamed, storage, shards))
+    assert read_catalog(storage).lineage.keys() == {"corpus"}
+    assert find_tables(renamed, storage, shards, None, None)
+
+
+def test_tables_of_another_model_are_dropped_though_their_own_are_current(storage: Storage) -> None:
+    cuts = cut_up(random_documents(8, 12), [], 12)
+    shards, config = write_corpus(storage, cuts), make_config(storage, ())
+    publish(storage, build_corpus_tables(config, storage, shards))
+    assert find_tables(config, storage, shards, None, None)
+    # What was published before the catalogue said what its groups are about.
+    mixed = read_catalog(storage)
+    publish(storage, replace(mixed, lineage=mixed.lineage | {"graph": "g"}))
+    assert not find_tables(config, storage, shards, None, None)
+
+
+def test_trained_dictionaries_are_others_where_other_residuals_are_read(storage: Storage) -> None:
+    def subject(context: int = 64, explained: float = 0.5, **train: int) -> tuple[str, ...]:
+        gate = {"min_explained_variance": explained}
+        values = make_config(storage).model_dump() | {
+            "sae": [{"layer": 1, "train": {"d_sae": 8, "k": 2, "gate": gate, **train}}],
+            "windows": {"context_size": context},
+        }
+        return subject_of(Config.model_validate(values))
+
+    assert subject() == subject(explained=0.9)
+    assert len({subject(), subject(context=32), subject(seed=1)}) == 3
+    assert len({subject()[0], subject(context=32)[0], subject(seed=1)[0]}) == 1
 
 
 def test_what_a_killed_process_left_is_made_again(storage: Storage) -> None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import tiny
 import torch
@@ -16,14 +17,23 @@ import torch
 from infra.errors import ConfigError, DictionaryError
 from infra.storage import Storage
 from schemas.config import Config
+from schemas.steering import Trait
 from schemas.tables import SHARD_FILES
-from schemas.work import CorpusShards, Dictionary, TraitFeatures
+from schemas.work import CorpusShards, Dictionary, LayerFolder, TraitFeatures
 from tasks import contrasts, traits
 from tasks.contrasts import LARGEST_SEPARATION, contrasted, decompose, explained_variance, tell_apart
 from tasks.dictionaries import prepare_dictionaries
 from tasks.encoding import build_encoder
-from tasks.loaded_traits import LoadedTrait, TraitFeature, TraitLayer, choose_layer, load_trait
-from tasks.traits import compute_traits, find_traits
+from tasks.loaded_traits import (
+    LoadedTrait,
+    TraitFeature,
+    TraitLayer,
+    choose_layer,
+    given_trait,
+    load_layers,
+    load_trait,
+)
+from tasks.traits import compute_traits, find_traits, missing_traits
 
 LAYERS = (0, 1, 2)
 NO_CORPUS = CorpusShards(shards=(), tokenizer_key="t", vocabulary="vocabulary.parquet")
@@ -144,9 +154,15 @@ def ids_of(folder: Path, text: str) -> list[int]:
 
 
 def rows(found: TraitFeatures, storage: Storage, name: str) -> list[dict[str, Any]]:
-    table = storage.read_parquet(f"{found.folder}/{name}.parquet")
-    assert table.schema == SHARD_FILES[name]
-    return table.to_pylist()
+    tables = [storage.read_parquet(f"{entry.folder}/{name}.parquet") for entry in found.layers]
+    assert all(table.schema == SHARD_FILES[name] for table in tables)
+    for entry, table in zip(found.layers, tables, strict=True):
+        assert set(table["layer"].to_pylist()) <= {entry.layer}
+    return [row for table in tables for row in table.to_pylist()]
+
+
+def best_of(found: TraitFeatures, storage: Storage) -> list[int]:
+    return [layer.layer for layer in load_layers(storage, found) if layer.is_most_informative]
 
 
 def planted_by_hand(folder: Path, prompt: str) -> float:
@@ -184,7 +200,7 @@ def test_a_planted_feature_is_found_as_computed_by_hand(
     assert weak["mean_negative"] == pytest.approx(0.5, rel=1e-5)
     assert [row["place"] for row in at_planted] == list(range(1, len(at_planted) + 1))
     layers = rows(found, storage, "trait_layers")
-    assert [row["layer"] for row in layers if row["is_most_informative"]] == [1]
+    assert best_of(found, storage) == [1]
     assert [row["accuracy"] for row in layers][:2] == [0, 1]
     assert layers[0]["separation"] == 0
     assert layers[1]["separation"] > layers[2]["separation"] + 1
@@ -343,7 +359,7 @@ def test_a_random_model_gives_what_plain_code_gives(parts: Path, tmp_path: Path,
         n_checked += len(own)
     assert n_checked > 20
     best = max(LAYERS, key=lambda layer: layers[layer]["separation"])
-    assert [layer for layer in LAYERS if layers[layer]["is_most_informative"]] == [best]
+    assert best_of(found, storage) == [best]
     assert choose_layer(config, [load_trait(storage, found)]) == best
 
 
@@ -397,11 +413,11 @@ class Temporal:
 
 
 def test_a_dictionary_without_encoder_weights_is_refused_where_they_are_asked_for() -> None:
-    encoders: Any = {5: Temporal()}
-    residuals = {5: torch.randn(6, tiny.D_MODEL, generator=torch.Generator().manual_seed(0))}
+    encoder: Any = Temporal()
+    residuals = torch.randn(6, tiny.D_MODEL, generator=torch.Generator().manual_seed(0))
     with pytest.raises(DictionaryError, match=r"^layer 5: a temporal dictionary has no encoder weights"):
-        contrasted(encoders, residuals, "encoder", 64)
-    assert len(contrasted(encoders, residuals, "activations", 64)[1]) > 5
+        contrasted(encoder, 5, residuals, "encoder", 64)
+    assert len(contrasted(encoder, 5, residuals, "activations", 64)[1]) > 5
 
 
 def test_given_features_pass_through_without_a_model(
@@ -423,7 +439,6 @@ def test_given_features_pass_through_without_a_model(
         "accuracy": None,
         "explained_variance": None,
         "n_pairs": 0,
-        "is_most_informative": True,
     }
     norms = SAE.load_from_disk(str(parts / "sae-1")).W_dec.detach().norm(dim=1)
     for place, row in enumerate(rows(found, storage, "trait_features"), 1):
@@ -433,6 +448,8 @@ def test_given_features_pass_through_without_a_model(
         assert row["contribution"] == pytest.approx(value * float(norms[feature]), rel=1e-6)
         assert row["mean_positive"] is row["mean_negative"] is None
     loaded = load_trait(storage, found)
+    assert given_trait(Trait.model_validate(GIVEN)) == loaded
+    assert given_trait(Trait.model_validate(RUSSIA)) is None
     assert loaded.is_given
     assert choose_layer(config, [loaded]) == 1
     # `steering.features` is about features that are found: of known ones all are steered.
@@ -510,15 +527,19 @@ def test_a_second_call_finds_nothing_new_and_a_changed_trait_alone_is_found_agai
     alone = prepare(parts, tmp_path / "alone", [other])
     assert compute_traits(*alone) == made[2:]
     for name in ("trait_layers", "trait_features"):
-        file = f"{made[2].folder}/{name}.parquet"
-        assert alone[1].read_bytes(file) == prepared[1].read_bytes(file)
+        for entry in made[2].layers:
+            file = f"{entry.folder}/{name}.parquet"
+            assert alone[1].read_bytes(file) == prepared[1].read_bytes(file)
 
     def remade(prepared: Prepared) -> list[str]:
         assert find_traits(*prepared) is None
         written.clear()
         again = compute_traits(*prepared)
-        assert {found.folder for found in again if found not in made} == set(written)
-        return [found.trait for found in again if found not in made]
+        new = [found for found in again if found not in made]
+        assert {entry.folder for found in new for entry in found.layers if entry not in old} == set(written)
+        return [found.trait for found in new]
+
+    old = {entry for found in made for entry in found.layers}
 
     changed = {**RUSSIA, "negative": ["the quick is.", *NEGATIVE[1:]]}
     assert remade(prepare(parts, tmp_path, [changed, given, other])) == ["Russia"]
@@ -528,6 +549,7 @@ def test_a_second_call_finds_nothing_new_and_a_changed_trait_alone_is_found_agai
     # A trait that is looked for reads every layer; one that is given, its own.
     saes = ("planted-sae", "other-sae", "planted-sae")
     assert remade(prepare(parts, tmp_path, entries, saes=saes)) == ["Russia", "fox"]
+    assert len(written) == 2
     assert remade(prepare(parts, tmp_path, entries, decomposition="encoder")) == ["Russia", "fox"]
     assert remade(prepare(parts, tmp_path, entries, features=65)) == ["Russia", "fox"]
     # Another last function token is another trait; function tokens that no prompt ends with are not.
@@ -535,6 +557,48 @@ def test_a_second_call_finds_nothing_new_and_a_changed_trait_alone_is_found_agai
     assert remade(prepare(parts, tmp_path, entries, function="the is river of")) == ["Russia", "fox"]
     # What is steered, how and how strongly is no part of what a trait is.
     assert find_traits(*prepare(parts, tmp_path, entries, strengths=[3.0], seed=4, modes=["add"])) == made
+
+
+def test_another_dictionary_makes_its_layer_alone_again_and_reads_each_prompt_once(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = prepare(parts, tmp_path, [RUSSIA, GIVEN])
+    (made, given), storage = compute_traits(*prepared), prepared[1]
+    asked: list[list[int]] = []
+    read = traits.residuals_of
+
+    def counting(model: Any, ids: Any, layers: Any) -> Any:
+        asked.append(list(layers))
+        return read(model, ids, layers)
+
+    monkeypatch.setattr(traits, "residuals_of", counting)
+    other = prepare(parts, tmp_path, [RUSSIA, GIVEN], saes=("sae-0", "planted-sae", "sae-2"))
+    assert missing_traits(*other) == ([given], ["[[trait]] 'Russia', layers 0, 2"])
+    again, same = compute_traits(*other)
+    assert same == given
+    assert asked == [[0, 2]] * 8
+    assert [old == now for old, now in zip(made.layers, again.layers, strict=True)] == [False, True, False]
+    # How well a layer tells prompts apart is no matter of its dictionary: the layer chosen is the same.
+    assert best_of(made, storage) == best_of(again, storage) == [1]
+    fresh = prepare(parts, tmp_path / "fresh", [RUSSIA, GIVEN], saes=("sae-0", "planted-sae", "sae-2"))
+    assert compute_traits(*fresh) == [again, given]
+    for entry in again.layers:
+        for name in ("trait_layers", "trait_features"):
+            file = f"{entry.folder}/{name}.parquet"
+            assert storage.read_bytes(file) == fresh[1].read_bytes(file)
+
+
+def test_of_equal_layers_the_lowest_is_the_most_informative(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    separations = {1: 0.5, 3: 2.0, 4: 2.0}
+    for layer, separation in separations.items():
+        row = {"trait": "t", "layer": layer, "separation": separation, "accuracy": 1.0, "n_pairs": 2}
+        table = pa.Table.from_pylist([row], schema=SHARD_FILES["trait_layers"])
+        storage.write_parquet(f"traits/{layer}/trait_layers.parquet", table)
+    layers = tuple(LayerFolder(layer=layer, folder=f"traits/{layer}") for layer in separations)
+    found = TraitFeatures(trait="t", layers=layers)
+    assert best_of(found, storage) == [3]
+    assert [layer.separation for layer in load_layers(storage, found)] == [0.5, 2.0, 2.0]
 
 
 @pytest.mark.parametrize(
