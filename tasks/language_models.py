@@ -1,10 +1,10 @@
 """Causal language models with their heads: losses of every next token, and texts (PAPER 1.4).
 
-Logits are the largest thing that a language model makes: a row of the vocabulary for every token. The decoder
-runs once over a batch, and the head over its output in chunks of tokens, so no more than a chunk's logits exist
-at a time. What some architectures do between head and logits (scaling, soft capping) is read from their
-configuration, and a few tokens tell at loading whether that is all: where it is not, the whole model runs on a
-few windows at a time instead, which is exact for every architecture.
+Logits are the largest thing that a language model makes: a row of the vocabulary for every token. The decoder runs
+once over a batch, and the head over its output in chunks of tokens, so that a chunk's logits exist at a time. What
+lies between head and logits in some architectures (scaling, soft capping) is read from their configuration, and a
+few tokens tell at loading whether that is all: where it is not, the whole model runs on a few windows at a time,
+which is exact for every architecture.
 """
 
 from __future__ import annotations
@@ -64,8 +64,7 @@ class LanguageModel:
     def token_losses(self, input_ids: torch.Tensor, wanted: torch.Tensor | None = None) -> torch.Tensor:
         """The cross-entropy of every next token, from float32 logits.
 
-        Windows are right-padded and no mask is given: in a causal model no real position sees what is to its
-        right.
+        Windows are right-padded and no mask is given: in a causal model no real position sees what is to its right.
 
         Args:
             input_ids: (windows, padded length) ids.
