@@ -267,9 +267,13 @@ class Storage:
         path = self.full(prefix)
         with self._explained(prefix):
             if not self.is_local:
+                try:
+                    found = self.fs.find(path)
+                except FileNotFoundError:
+                    return
                 # Not fs.rm: it takes names with brackets for patterns.
                 with ThreadPoolExecutor(_AT_ONCE) as pool:
-                    list(pool.map(self.fs.rm_file, self.fs.find(path)))
+                    list(pool.map(self.fs.rm_file, found))
             elif os.path.isdir(path):
                 shutil.rmtree(path)
             else:
@@ -279,12 +283,7 @@ class Storage:
     def _explained(self, name: str) -> Iterator[None]:
         try:
             yield
-        except FileNotFoundError as error:
-            if "bucket does not exist" in str(error):
-                raise StorageError(
-                    f"storage failed at {self.url(name)}: there is no such bucket",
-                    hint="create it, or check storage.root and the endpoint",
-                ) from error
+        except FileNotFoundError:
             raise
         except OSError as error:
             raise StorageError(

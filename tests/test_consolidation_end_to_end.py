@@ -196,7 +196,8 @@ def test_two_sizes_trained_here_on_s3_from_corpus_to_report(tmp_path: Path, moto
             "SELECT count(*) FROM checkpoints WHERE parameters IS NULL OR tokens <> step * 256"
         ).fetchall()
         assert overlap == [(0,)]
-    assert is_up_to_date(plan_run(config, storage), stages_of(config))
+    finished = plan_run(config, storage)
+    assert is_up_to_date(finished, stages_of(config))
     assert not moto_root.unfinished_uploads()
 
     section = consolidation_of(config)
@@ -206,5 +207,7 @@ def test_two_sizes_trained_here_on_s3_from_corpus_to_report(tmp_path: Path, moto
     )
     plans = {plan.stage: plan for plan in plan_run(longer, storage)}
     assert (plans["checkpoints"].done, plans["checkpoints"].details) == (2, ("train other",))
-    for stage, n_done in (("losses", 6), ("growth", 4), ("generations", 6)):
-        assert (plans[stage].done, plans[stage].missing) == (n_done, None)
+    for before in finished:
+        if before.stage in {"losses", "growth", "generations"}:
+            assert before.done > 0
+            assert (plans[before.stage].done, plans[before.stage].missing) == (before.done, None)

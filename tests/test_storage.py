@@ -278,6 +278,7 @@ def test_a_missing_bucket(moto_server: Server, monkeypatch: pytest.MonkeyPatch) 
     storage = Storage("s3://no-such-bucket/root")
     assert storage.sizes() == {}
     assert storage.read_json("catalog.json") is None
+    storage.delete("x")
     with pytest.raises(StorageError, match=r"s3://no-such-bucket/root/x.*bucket"):
         storage.write_bytes("x", b"1")
 
