@@ -152,7 +152,7 @@ def test_one_more_checkpoint_makes_its_own_work_alone(pythia: Path, tmp_path: Pa
 def test_two_sizes_trained_here_on_s3_from_corpus_to_report(tmp_path: Path, moto_root: S3Root) -> None:
     config = Config.model_validate(
         {
-            "corpus": {"urls": [str(write_jsonl(tmp_path / "a.jsonl", texts(150)))], "shard_tokens": 3000},
+            "corpus": {"urls": [str(write_jsonl(tmp_path / "a.jsonl", texts(150)))]},
             "windows": {"context_size": CONTEXT},
             "activations": {"max_tokens": 2000},
             "graph": {"rarefaction_m": 3},
