@@ -29,7 +29,7 @@ def without_credentials(url: str) -> str:
     """A URL, chained or not, without `user:password@` and without a query, which may be a signature."""
     links = []
     for link in url.split("::"):
-        bare = re.sub(r"^([A-Za-z][\w+.-]*://)[^/]*@", r"\1", link)
+        bare = re.sub(r"^((?!github:)[A-Za-z][\w+.-]*://)[^/]*@", r"\1", link)
         if re.match(r"https?://", bare):
             bare = re.sub(r"[?#].*$", "", bare)
         elif "://" in bare:
@@ -77,8 +77,10 @@ def _has_secret(link: str) -> bool:
         return False
     # A user name alone is a token on the web, and no secret to log in elsewhere with (sftp://me@host).
     user = parts.username if parts.scheme in {"http", "https"} else None
+    # github://organization:repository@reference is no password.
+    password = parts.password if parts.scheme != "github" else None
     keys = [key for key, _ in parse_qsl(parts.query)]
-    return bool(parts.scheme and (parts.password or user)) or any(_SECRET_KEY.search(key) for key in keys)
+    return bool(parts.scheme and (password or user)) or any(_SECRET_KEY.search(key) for key in keys)
 
 
 def is_unreachable(error: BaseException) -> bool:
@@ -86,5 +88,10 @@ def is_unreachable(error: BaseException) -> bool:
 
     fsspec's HTTP filesystem raises `FileNotFoundError` from whatever has stopped it.
     """
-    # An answer such as 404, or S3's NoSuchKey, is no OSError; a name or a connection that fails is one.
-    return isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError)
+    # An answer such as 404 or S3's NoSuchKey is no OSError, or, of the Hugging Face hub, one with a response; a name or
+    # a connection that fails is an OSError without.
+    if not isinstance(error, FileNotFoundError):
+        return False
+    cause = error.__cause__
+    has_answer = getattr(cause, "response", None) is not None
+    return isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError) and not has_answer

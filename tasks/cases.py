@@ -147,18 +147,23 @@ def check_clamps(config: Config, cases: Cases, facts: Mapping[int, Facts]) -> No
     section = steering_of(config)
     if "clamp" not in section.modes:
         return
-    given = {trait.name: trait.layer for trait in cases.trait}
+    given = {trait.name: trait.layer for trait in cases.trait if trait.layer is not None}
+    objections = {
+        layer: clamp_objection(known.architecture, known.normalize_activations)
+        for layer, known in facts.items()
+    }
     for steer in cases.steer:
-        layers = (
-            {section.layer} if section.layer is not None else {given[name] for name in steer.traits} - {None}
-        )
-        for layer in sorted(facts.keys() & layers if layers else facts):
-            objection = clamp_objection(facts[layer].architecture, facts[layer].normalize_activations)
-            if objection:
-                raise ConfigError(
-                    f"{steer.label}: features of layer {layer} cannot be clamped: {objection}",
-                    hint='set steering.modes = ["add"], or a steering.layer with another dictionary',
-                )
+        layers = {given[name] for name in steer.traits if name in given}
+        if section.layer is not None:
+            layers = {section.layer}
+        # Where the layer is still to be chosen, one that can be clamped may be.
+        is_open = not layers and (len(facts) < len(config.sae) or not all(objections.values()))
+        refused = [layer for layer in sorted(layers or facts) if not is_open and objections.get(layer)]
+        if refused:
+            raise ConfigError(
+                f"{steer.label}: features of layer {refused[0]} cannot be clamped: {objections[refused[0]]}",
+                hint='set steering.modes = ["add"], or a steering.layer with another dictionary',
+            )
 
 
 def _read(url: str, name: str, endpoint_url: str | None) -> bytes:
@@ -168,7 +173,8 @@ def _read(url: str, name: str, endpoint_url: str | None) -> bytes:
             return bytes(file.read())
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         if is_unreachable(error):
-            raise _unread(name, error.__cause__) from error
+            # What stopped it, not that a file is missing, says whether another try can help.
+            raise _unread(name, error.__cause__) from error.__cause__
         raise ConfigError(
             f"steering.cases = {name}: no such file",
             hint="give the path or URL of a TOML file of [[case]], [[trait]] and [[steer]]",

@@ -17,11 +17,12 @@ from infra.progress import Progress, silent
 from infra.storage import Storage
 from schemas.config import Config, Model, Revision, Series, consolidation_of
 from schemas.work import Checkpoint, CorpusShards
-from tasks.models import IN_STORAGE, is_gguf, model_key
+from tasks.models import is_gguf, model_key
 
 # A unit may follow: TinyLlama's checkpoints are named step-50K.
-_STEP_BY_NAME = re.compile(r"step[-_]?(\d+)([KkMm]?)(?![A-Za-z\d.])")
-_LAST_NUMBER = re.compile(r"(?<![\d.])(\d+)([KkMm]?)$")
+_STEP_BY_NAME = re.compile(r"(?:step|checkpoint|ckpt|iter)[-_]?(\d+)([KkMm]?)(?![A-Za-z\d.])")
+# Without such a word, pythia-70m is a size.
+_LAST_NUMBER = re.compile(r"(?<![\d.])(\d+)()$")
 _WEIGHTS = re.compile(r".*\.safetensors|pytorch_model.*\.bin")
 _UNITS = {"": 1, "K": 1_000, "M": 1_000_000}
 
@@ -78,8 +79,8 @@ def prepare_checkpoints(
             train_series(config, storage, shards, series, progress)
     found = find_checkpoints(config, storage, shards)
     for checkpoint in found or ():
-        # Before the forwards of those that come first. What was trained here fits.
-        if not checkpoint.model.name.startswith(IN_STORAGE):
+        # Before the forwards of those that come first; of a hub's, each would cost requests.
+        if Path(checkpoint.model.name).is_dir():
             with named(checkpoint, "checkpoints"):
                 check_checkpoint(config, storage, checkpoint)
     if found is None:

@@ -9,7 +9,7 @@ from typing import Any
 import fsspec
 
 from infra.addresses import is_unreachable, shown_reason, storage_options, without_credentials
-from infra.errors import ConfigError, CorpusError
+from infra.errors import ConfigError, StorageError
 from schemas.config import Config
 
 _FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".txt": "txt", ".parquet": "parquet"}
@@ -40,7 +40,7 @@ def corpus_files(config: Config) -> list[CorpusFile]:
 
     Raises:
         ConfigError: if a URL matches nothing, has no known format, holds a password, or a file comes twice.
-        CorpusError: if a URL cannot be listed.
+        StorageError: if a URL cannot be listed.
     """
     files: list[CorpusFile] = []
     endpoint = config.storage.endpoint_url
@@ -86,16 +86,23 @@ def _url_of(asked: str, file: Any) -> str:
 
 def _describe(url: str, endpoint: str | None) -> CorpusFile:
     size = _size(url, endpoint)
-    name = without_credentials(url.partition("::")[0]).lower()
-    compression = next((kind for suffix, kind in _COMPRESSIONS.items() if name.endswith(suffix)), None)
-    stem = name.rsplit(".", 1)[0] if compression else name
-    kind = next((kind for suffix, kind in _FORMATS.items() if stem.endswith(suffix)), None)
+    link = url.partition("::")[0].lower()
+    # A query may follow the name, or hold it (…/get?path=corpus.jsonl).
+    kinds = [_kind_of(name) for name in (without_credentials(link), link)]
+    kind, compression = next((found for found in kinds if found[0] is not None), (None, None))
     if kind is None or (kind == "parquet" and compression):
         raise ConfigError(
             f"corpus.urls: {without_credentials(url)} has no known format",
             hint="known: .jsonl, .csv and .txt (also .gz and .zst), .parquet; a glob such as *.jsonl leaves others out",
         )
     return CorpusFile(url=url, format=kind, compression=compression, size=size, endpoint_url=endpoint)
+
+
+def _kind_of(name: str) -> tuple[str | None, str | None]:
+    """Format and compression by a name's end."""
+    compression = next((kind for suffix, kind in _COMPRESSIONS.items() if name.endswith(suffix)), None)
+    stem = name.rsplit(".", 1)[0] if compression else name
+    return next((kind for suffix, kind in _FORMATS.items() if stem.endswith(suffix)), None), compression
 
 
 def _size(url: str, endpoint: str | None) -> int:
@@ -110,13 +117,16 @@ def _size(url: str, endpoint: str | None) -> int:
     except ConfigError:
         raise
     except Exception as error:
-        if isinstance(error, FileNotFoundError) and not is_unreachable(error):
+        if is_unreachable(error):
+            # What stopped it, not that a file is missing, says whether another try can help.
+            raise _unanswered(url, error) from error.__cause__
+        if isinstance(error, FileNotFoundError):
             raise ConfigError(f"corpus.urls: {without_credentials(url)} is not there") from error
         raise _unanswered(url, error) from error
 
 
-def _unanswered(url: str, error: Exception) -> CorpusError:
-    return CorpusError(
+def _unanswered(url: str, error: Exception) -> StorageError:
+    return StorageError(
         f"cannot list {without_credentials(url)}: {shown_reason(error, url)}",
         hint="check the URL, the network and credentials",
         stage="tokenize",

@@ -1,7 +1,7 @@
 """Where a model runs, and in which number format.
 
 The format is part of what is computed, so it is part of every key. `model.dtype = "auto"` is therefore decided once a
-storage: the machine that runs a model first writes down its choice, and every other one (a worker with a GPU, a laptop
+storage: the machine that runs a model first writes down its kind, and every other one (a worker with a GPU, a laptop
 that asks for the status, a flow of the CPU pool that makes the tables) follows it and finds what is there.
 """
 
@@ -13,10 +13,12 @@ import torch
 
 from infra.cluster import available_cores
 from infra.errors import ModelError
-from infra.manifest import content_key
 from infra.storage import Storage
 from schemas.config import Model
-from tasks.model_files import IN_STORAGE, load_config_of, weights_identity
+from tasks.model_files import IN_STORAGE, load_config_of
+
+PLACE = "dtype.json"
+"""Which kind of machine `auto` is decided by: `{"auto": "cpu"}` or `{"auto": "cuda"}`."""
 
 _FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -66,63 +68,56 @@ def usable_devices(model: Model) -> int:
 
 
 def resolve_dtype(model: Model, storage: Storage) -> torch.dtype:
-    """The format that a model runs in: the one named; for `auto` the storage's, else what this machine would choose.
+    """The format that a model runs in: the one named, or for `auto` that of the kind of machine.
 
-    A machine chooses float32 on a CPU (bfloat16 is six times slower there), the checkpoint's own on CUDA.
+    It is float32 on a CPU (bfloat16 is six times slower there), the checkpoint's own on CUDA. The kind of machine is
+    the storage's where that is settled, else this one's.
 
     Raises:
-        ModelError: if the model has no configuration, or the storage's choice is none of the known formats.
+        ModelError: if the model has no configuration, or what the storage says is no kind of machine.
     """
     if model.dtype != "auto":
         return _FORMATS[model.dtype]
-    # Weights that were trained here are float32, on any device.
-    settled = None if _is_own(model) else storage.read_json(_place(model, storage))
-    if settled is None:
-        return _own_choice(model, storage)
-    name = settled.get("dtype") if isinstance(settled, dict) else None
-    if name not in _FORMATS:
-        raise ModelError(
-            f"{storage.url(_place(model, storage))} names no number format",
-            hint="delete it, or set model.dtype",
-        )
-    return _FORMATS[name]
+    # Weights that were trained here are float32 on any machine.
+    if model.name.startswith(IN_STORAGE) or _kind(model, storage) == "cpu":
+        return torch.float32
+    own = getattr(load_config_of(model, storage), "dtype", None)
+    return own if isinstance(own, torch.dtype) and own in _FORMATS.values() else torch.float32
 
 
 def settle_dtype(model: Model, storage: Storage) -> torch.dtype:
-    """Make this machine's choice that of the storage where `auto` was not decided yet; return what holds.
+    """Make this kind of machine that of the storage where `auto` was not decided yet; return the model's format.
 
     Called where work on a model begins, before it is given to others.
 
     Raises:
         ModelError: as `resolve_dtype`.
     """
-    dtype = resolve_dtype(model, storage)
-    if model.dtype != "auto" or _is_own(model):
-        return dtype
-    if not storage.exists(_place(model, storage)):
-        storage.write_json(
-            _place(model, storage), {"model": model.name, "dtype": str(dtype).removeprefix("torch.")}
-        )
-    elif model.device != "cpu" and torch.cuda.is_available() and _own_choice(model, storage) != dtype:
-        _logger.warning(
-            "%s runs in %s, as where %s was begun; model.dtype = '%s' would compute everything again in this "
-            "GPU's format",
-            *(model.name, str(dtype).removeprefix("torch."), storage.root),
-            str(_own_choice(model, storage)).removeprefix("torch."),
-        )
-    return dtype
+    if model.dtype == "auto" and not model.name.startswith(IN_STORAGE):
+        if not storage.exists(PLACE):
+            storage.write_json(PLACE, {"auto": _own_kind(model)})
+        elif _kind(model, storage) == "cpu" and model.device != "cpu" and torch.cuda.is_available():
+            _logger.warning(
+                "%s runs in float32, as where %s was begun, on a CPU; model.dtype = 'bfloat16' suits this GPU better, "
+                "and computes everything again",
+                *(model.name, storage.root),
+            )
+    return resolve_dtype(model, storage)
 
 
-def _own_choice(model: Model, storage: Storage) -> torch.dtype:
+def _kind(model: Model, storage: Storage) -> str:
+    settled = storage.read_json(PLACE)
+    if settled is None:
+        return _own_kind(model)
+    kind = settled.get("auto") if isinstance(settled, dict) else None
+    if kind not in {"cpu", "cuda"}:
+        raise ModelError(
+            f"{storage.url(PLACE)} names no kind of machine", hint="delete it, or set model.dtype"
+        )
+    return str(kind)
+
+
+def _own_kind(model: Model) -> str:
     # A client without a GPU may ask its workers for one.
     is_cuda = model.device.startswith("cuda") or choose_device(model.device).type == "cuda"
-    own = getattr(load_config_of(model, storage), "dtype", None) if is_cuda else None
-    return own if isinstance(own, torch.dtype) and own in _FORMATS.values() else torch.float32
-
-
-def _is_own(model: Model) -> bool:
-    return model.name.startswith(IN_STORAGE)
-
-
-def _place(model: Model, storage: Storage) -> str:
-    return f"dtypes/{content_key(weights=weights_identity(model, storage))}.json"
+    return "cuda" if is_cuda else "cpu"

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from infra.addresses import without_credentials
 from infra.errors import ModelError
 from infra.storage import Storage
 from schemas.config import Config, Model
@@ -87,7 +88,7 @@ def compute_features(
     def encode(layer: int, residuals: torch.Tensor, kept: npt.NDArray[np.int64]) -> None:
         if not bool(torch.isfinite(residuals).all()):
             raise ModelError(
-                f"layer {layer}: the residual stream is not finite in {part.shard.source}",
+                f"layer {layer}: the residual stream is not finite in {without_credentials(part.shard.source)}",
                 hint="try model.dtype = 'float32'",
                 stage="features",
             )

@@ -32,6 +32,9 @@ from tasks.model_files import (
     weights_identity,
 )
 
+_PROBE = (4, 12)
+"""Tokens that tell at loading whether a model is causal: of the same beginning, and of the other end."""
+
 Residuals = Callable[[int, torch.Tensor], None]
 """Called by a forward as `receive(layer, hidden)`, hidden of shape (batch, padded length, d_model)."""
 
@@ -145,9 +148,10 @@ def check_windows(config: Config, positions: int | None) -> None:
         )
 
 
-def model_key(model: Model, storage: Storage) -> str:
-    """Content key of weights, configuration, and the dtype they run in (see `resolve_dtype`)."""
-    return content_key(weights=weights_identity(model, storage), dtype=str(resolve_dtype(model, storage)))
+def model_key(model: Model, storage: Storage, dtype: torch.dtype | None = None) -> str:
+    """Content key of weights, configuration, and the dtype they run in (by default as `resolve_dtype` says)."""
+    dtype = resolve_dtype(model, storage) if dtype is None else dtype
+    return content_key(weights=weights_identity(model, storage), dtype=str(dtype))
 
 
 def require_key(model: Model, found: str, expected: str) -> None:
@@ -187,7 +191,7 @@ def load_model(model: Model, storage: Storage) -> LoadedModel:
         d_model=int(config.hidden_size),
         device=device,
         dtype=dtype,
-        key=model_key(model, storage),
+        key=model_key(model, storage, dtype),
         context_length=context_length(model, storage),
     )
 
@@ -196,20 +200,28 @@ def load_model(model: Model, storage: Storage) -> LoadedModel:
 def require_causal(module: Any, name: str) -> None:
     """Whether no position sees what is to its right, as all that is computed here takes for granted.
 
-    Two sequences that differ in their last token must agree before it.
+    Of three sequences two are the same, and the third has other tokens at its end: before them all must agree.
 
     Raises:
-        ModelError: if they do not: the model reads both ways, as BERT does.
+        ModelError: if they do not (the model reads both ways, as BERT does), or the model cannot read them.
     """
-    embedding = module.get_input_embeddings().weight
-    ids = torch.arange(1, 6, device=embedding.device).clamp(max=embedding.shape[0] - 1).repeat(2, 1)
-    ids[1, -1] = 0
-    found = module(input_ids=ids, use_cache=False)
-    states = (found.logits if hasattr(found, "logits") else found.last_hidden_state).float()
-    # Rows of one batch may round differently; a model that reads both ways is off by orders of magnitude more.
-    rounding = max(1e-4, 16 * torch.finfo(embedding.dtype).eps)
-    apart = (states[0, :-1] - states[1, :-1]).abs().max()
-    if bool(apart > rounding * states[:, :-1].abs().max()):
+    weight = module.get_input_embeddings().weight
+    ids = torch.arange(_PROBE[0] + _PROBE[1], device=weight.device).repeat(3, 1) % weight.shape[0]
+    ids[2, _PROBE[0] :] = (ids[2, _PROBE[0] :] + weight.shape[0] // 2) % weight.shape[0]
+    try:
+        found = module(input_ids=ids, use_cache=False, return_dict=True)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"model {name} cannot read a few tokens: {str(error).splitlines()[0]}",
+            hint="decoder-only models of transformers are supported",
+        ) from error
+    states = (found.logits if hasattr(found, "logits") else found.last_hidden_state).float()[:, : _PROBE[0]]
+    noise, apart = ((states[row] - states[row + 1]).abs().max() for row in (0, 1))
+    # Experts read groups of rows, whose sizes round differently; where attention itself says that it reads both ways,
+    # no rounding excuses a difference.
+    says_both = any(getattr(child, "is_causal", True) is False for child in module.modules())
+    rounding = (1e-5 if says_both else max(1e-5, 2 * torch.finfo(weight.dtype).eps)) * states.abs().max()
+    if bool(apart > 8 * noise + rounding):
         raise ModelError(
             f"model {name} is not causal: what its positions compute depends on tokens to their right",
             hint="function tokens are defined for decoders, which read from left to right",

@@ -12,10 +12,12 @@ import fsspec
 import pytest
 from s3 import S3Root, free_port
 
+from flows.retry import is_transient
 from infra.addresses import is_unreachable, refuse_secrets, storage_options, without_credentials
 from infra.errors import ConfigError, CorpusError, StorageError
 from infra.storage import Storage
 from schemas.config import Config, Sae
+from tasks import corpus
 from tasks.cases import read_cases
 from tasks.corpus import CorpusFile, corpus_files
 from tasks.corpus_tokenizer import find_tokenizer
@@ -33,6 +35,7 @@ from tasks.tokenization import find_corpus_shards
         ("s3://bucket/a?.jsonl", "s3://bucket/a?.jsonl"),
         ("s3://bucket/a.jsonl?versionId=x1", "s3://bucket/a.jsonl"),
         ("hf://datasets/a/b@main/x.parquet", "hf://datasets/a/b@main/x.parquet"),
+        ("github://org:repo@v1/a.txt", "github://org:repo@v1/a.txt"),
         ("abfs://key:se/cret@host/a.txt", "abfs://key:se/cret@host/a.txt"),
         ("https://u:p@s@host/x?X-Amz-Signature=s", "https://host/x"),
         ("zip://in.txt::https://u:p@host/x.zip?sig=s#t", "zip://in.txt::https://host/x.zip"),
@@ -86,6 +89,7 @@ def test_what_is_no_secret_is_not_refused() -> None:
                     "urls": [
                         "sftp://me@host/a.txt",
                         "hf://datasets/a/b@main/x.parquet",
+                        "github://org:repo@v1/a.txt",
                         "https://host/a.txt?v=2",
                     ]
                 },
@@ -171,6 +175,34 @@ def test_a_host_that_does_not_answer_is_no_missing_file(host: str, tmp_path: Pat
     assert not is_unreachable(missing(str(tmp_path / "cases.toml")))
 
 
+def test_a_repository_that_a_hub_does_not_have_is_a_missing_file() -> None:
+    import httpx
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    answer = httpx.Response(404, request=httpx.Request("GET", "https://hub/none"))
+    error = FileNotFoundError("none")
+    error.__cause__ = RepositoryNotFoundError("404", response=answer)
+    assert isinstance(error.__cause__, OSError)
+    assert not is_unreachable(error)
+
+
+@pytest.mark.parametrize(
+    ("url", "kind"),
+    [
+        ("https://h/a.jsonl.gz?download=true", ("jsonl", "gzip")),
+        ("https://h/get?path=corpus.jsonl", ("jsonl", None)),
+        ("https://h/files/x?name=a.csv.zst", ("csv", "zstd")),
+    ],
+)
+def test_a_format_stands_before_a_query_or_in_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, url: str, kind: tuple[str, str | None]
+) -> None:
+    monkeypatch.setattr(corpus, "_expand", lambda url, _endpoint: [url])
+    monkeypatch.setattr(corpus, "_size", lambda _url, _endpoint: 7)
+    (file,) = corpus_files(config(tmp_path, url))
+    assert (file.format, file.compression) == kind
+
+
 @pytest.mark.s3
 def test_a_missing_object_is_a_missing_file(s3_root: S3Root) -> None:
     assert not is_unreachable(missing(f"{s3_root.url}/cases.toml"))
@@ -190,10 +222,14 @@ def config(tmp_path: Path, url: str) -> Config:
 
 def test_errors_tell_them_apart(tmp_path: Path) -> None:
     asked = config(tmp_path, f"http://127.0.0.1:{free_port()}/file.jsonl")
-    with pytest.raises(StorageError, match=r"cannot read steering\.cases = http.*ClientConnectorError"):
+    with pytest.raises(
+        StorageError, match=r"cannot read steering\.cases = http.*ClientConnectorError"
+    ) as read:
         read_cases(asked, Storage(str(tmp_path)))
-    with pytest.raises(CorpusError, match=r"cannot list http.*check the URL, the network"):
+    with pytest.raises(StorageError, match=r"cannot list http.*check the URL, the network") as listed:
         corpus_files(asked)
+    assert is_transient(read.value)
+    assert is_transient(listed.value)
 
 
 def test_only_what_lies_on_s3_has_its_endpoint() -> None:

@@ -639,16 +639,23 @@ def test_dictionaries_whose_features_cannot_be_clamped(setup: Setup) -> None:
     }
     # The given features are at layer 1, so that layer 2 is not steered.
     check_clamps(setup.config, cases, facts)
+    with pytest.raises(ConfigError, match=r"\[\[steer\]\] 'given', .*layer 1 cannot be clamped: .* topk"):
+        check_clamps(setup.config, cases, {1: facts[2], 2: facts[1]})
+    # The layer is still to be chosen: one that can be clamped may be.
     setup.write(trait=[GIVEN, found], steer=[STEER | {"traits": ["found"]}])
     cases = check_cases(setup.config, setup.storage)
-    check_clamps(setup.config, cases, {1: facts[1]})
+    check_clamps(setup.config, cases, facts)
+    check_clamps(setup.config, cases, {1: facts[2]})
+    neither = {1: facts[2], 2: facts[2]}
     with pytest.raises(
-        ConfigError, match=r"\[\[steer\]\] 'found', .*layer 2 cannot be clamped: .* topk dictionary"
+        ConfigError, match=r"\[\[steer\]\] 'found', .*layer 1 cannot be clamped: .* topk dictionary"
     ):
-        check_clamps(setup.config, cases, facts)
+        check_clamps(setup.config, cases, neither)
     model = Path(setup.config.model.name)
-    check_clamps(Setup(setup.file.parent, model, steering={"layer": 1}).config, cases, facts)
-    check_clamps(Setup(setup.file.parent, model, steering={"modes": ["add"]}).config, cases, facts)
+    at_2 = Setup(setup.file.parent, model, steering={"layer": 2}).config
+    with pytest.raises(ConfigError, match="layer 2 cannot be clamped"):
+        check_clamps(at_2, cases, facts)
+    check_clamps(Setup(setup.file.parent, model, steering={"modes": ["add"]}).config, cases, neither)
 
 
 def test_a_dictionary_on_disk_that_cannot_be_clamped_is_refused_at_once(setup: Setup, tmp_path: Path) -> None:

@@ -208,6 +208,8 @@ def test_a_checkpoint_given_as_a_series_is_told_its_folder(pythia: Path, tmp_pat
         ("global_step100", 100),
         ("step1000-tokens4B", 1_000),
         ("v2.5", None),
+        ("pythia-70m", None),
+        ("olmo-7", 7),
         ("step7half", None),
     ],
 )

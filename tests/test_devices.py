@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,7 +59,7 @@ def test_auto_is_what_the_machine_chooses_until_a_run_begins(saved: Path, storag
         assert resolve_dtype(model.model_copy(update={"device": "cpu"}), storage) == torch.float32
     # A client without a GPU, whose workers have one.
     assert resolve_dtype(model.model_copy(update={"device": "cuda"}), storage) == torch.bfloat16
-    assert not storage.sizes("dtypes")
+    assert not storage.sizes()
 
 
 def test_what_was_begun_on_a_gpu_is_found_and_gone_on_with_on_a_cpu(
@@ -85,16 +86,24 @@ def test_what_was_begun_on_a_cpu_goes_on_on_a_gpu_and_says_so(
     assert "model.dtype = 'bfloat16'" in caplog.text
     named = model.model_copy(update={"dtype": "bfloat16"})
     assert settle_dtype(named, storage) == torch.bfloat16
-    assert len(storage.sizes("dtypes")) == 1
+    assert [*storage.sizes()] == ["dtype.json"]
+
+
+def test_what_joins_later_runs_as_what_was_there(
+    saved: Path, storage: Storage, gpu: Any, tmp_path: Path
+) -> None:
+    later = tiny.save_model(tmp_path / "later", seed=3)
+    shutil.copy(saved / "config.json", later / "config.json")
+    with gpu():
+        settle_dtype(Model(name=str(saved)), storage)
+    assert load_model(Model(name=str(later)), storage).dtype == torch.bfloat16
 
 
 def test_a_choice_that_is_none_is_refused(saved: Path, storage: Storage) -> None:
     model = Model(name=str(saved))
-    settle_dtype(model, storage)
-    (place,) = storage.sizes("dtypes")
-    for wrong in (["float32"], {"dtype": "int8"}, {}):
-        storage.write_json(place, wrong)
-        with pytest.raises(ModelError, match=r"names no number format.*set model.dtype"):
+    for wrong in (["cpu"], {"auto": "tpu"}, {}):
+        storage.write_json("dtype.json", wrong)
+        with pytest.raises(ModelError, match=r"names no kind of machine.*set model.dtype"):
             resolve_dtype(model, storage)
 
 

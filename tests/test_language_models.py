@@ -426,11 +426,13 @@ def test_threads_construct_one_model_at_a_time(folder: Path, monkeypatch: pytest
     assert PreTrainedModel.tie_weights is tie_weights
 
 
-def test_a_model_that_reads_both_ways_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_model_that_reads_both_ways_is_refused(tmp_path: Path, dtype: Any, seed: int) -> None:
     from transformers import BertConfig, BertForMaskedLM
 
     tokenizer = tiny.save_tokenizer(tmp_path)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -443,4 +445,4 @@ def test_a_model_that_reads_both_ways_is_refused(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path / "storage"))
     for load in (load_language_model, load_model):
         with pytest.raises(ModelError, match="is not causal"):
-            load(Model(name=str(tmp_path)), storage)
+            load(Model(name=str(tmp_path), dtype=dtype), storage)
