@@ -39,9 +39,10 @@ def without_credentials(url: str) -> str:
     return "::".join(links)
 
 
-def shown_reason(error: BaseException, url: str) -> str:
-    """What may be shown of an error in reading `url`: its text may hold the address, and that a secret."""
-    return str(error) if without_credentials(url) == url else type(error).__name__
+def failed_at(url: str, error: BaseException) -> str:
+    """An address and what may be shown of an error in reading it: its text may hold the address, and that a secret."""
+    shown = without_credentials(url)
+    return f"{shown}: {error if shown == url else type(error).__name__}"
 
 
 def refuse_secrets(config: Config) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -15,10 +14,11 @@ from infra.storage import Storage
 from schemas.config import Config, Model
 from schemas.work import Checkpoint, Stage
 from tasks.checkpoints import config_of
-from tasks.devices import settle_dtype, usable_devices
+from tasks.devices import settle, usable_devices
 from tasks.language_models import LanguageModel, load_language_model
 from tasks.model_files import explained, location, revision
 from tasks.models import check_windows, context_length, model_key, require_key
+from tasks.residuals import with_padding_for
 from tasks.tokenizers import LoadedTokenizer, load_tokenizer
 
 
@@ -48,7 +48,7 @@ def run_by_checkpoint(
         Sizes of what is done: pieces as they finish where they are done here, else whole jobs.
     """
     for job in jobs:
-        settle_dtype(job.checkpoint.model, storage)
+        settle(job.checkpoint.model, storage)
     with extraction_client(config.dask, partial(usable_devices, config.model), len(jobs)) as client:
         if client is None:
             for job in jobs:
@@ -85,7 +85,7 @@ def open_checkpoint(
     tokenizer = check_checkpoint(config, storage, checkpoint)
     model = load_language_model(checkpoint.model, storage)
     require_key(checkpoint.model, model_key(checkpoint.model, storage), checkpoint.key)
-    return model, replace(tokenizer, pad_id=min(tokenizer.pad_id, model.vocabulary - 1))
+    return model, with_padding_for(model.vocabulary, tokenizer)
 
 
 def check_checkpoint(config: Config, storage: Storage, checkpoint: Checkpoint) -> LoadedTokenizer:

@@ -78,13 +78,13 @@ def prepare_checkpoints(
 
             train_series(config, storage, shards, series, progress)
     found = find_checkpoints(config, storage, shards)
-    for checkpoint in found or ():
+    if found is None:
+        raise FunctokError("checkpoints vanished while they were made", stage="checkpoints", hint="run again")
+    for checkpoint in found:
         # Before the forwards of those that come first; of a hub's, each would cost requests.
         if Path(checkpoint.model.name).is_dir():
             with named(checkpoint, "checkpoints"):
                 check_checkpoint(config, storage, checkpoint)
-    if found is None:
-        raise FunctokError("checkpoints vanished while they were made", stage="checkpoints", hint="run again")
     return found
 
 

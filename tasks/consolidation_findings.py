@@ -63,9 +63,10 @@ def findings(measured: Measured) -> list[Finding]:
 def is_hardest(names: Sequence[str], rows: Sequence[Hardest | None]) -> Finding:
     """function→content is above the highest of the others at the last checkpoint of every series, `names`."""
     tested = [row for row in rows if row is not None]
+    why = "a token group has no prediction in the held-out documents"
     if not tested:
-        return _untested(0, "a token group has no prediction in the held-out documents")
-    left_out = _left_out(names, rows, "a token group has no prediction in the held-out documents")
+        return _untested(0, why)
+    left_out = _left_out(names, rows, why)
     verdict = every([row.gap.sign for row in tested] + ["unclear"] * bool(left_out))
     told = [
         f"In {row.model}, function→content ends at {signed(row.loss)} nats (step {row.step:,}), "

@@ -8,7 +8,7 @@ from typing import Any
 
 import fsspec
 
-from infra.addresses import is_unreachable, shown_reason, storage_options, without_credentials
+from infra.addresses import failed_at, is_unreachable, storage_options, without_credentials
 from infra.errors import ConfigError, StorageError
 from schemas.config import Config
 
@@ -127,7 +127,7 @@ def _size(url: str, endpoint: str | None) -> int:
 
 def _unanswered(url: str, error: Exception) -> StorageError:
     return StorageError(
-        f"cannot list {without_credentials(url)}: {shown_reason(error, url)}",
+        f"cannot list {failed_at(url, error)}",
         hint="check the URL, the network and credentials",
         stage="tokenize",
     )

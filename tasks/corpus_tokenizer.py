@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from infra.addresses import shown_reason, without_credentials
+from infra.addresses import failed_at
 from infra.errors import ConfigError, CorpusError
 from infra.hashing import content_hash
 from infra.manifest import Manifest, commit, content_key, load
@@ -111,8 +111,7 @@ def _identity(file: CorpusFile, config: Config) -> list[str]:
     try:
         return [content_hash(file.url, config.storage.endpoint_url), file.format]
     except OSError as error:
-        shown = f"{without_credentials(file.url)}: {shown_reason(error, file.url)}"
-        raise CorpusError(f"cannot read {shown}", stage="tokenize") from error
+        raise CorpusError(f"cannot read {failed_at(file.url, error)}", stage="tokenize") from error
 
 
 def _train(config: Config, progress: Progress) -> Any:

@@ -86,12 +86,18 @@ def resolve_dtype(model: Model, storage: Storage) -> torch.dtype:
 
 
 def settle_dtype(model: Model, storage: Storage) -> torch.dtype:
-    """Make this kind of machine that of the storage where `auto` was not decided yet; return the model's format.
+    """`settle`, and the model's format then; raises as `resolve_dtype`."""
+    settle(model, storage)
+    return resolve_dtype(model, storage)
+
+
+def settle(model: Model, storage: Storage) -> None:
+    """Make this kind of machine that of the storage where `auto` was not decided yet.
 
     Called where work on a model begins, before it is given to others.
 
     Raises:
-        ModelError: as `resolve_dtype`.
+        ModelError: if what the storage says is no kind of machine.
     """
     if model.dtype == "auto" and not model.name.startswith(IN_STORAGE):
         if not storage.exists(PLACE):
@@ -102,7 +108,6 @@ def settle_dtype(model: Model, storage: Storage) -> torch.dtype:
                 "and computes everything again",
                 *(model.name, storage.root),
             )
-    return resolve_dtype(model, storage)
 
 
 def _kind(model: Model, storage: Storage) -> str:

@@ -111,7 +111,7 @@ def compute_features(
         require_key(config.model, model.key, key_of_model)
         check_windows(config, model.context_length)
         if tokenizer.pad_id >= model.vocabulary:
-            plan = shard_batches(config, tokens, with_padding_for(model, tokenizer))
+            plan = shard_batches(config, tokens, with_padding_for(model.vocabulary, tokenizer))
         for batch in plan:
             kept = batch.token[batch.token >= 0]
             mask = torch.from_numpy(batch.token >= 0).to(device)

@@ -24,7 +24,7 @@ from infra.storage import Storage
 from schemas.config import Config
 from schemas.tables import SHARD_FILES
 from schemas.work import CorpusShards, Dictionary, FeatureShard, GraphShard
-from tasks.devices import settle_dtype, usable_devices
+from tasks.devices import settle, usable_devices
 from tasks.extraction import LayerFeatures, compute_features, forget_loaded
 from tasks.graph import graph_shards
 from tasks.models import model_key
@@ -122,7 +122,7 @@ def extract_features(
     Raises:
         ModelError: if a layer or window does not fit the model, or a residual is not finite.
     """
-    settle_dtype(config.model, storage)
+    settle(config.model, storage)
     if config.activations.keep_dense:
         layers = [dictionary.layer for dictionary in dictionaries]
         write_residuals(config, storage, graph_shards(config, shards, storage), layers, progress)

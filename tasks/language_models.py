@@ -20,7 +20,7 @@ from infra.storage import Storage
 from schemas.config import Model
 from tasks.devices import prepared_device, settle_dtype
 from tasks.model_files import explained, location, revision
-from tasks.models import context_length, decoder_blocks, require_causal, text_config
+from tasks.models import context_length, decoder_blocks, require_causal, require_known, text_config
 from tasks.text_generation import continuations
 
 CHUNK_BYTES = 64 << 20
@@ -146,11 +146,7 @@ class LanguageModel:
         return bool(error <= _TOLERANCE.get(self.dtype, 4e-2) * expected.abs().max())
 
     def _check_ids(self, ids: torch.Tensor) -> None:
-        if ids.numel() and (highest := int(ids.max())) >= self.vocabulary:
-            raise ModelError(
-                f"token id {highest} is outside the vocabulary of {self.name} ({self.vocabulary:,} tokens)",
-                hint="its tokenizer is another one than the corpus'; model.tokenizer names the right one",
-            )
+        require_known(ids, self.vocabulary, f"the vocabulary of {self.name}")
 
     @contextmanager
     def replaced(self, layer: int, replace: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:

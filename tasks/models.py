@@ -88,12 +88,7 @@ class LoadedModel:
         Raises:
             ModelError: if an id is outside the model's vocabulary.
         """
-        if int(input_ids.max()) >= self.vocabulary:
-            # On CUDA the embedding itself would bring the process down.
-            raise ModelError(
-                f"token id {int(input_ids.max())} is outside the model's vocabulary ({self.vocabulary:,} tokens)",
-                hint="its tokenizer is another one than the corpus'; model.tokenizer names the right one",
-            )
+        require_known(input_ids, self.vocabulary, "the model's vocabulary")
         with _hooks(self.blocks, layers, receive):
             try:
                 self.module(input_ids=input_ids.to(self.device), use_cache=False)
@@ -120,6 +115,24 @@ def _hooks(blocks: torch.nn.ModuleList, layers: list[int], receive: Residuals) -
     finally:
         for handle in handles:
             handle.remove()
+
+
+def require_known(ids: torch.Tensor, vocabulary: int, whose: str) -> None:
+    """Whether token ids are below a model's vocabulary: on CUDA the embedding itself would bring the process down.
+
+    Args:
+        ids: Any shape and device.
+        vocabulary: Rows of the embedding.
+        whose: What errors call it.
+
+    Raises:
+        ModelError: naming the highest id, if not.
+    """
+    if ids.numel() and (highest := int(ids.max())) >= vocabulary:
+        raise ModelError(
+            f"token id {highest} is outside {whose} ({vocabulary:,} tokens)",
+            hint="its tokenizer is another one than the corpus'; model.tokenizer names the right one",
+        )
 
 
 def model_dimensions(model: Model, storage: Storage) -> tuple[int, int]:
@@ -265,5 +278,6 @@ __all__ = [
     "refuse_missing_folder",
     "require_causal",
     "require_key",
+    "require_known",
     "text_config",
 ]

@@ -25,6 +25,7 @@ from schemas.work import CaseFeatures, Dictionary, LayerFolder
 from tasks.cases import place_of, read_cases
 from tasks.encoding import Encoder
 from tasks.features import round_mantissa
+from tasks.layer_folders import label_at, layer_folders
 from tasks.models import LoadedModel, load_model, model_key
 from tasks.prompt_features import load_encoders, residuals_of
 from tasks.prompts import Prompt, tokenized
@@ -57,10 +58,7 @@ class _Unit:
 
     @property
     def layers(self) -> tuple[LayerFolder, ...]:
-        return tuple(
-            LayerFolder(layer=layer, folder=f"reactivation/{content_key(**inputs)}")
-            for layer, inputs in self.of_layers.items()
-        )
+        return layer_folders("reactivation", self.of_layers)
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -83,10 +81,7 @@ class _Lack:
     @property
     def label(self) -> str:
         """How messages name it: with its layers, where others are there."""
-        if not self.layers or len(self.layers) == len(self.unit.of_layers):
-            return self.unit.case.label
-        listed = ", ".join(str(entry.layer) for entry in self.layers)
-        return f"{self.unit.case.label}, layer{'s' * (len(self.layers) > 1)} {listed}"
+        return label_at(self.unit.case.label, self.layers, len(self.unit.of_layers))
 
 
 def find_reactivations(

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import fsspec
 
-from infra.addresses import shown_reason, storage_options, without_credentials
+from infra.addresses import failed_at, storage_options
 from infra.errors import CorpusError
 from schemas.config import Corpus
 from tasks.corpus import CorpusFile
@@ -51,8 +51,7 @@ def read_records(file: CorpusFile, corpus: Corpus, skip: int = 0) -> Iterator[Re
         holder = fsspec.open(file.url, "rb", **storage_options(file.url, file.endpoint_url))
         opened = holder.open()
     except OSError as error:
-        shown = f"{without_credentials(file.url)}: {shown_reason(error, file.url)}"
-        raise CorpusError(f"cannot open {shown}", stage="tokenize") from error
+        raise CorpusError(f"cannot open {failed_at(file.url, error)}", stage="tokenize") from error
     with opened as raw:
         if file.format == "parquet":
             yield from _parquet(raw, file, corpus.text_field, skip)

@@ -116,7 +116,7 @@ def write_residuals(
     if missing:
         model, tokenizer = load_model(config.model, storage), load_tokenizer(config.model, storage)
         forward = forward_key(config, model.key)
-        tokenizer = with_padding_for(model, tokenizer)
+        tokenizer = with_padding_for(model.vocabulary, tokenizer)
         for part, absent in missing.values():
             _write_part(config, storage, part, absent, model, tokenizer, forward)
             seen += part.n_tokens
@@ -166,9 +166,9 @@ def rows_of_tokens(tokens: ShardTokens) -> np.ndarray[tuple[int], np.dtype[np.in
     return np.cumsum(~tokens.is_special, dtype=np.int64) - 1
 
 
-def with_padding_for(model: LoadedModel, tokenizer: LoadedTokenizer) -> LoadedTokenizer:
-    """The tokenizer, with a padding id that the model has: an added `[PAD]` may lie beyond its embedding."""
-    return replace(tokenizer, pad_id=min(tokenizer.pad_id, model.vocabulary - 1))
+def with_padding_for(vocabulary: int, tokenizer: LoadedTokenizer) -> LoadedTokenizer:
+    """The tokenizer, with a padding id below a model's `vocabulary`: an added `[PAD]` may lie beyond its embedding."""
+    return replace(tokenizer, pad_id=min(tokenizer.pad_id, vocabulary - 1))
 
 
 def shard_batches(config: Config, tokens: ShardTokens, tokenizer: LoadedTokenizer) -> list[Batch]:

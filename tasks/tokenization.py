@@ -19,7 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from infra.addresses import shown_reason, without_credentials
+from infra.addresses import failed_at, without_credentials
 from infra.cluster import tokenization_client
 from infra.errors import CorpusError, FunctokError
 from infra.hashing import content_hash
@@ -59,8 +59,7 @@ def _plan(config: Config, storage: Storage) -> _Plan:
         try:
             identity = content_hash(file.url, config.storage.endpoint_url)
         except OSError as error:
-            shown = f"{without_credentials(file.url)}: {shown_reason(error, file.url)}"
-            raise CorpusError(f"cannot read {shown}", stage="tokenize") from error
+            raise CorpusError(f"cannot read {failed_at(file.url, error)}", stage="tokenize") from error
         key = content_key(
             version=VERSION, content=identity, format=file.format, tokenizer=tokenizer.key, reads=reads
         )

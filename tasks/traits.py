@@ -18,7 +18,7 @@ import pyarrow as pa
 import torch
 
 from infra.errors import FunctokError, about
-from infra.manifest import Manifest, commit, content_key, load_all
+from infra.manifest import Manifest, commit, load_all
 from infra.progress import Progress, silent
 from infra.storage import Storage
 from schemas.config import Config, steering_of
@@ -29,6 +29,7 @@ from tasks.cases import check_feature_ids, read_cases
 from tasks.contrasts import contrasted, given
 from tasks.devices import choose_device
 from tasks.encoding import Encoder
+from tasks.layer_folders import label_at, layer_folders
 from tasks.models import LoadedModel, load_model, model_key
 from tasks.prompt_features import load_encoders, residuals_of
 from tasks.prompts import Prompt, last_function_position, tokenized
@@ -60,10 +61,7 @@ class _Unit:
 
     @property
     def layers(self) -> tuple[LayerFolder, ...]:
-        return tuple(
-            LayerFolder(layer=layer, folder=f"traits/{content_key(**inputs)}")
-            for layer, inputs in self.of_layers.items()
-        )
+        return layer_folders("traits", self.of_layers)
 
     @property
     def found(self) -> TraitFeatures:
@@ -80,10 +78,7 @@ class _Lack:
     @property
     def label(self) -> str:
         """How messages name it: with its layers, where others are there."""
-        if len(self.layers) == len(self.unit.of_layers):
-            return self.unit.trait.label
-        listed = ", ".join(str(entry.layer) for entry in self.layers)
-        return f"{self.unit.trait.label}, layer{'s' * (len(self.layers) > 1)} {listed}"
+        return label_at(self.unit.trait.label, self.layers, len(self.unit.of_layers))
 
 
 def find_traits(
