@@ -170,9 +170,11 @@ def write_token_shard(storage: Storage, folder: str, token: np.ndarray) -> None:
         "token_counts": [seen, counts, doc_counts],
         "occurrences": [doc, position, token],
     }
-    for name, columns in files.items():
+    written = [
         storage.write_parquet(f"{folder}/{name}.parquet", pa.table(columns, schema=SHARD_FILES[name]))
-    commit(storage, folder, Manifest(stage="bench", inputs={}))
+        for name, columns in files.items()
+    ]
+    commit(storage, folder, Manifest(stage="bench", inputs={}), written)
 
 
 def write_feature_shard(storage: Storage, folder: str, token: np.ndarray, rng: np.random.Generator) -> None:
@@ -185,12 +187,14 @@ def write_feature_shard(storage: Storage, folder: str, token: np.ndarray, rng: n
     row, feature = pairs // DICTIONARY_SIZE, (pairs % DICTIONARY_SIZE).astype(np.int32)
     value = round_mantissa(rng.lognormal(1, 1, len(row)).astype(np.float32), 15)
     columns = [row // DOCUMENT, row % DOCUMENT, token[row], feature, value]
-    activations = pa.table(columns, schema=SHARD_FILES["activations"])
-    storage.write_parquet(f"{folder}/activations.parquet", activations)
-    storage.write_parquet(f"{folder}/edges.parquet", count_edges(token[row], feature, DICTIONARY_SIZE))
     seen, counts = np.unique(token, return_counts=True)
-    storage.write_parquet(f"{folder}/counts.parquet", pa.table([seen, counts], schema=SHARD_FILES["counts"]))
-    commit(storage, folder, Manifest(stage="bench", inputs={}, stats={"n": len(row)}))
+    files = {
+        "activations": pa.table(columns, schema=SHARD_FILES["activations"]),
+        "edges": count_edges(token[row], feature, DICTIONARY_SIZE),
+        "counts": pa.table([seen, counts], schema=SHARD_FILES["counts"]),
+    }
+    written = [storage.write_parquet(f"{folder}/{name}.parquet", table) for name, table in files.items()]
+    commit(storage, folder, Manifest(stage="bench", inputs={}, stats={"n": len(row)}), written)
 
 
 if __name__ == "__main__":

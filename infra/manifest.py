@@ -2,8 +2,9 @@
 
 Anything costly lives in a folder of its own, named by a key that hashes what determines it: the content of
 its inputs, the part of the configuration that its stage reads, and the stage's code version. The folder is
-done when it holds `manifest.json`, which is written last and names every other file with its size. A folder
-without a manifest is the remains of a killed process; nobody reads it, and the next run overwrites it.
+done when it holds `manifest.json`, which is written last and names every other file with its size and hash, taken
+as the file was written. A folder without a manifest is the remains of a killed process; nobody reads it, and the
+next run overwrites it.
 """
 
 from __future__ import annotations
@@ -11,11 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from infra.errors import StorageError
-from infra.storage import Storage
+from infra.storage import Storage, StoredFile
 
 MANIFEST = "manifest.json"
 
@@ -28,12 +28,14 @@ class Manifest:
         stage: The stage that made it.
         inputs: What its key was made of, readable.
         files: Relative file name to size in bytes.
+        hashes: Relative file name to SHA-256; empty in a manifest from before hashes were kept.
         stats: Small numbers that other stages need without opening the files.
     """
 
     stage: str
     inputs: dict[str, Any]
     files: dict[str, int] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
     stats: dict[str, Any] = field(default_factory=dict)
 
 
@@ -43,33 +45,32 @@ def content_key(**parts: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:20]
 
 
-def commit(storage: Storage, folder: str, manifest: Manifest) -> Manifest:
-    """Record the files now in `folder` as its finished content; the manifest is written last.
+def commit(storage: Storage, folder: str, manifest: Manifest, written: Iterable[StoredFile]) -> Manifest:
+    """Record what was written into `folder` as its finished content; the manifest is written last.
 
-    Where the manifest names `files`, those alone are recorded, and each must have arrived; a size that is
-    given (not 0) must be the size that is found.
+    Args:
+        storage: Where the folder is.
+        folder: Its name.
+        manifest: Stage, inputs and stats.
+        written: Every file of the folder, as the storage has told it.
+
+    Returns:
+        The manifest with its files.
 
     Raises:
-        StorageError: if a file that the manifest names did not arrive whole.
+        ValueError: if a file is of another folder.
+        StorageError: if the manifest cannot be written.
     """
-    found = {
-        name[len(folder) + 1 :]: size
-        for name, size in storage.sizes(folder).items()
-        if not name.endswith(f"/{MANIFEST}")
+    files = {
+        file.name.removeprefix(f"{folder}/"): file for file in sorted(written, key=lambda file: file.name)
     }
-    wanted = manifest.files or found
-    for name in wanted:
-        if name not in found:
-            raise StorageError(f"{storage.url(folder)}/{name} was written but is not there")
-        if wanted[name] not in (0, found[name]):
-            raise StorageError(
-                f"{storage.url(folder)}/{name} has {found[name]} bytes, of {wanted[name]} that were written"
-            )
-    done = Manifest(
-        stage=manifest.stage,
-        inputs=manifest.inputs,
-        files={name: found[name] for name in sorted(wanted)},
-        stats=manifest.stats,
+    for name, file in files.items():
+        if name == file.name:
+            raise ValueError(f"{name} is not in {folder}")
+    done = replace(
+        manifest,
+        files={name: file.size for name, file in files.items()},
+        hashes={name: file.sha256 for name, file in files.items()},
     )
     storage.write_json(f"{folder}/{MANIFEST}", asdict(done))
     return done

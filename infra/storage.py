@@ -2,9 +2,8 @@
 
 Nothing outside this module asks what kind of storage it is. A file written through it appears whole or not
 at all: on a local disk it is written aside, synced and renamed; on S3 an object appears when its upload is
-completed, and an upload that fails is aborted.
-
-The module is over 300 lines because everything that knows storage is here, and nowhere else.
+completed, and an upload that fails is aborted. Every file is hashed as it is written: what is written knows what
+it was meant to be, and no listing is needed to say so (`StoredFile`).
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,6 +30,81 @@ from infra.errors import ConfigError, StorageError
 
 LOCAL_CACHE = Path(os.environ.get("FUNCTOK_CACHE", Path.home() / ".cache" / "functok"))
 _AT_ONCE = 16
+_CHUNK = 8 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredFile:
+    """A file as it was written.
+
+    Attributes:
+        name: Relative to the storage's root.
+        size: Bytes.
+        sha256: Of its content, 64 hexadecimal digits.
+    """
+
+    name: str
+    size: int
+    sha256: str
+
+
+class FileBeingWritten:
+    """A binary file to write, in order, which hashes what goes through it.
+
+    Args:
+        name: Relative to the storage's root.
+        file: Where the bytes go.
+    """
+
+    closed = False
+
+    def __init__(self, name: str, file: IO[bytes]) -> None:
+        self._name, self._file = name, file
+        self._size, self._digest = 0, hashlib.sha256()
+
+    def write(self, content: Any) -> int:
+        """Write bytes, or anything that shares its memory as bytes."""
+        self._digest.update(content)
+        self._size += memoryview(content).nbytes
+        self._file.write(content)
+        return memoryview(content).nbytes
+
+    def flush(self) -> None:
+        """Do nothing: the storage flushes what is whole."""
+
+    def tell(self) -> int:
+        """Bytes written."""
+        return self._size
+
+    def writable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readable(self) -> bool:
+        """No."""
+        return False
+
+    def seekable(self) -> bool:
+        """No."""
+        return False
+
+    @property
+    def stored(self) -> StoredFile:
+        """What was written so far; once the storage's block has ended, what is stored."""
+        return StoredFile(name=self._name, size=self._size, sha256=self._digest.hexdigest())
+
+
+class PlaceToWrite:
+    """Where another writer puts a file.
+
+    Attributes:
+        path: A local path.
+        stored: What is stored, once the storage's block has ended.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.stored: StoredFile | None = None
 
 
 class Storage:
@@ -149,16 +224,16 @@ class Storage:
             ) from error
 
     @contextmanager
-    def write(self, name: str) -> Iterator[IO[bytes]]:
+    def write(self, name: str) -> Iterator[FileBeingWritten]:
         """A file to write; it appears as `name` when the block ends without an error."""
         with self._explained(name):
             if self.is_local:
                 target = Path(self.full(name))
                 target.parent.mkdir(parents=True, exist_ok=True)
-                aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+                aside = _aside(target)
                 try:
                     with open(aside, "wb") as file:
-                        yield file
+                        yield FileBeingWritten(name, file)
                         file.flush()
                         os.fsync(file.fileno())
                     os.replace(aside, target)
@@ -167,7 +242,7 @@ class Storage:
             else:
                 file = self.fs.open(self.full(name), "wb")
                 try:
-                    yield file
+                    yield FileBeingWritten(name, file)
                     file.close()
                 except BaseException as error:
                     _abort(file)
@@ -180,52 +255,71 @@ class Storage:
                     raise
 
     @contextmanager
-    def write_by_url(self, name: str) -> Iterator[str]:
-        """An address for another writer (DuckDB's COPY); what it wrote becomes `name` when the block ends well."""
+    def write_by_path(self, name: str, scratch: str | None = None) -> Iterator[PlaceToWrite]:
+        """A local path for another writer (DuckDB's COPY); what it wrote becomes `name` when the block ends well.
+
+        Args:
+            name: The file.
+            scratch: Folder for a file on its way to another machine; the system's own if not given.
+        """
         if not self.is_local:
-            yield self.url(name)
+            with tempfile.TemporaryDirectory(prefix="functok-", dir=scratch) as folder:
+                place = PlaceToWrite(f"{folder}/{name.rsplit('/', 1)[-1]}")
+                yield place
+                place.stored = self._copy(Path(place.path), name)
             return
         target = Path(self.full(name))
-        aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+        aside = _aside(target)
         with self._explained(name):
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                yield str(aside)
+                place = PlaceToWrite(str(aside))
+                yield place
                 with open(aside, "rb+") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
                     os.fsync(file.fileno())
+                    size = os.fstat(file.fileno()).st_size
                 os.replace(aside, target)
+                place.stored = StoredFile(name=name, size=size, sha256=digest)
             finally:
                 aside.unlink(missing_ok=True)
 
-    def write_bytes(self, name: str, content: bytes) -> None:
+    def write_bytes(self, name: str, content: bytes) -> StoredFile:
         """Write `name` whole."""
         with self.write(name) as file:
             file.write(content)
+        return file.stored
 
-    def write_json(self, name: str, value: Any) -> None:
+    def write_json(self, name: str, value: Any) -> StoredFile:
         """Write a JSON value, keys sorted."""
-        self.write_bytes(name, json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False).encode())
+        return self.write_bytes(
+            name, json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False).encode()
+        )
 
-    def write_parquet(self, name: str, table: pa.Table, **options: Any) -> None:
+    def write_parquet(self, name: str, table: pa.Table, **options: Any) -> StoredFile:
         """Write an Arrow table as Parquet (zstd unless told otherwise)."""
         options.setdefault("compression", "zstd")
         with self.write(name) as file:
             pq.write_table(table, file, **options)
+        return file.stored
 
     def read_parquet(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """Read a Parquet file whole."""
         with self._explained(name), self.fs.open(self.full(name), "rb") as file:
             return pq.read_table(file, columns=columns)
 
-    def upload(self, folder: Path, prefix: str) -> None:
+    def upload(self, folder: Path, prefix: str) -> list[StoredFile]:
         """Copy every file of a local folder under `prefix`."""
-        for path in sorted(folder.rglob("*")):
-            if path.is_file():
-                with (
-                    self.write(f"{prefix}/{path.relative_to(folder).as_posix()}") as file,
-                    open(path, "rb") as source,
-                ):
-                    shutil.copyfileobj(source, file, 8 << 20)
+        return [
+            self._copy(path, f"{prefix}/{path.relative_to(folder).as_posix()}")
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        ]
+
+    def _copy(self, source: Path, name: str) -> StoredFile:
+        with self.write(name) as file, open(source, "rb") as content:
+            shutil.copyfileobj(content, file, _CHUNK)
+        return file.stored
 
     def local_folder(self, prefix: str) -> Path:
         """A local folder with the files under `prefix`: the folder itself, or a copy cached by address.
@@ -307,6 +401,10 @@ def _check_address(*addresses: str | None) -> None:
                 f"{place} holds credentials",
                 hint="take them out of it: they come from the environment (AWS_*)",
             )
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def _abort(file: Any) -> None:

@@ -7,14 +7,14 @@ of integers, as in `tasks.tables`; intervals are of exact sums too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pyarrow as pa
 
 from infra.duck import Catalog, ShardFile, read_catalog
 from infra.errors import StorageError
 from infra.progress import Progress, one_by_one, silent
-from infra.storage import Storage
+from infra.storage import Storage, StoredFile
 from schemas.config import Config
 from schemas.tables import TABLES
 from schemas.work import CorpusShards, GrownSae
@@ -106,10 +106,10 @@ def _ensure_document_losses(
     if not config.losses.keep_tokens:
         given, missing = missing, given
 
-    def make() -> None:
+    def make() -> Iterator[StoredFile]:
         inputs = Catalog(tables={"tokens": corpus.tables["tokens"]}, sharded={given: list(files)})
         nothing = {missing: _EMPTY[missing].empty_table()}
-        write_table(config.duckdb, storage, "document_losses", name, inputs, nothing)
+        yield write_table(config.duckdb, storage, "document_losses", name, inputs, nothing)
 
     ensure_folder(storage, [name], parts, make)
 
@@ -118,7 +118,7 @@ def _ensure_graph(config: Config, storage: Storage, corpus: Group, grown: GrownS
     folder, parts = graph_folder(config, corpus.key, grown)
     degree, graph = f"{folder}/checkpoint_degree.parquet", f"{folder}/checkpoint_graph.parquet"
 
-    def make() -> None:
+    def make() -> Iterator[StoredFile]:
         layer, shards = grown.dictionary.layer, graph_inputs(grown.features)
         wanted = Catalog(sharded={view: shards[view] for view in ("shard_edges", "activations")})
         ensure_edges(config.duckdb, storage, layer, grown.features, wanted)
@@ -132,22 +132,22 @@ def _ensure_graph(config: Config, storage: Storage, corpus: Group, grown: GrownS
             sharded={"edges": edges, "shard_graph_counts": shards["shard_graph_counts"]},
         )
         m, size = config.graph.rarefaction_m, grown.dictionary.d_sae
-        write_table(config.duckdb, storage, "token_degree", degree, counted, m=m)
+        yield write_table(config.duckdb, storage, "token_degree", degree, counted, m=m)
         reached = Catalog(tables={"checkpoint_degree": degree}, sharded={"edges": edges})
-        write_table(config.duckdb, storage, "checkpoint_graph", graph, reached, dictionary_size=size)
+        yield write_table(config.duckdb, storage, "checkpoint_graph", graph, reached, dictionary_size=size)
 
     ensure_folder(storage, [degree, graph], parts, make)
 
 
 def _whole(
     config: Config, storage: Storage, group: Group, results: ConsolidationResults
-) -> Callable[[], None]:
-    def make() -> None:
+) -> Callable[[], Iterator[StoredFile]]:
+    def make() -> Iterator[StoredFile]:
         rows = checkpoint_rows(results.checkpoints)
         checkpoints = pa.Table.from_pylist(rows, schema=TABLES["checkpoints"])
-        storage.write_parquet(group.tables["checkpoints"], checkpoints)
+        yield storage.write_parquet(group.tables["checkpoints"], checkpoints)
         losses = group.sharded["document_losses"]
-        write_table(
+        yield write_table(
             config.duckdb,
             storage,
             "loss_buckets",
@@ -157,7 +157,7 @@ def _whole(
         )
         for table in group.tables.keys() & group.inputs.sharded.keys():
             gathered = _gathered(storage, table, group.inputs.sharded[table])
-            storage.write_parquet(group.tables[table], gathered)
+            yield storage.write_parquet(group.tables[table], gathered)
 
     return make
 

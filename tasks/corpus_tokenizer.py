@@ -56,9 +56,9 @@ def train_tokenizer(config: Config, storage: Storage, progress: Progress = silen
         with tempfile.TemporaryDirectory() as aside:
             _wrapped(backend).save_pretrained(aside)
             storage.delete(folder)
-            storage.upload(Path(aside), folder)
+            written = storage.upload(Path(aside), folder)
         stats = {"vocabulary_size": backend.get_vocab_size()}
-        commit(storage, folder, Manifest(stage="tokenizer", inputs=inputs, stats=stats))
+        commit(storage, folder, Manifest(stage="tokenizer", inputs=inputs, stats=stats), written)
     return f"{IN_STORAGE}{folder}"
 
 

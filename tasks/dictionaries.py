@@ -243,9 +243,9 @@ def _save(
     quality: dict[str, float] | None = None,
 ) -> None:
     folder = _folder(key)
-    storage.upload(aside, folder)
+    written = storage.upload(aside, folder)
     stats = {"facts": facts.as_json(), "quality": quality}
-    commit(storage, folder, Manifest(stage="dictionaries", inputs=inputs, stats=stats))
+    commit(storage, folder, Manifest(stage="dictionaries", inputs=inputs, stats=stats), written)
 
 
 def _facts(manifest: Manifest) -> Facts:

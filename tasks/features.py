@@ -221,7 +221,7 @@ def _write_layer(
         ],
         schema=SHARD_FILES["activations"],
     )
-    storage.write_parquet(
+    written_activations = storage.write_parquet(
         f"{unit.folder}/activations.parquet",
         activations,
         row_group_size=_ROWS_PER_GROUP,
@@ -233,7 +233,7 @@ def _write_layer(
         },
     )
     edges = count_edges(token_id, features.feature, unit.dictionary.d_sae)
-    storage.write_parquet(
+    written_edges = storage.write_parquet(
         f"{unit.folder}/edges.parquet",
         edges,
         row_group_size=_ROWS_PER_GROUP,
@@ -242,11 +242,12 @@ def _write_layer(
         compression_level=9,
     )
     seen, counts = np.unique(tokens.token_id[tokens.rows], return_counts=True)
-    storage.write_parquet(
+    written_counts = storage.write_parquet(
         f"{unit.folder}/counts.parquet", pa.table([seen, counts], schema=SHARD_FILES["counts"])
     )
     stats = {"n_activations": len(features.value), "n_edges": edges.num_rows, "n_tokens": unit.part.n_tokens}
-    commit(storage, unit.folder, Manifest(stage="features", inputs=unit.inputs, stats=stats))
+    manifest = Manifest(stage="features", inputs=unit.inputs, stats=stats)
+    commit(storage, unit.folder, manifest, [written_activations, written_edges, written_counts])
 
 
 def count_edges(token_id: npt.NDArray[np.int32], feature_id: npt.NDArray[np.int32], d_sae: int) -> pa.Table:

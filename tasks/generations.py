@@ -160,8 +160,8 @@ def _make(config: Config, storage: Storage, unit: _Unit) -> Iterator[int]:
                 )
                 yield 1
     table = pa.Table.from_pylist(rows, schema=SHARD_FILES["generations"])
-    storage.write_parquet(f"{unit.folder}/generations.parquet", table)
-    commit(storage, unit.folder, Manifest(stage="generations", inputs=unit.inputs))
+    written = storage.write_parquet(f"{unit.folder}/generations.parquet", table)
+    commit(storage, unit.folder, Manifest(stage="generations", inputs=unit.inputs), [written])
 
 
 def prompt_ids(prompt: str, tokenizer: LoadedTokenizer, *, prepend_bos: bool) -> list[int]:

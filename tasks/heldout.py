@@ -123,8 +123,8 @@ def document_hashes(
 def _keep(storage: Storage, folder: str, shard: TokenShard, hashes: pa.Table) -> None:
     # Who only looks (`functok status`) may have no right to write; who makes something is told by what it makes.
     with suppress(StorageError):
-        storage.write_parquet(f"{folder}/heldout.parquet", hashes)
-        commit(storage, folder, Manifest(stage="heldout", inputs={"shard": shard.folder}))
+        written = storage.write_parquet(f"{folder}/heldout.parquet", hashes)
+        commit(storage, folder, Manifest(stage="heldout", inputs={"shard": shard.folder}), [written])
 
 
 def _is_heldout(hashes: npt.NDArray[np.uint64], share: float) -> npt.NDArray[np.bool_]:

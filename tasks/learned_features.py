@@ -123,19 +123,21 @@ def write_learned(
         judged = judge(config, storage, checkpoint, dictionary, parts, progress)
         active = np.flatnonzero(judged.counts)
         table = pa.table([active, judged.counts[active]], schema=SHARD_FILES["densities"])
-        storage.write_parquet(f"{counts}/densities.parquet", table)
+        written = storage.write_parquet(f"{counts}/densities.parquet", table)
         stats = {
             "n_tokens": judged.n_tokens,
             "explained_variance": judged.explained_variance,
             "n_predictions": judged.n_predictions,
             "loss_units": list(judged.loss_units),
         }
-        manifest = commit(storage, counts, Manifest(stage="growth", inputs=counts_inputs, stats=stats))
+        manifest = commit(
+            storage, counts, Manifest(stage="growth", inputs=counts_inputs, stats=stats), [written]
+        )
     row = _row(growth_of(config), dictionary, _restored(storage, counts, manifest, dictionary.d_sae))
-    storage.write_parquet(
+    written = storage.write_parquet(
         f"{learned}/learned.parquet", pa.Table.from_pylist([row], schema=SHARD_FILES["learned"])
     )
-    commit(storage, learned, Manifest(stage="growth", inputs=learned_inputs, stats=row))
+    commit(storage, learned, Manifest(stage="growth", inputs=learned_inputs, stats=row), [written])
     return learned
 
 

@@ -23,7 +23,7 @@ from infra.addresses import without_credentials
 from infra.errors import FunctokError, ModelError, about
 from infra.manifest import Manifest, commit, content_key, load_all
 from infra.progress import Progress, silent
-from infra.storage import Storage
+from infra.storage import Storage, StoredFile
 from schemas.config import Config
 from schemas.tables import SHARD_FILES
 from schemas.work import Checkpoint, CorpusShards, HeldoutPart, LossShard
@@ -211,17 +211,17 @@ def _write(
     storage: Storage, unit: _Unit, tokens: ShardTokens, predictions: Predictions, function_ids: Ids | None
 ) -> None:
     if function_ids is None:
-        _write_tokens(storage, unit, tokens, predictions)
+        written = _write_tokens(storage, unit, tokens, predictions)
     else:
         sums = sum_by_document(tokens, predictions, function_ids)
-        storage.write_parquet(f"{unit.folder}/document_losses.parquet", sums)
+        written = storage.write_parquet(f"{unit.folder}/document_losses.parquet", sums)
     stats = {"n_predictions": len(predictions.loss), "n_tokens": unit.part.n_tokens}
-    commit(storage, unit.folder, Manifest(stage="losses", inputs=unit.inputs, stats=stats))
+    commit(storage, unit.folder, Manifest(stage="losses", inputs=unit.inputs, stats=stats), [written])
 
 
-def _write_tokens(storage: Storage, unit: _Unit, tokens: ShardTokens, predictions: Predictions) -> None:
+def _write_tokens(storage: Storage, unit: _Unit, tokens: ShardTokens, predictions: Predictions) -> StoredFile:
     at = predictions.token
-    storage.write_parquet(
+    return storage.write_parquet(
         f"{unit.folder}/token_losses.parquet",
         pa.table(
             [

@@ -109,8 +109,9 @@ def converted_gguf(model: Model, storage: Storage) -> Path:
         with tempfile.TemporaryDirectory() as aside, explained(model):
             _convert(Path(model.name), Path(aside))
             storage.delete(folder)
-            storage.upload(Path(aside), folder)
-        commit(storage, folder, Manifest(stage="model", inputs={"gguf": Path(model.name).name, "key": key}))
+            written = storage.upload(Path(aside), folder)
+        manifest = Manifest(stage="model", inputs={"gguf": Path(model.name).name, "key": key})
+        commit(storage, folder, manifest, written)
     return storage.local_folder(folder)
 
 

@@ -106,9 +106,9 @@ def save_state(
             {name: tensor.contiguous() for name, tensor in tensors.items()}, Path(aside, "state.safetensors")
         )
         save_file(small, Path(aside, "curve.safetensors"))
-        storage.upload(Path(aside), folder)
+        written = storage.upload(Path(aside), folder)
     stats = {"step": step, "seconds": curve.seconds, "made_with": curve.made_with}
-    commit(storage, folder, Manifest(stage=STAGE, inputs={"training": plan.key}, stats=stats))
+    commit(storage, folder, Manifest(stage=STAGE, inputs={"training": plan.key}, stats=stats), written)
     delete_states(storage, plan, but=step)
 
 
@@ -184,20 +184,17 @@ def save_checkpoint(
     with tempfile.TemporaryDirectory() as aside:
         causal.save_pretrained(aside, state_dict=weights)
         tokenizer.tokenizer.save_pretrained(aside)
-        storage.upload(Path(aside), folder)
+        written = storage.upload(Path(aside), folder)
     inputs = {"training": plan.key, "step": step, "series": plan.series}
-    commit(storage, folder, Manifest(stage=STAGE, inputs=inputs, stats={"step": step, **stats}))
+    commit(storage, folder, Manifest(stage=STAGE, inputs=inputs, stats={"step": step, **stats}), written)
 
 
 def finish(storage: Storage, plan: TrainingPlan, curve: Curve, stats: dict[str, Any]) -> None:
     """Save the loss curve, commit the training, and delete its states."""
-    storage.write_parquet(f"{plan.folder}/{LOSSES}", curve.table(plan))
+    written = storage.write_parquet(f"{plan.folder}/{LOSSES}", curve.table(plan))
     known = {"steps": plan.steps, "seconds": round(curve.seconds, 3), "made_with": curve.made_with}
-    commit(
-        storage,
-        plan.folder,
-        Manifest(stage=STAGE, inputs=plan.inputs, files={LOSSES: 0}, stats=known | stats),
-    )
+    manifest = Manifest(stage=STAGE, inputs=plan.inputs, stats=known | stats)
+    commit(storage, plan.folder, manifest, [written])
     delete_states(storage, plan)
 
 

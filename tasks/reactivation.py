@@ -211,19 +211,20 @@ def _make(
     unit = lack.unit
     if not lack.has_tokens:
         tokens = pa.Table.from_pylist(_tokens(unit), schema=SHARD_FILES["prompt_tokens"])
-        storage.write_parquet(f"{unit.folder}/prompt_tokens.parquet", tokens)
+        written = storage.write_parquet(f"{unit.folder}/prompt_tokens.parquet", tokens)
         stats = {"n_tokens": unit.n_tokens}
-        commit(storage, unit.folder, Manifest(stage="reactivation", inputs=unit.inputs, stats=stats))
+        manifest = Manifest(stage="reactivation", inputs=unit.inputs, stats=stats)
+        commit(storage, unit.folder, manifest, [written])
     if model is None or not lack.layers:
         return
     wanted = {entry.layer: encoders[entry.layer] for entry in lack.layers}
     read = [_features(prompt, model, wanted, config.activations.mantissa_bits) for prompt in unit.prompts]
     for entry in lack.layers:
         features = pa.concat_tables([tables[entry.layer] for tables in read])
-        storage.write_parquet(f"{entry.folder}/prompt_features.parquet", features)
+        written = storage.write_parquet(f"{entry.folder}/prompt_features.parquet", features)
         stats = {"n_activations": features.num_rows}
         inputs = unit.of_layers[entry.layer]
-        commit(storage, entry.folder, Manifest(stage="reactivation", inputs=inputs, stats=stats))
+        commit(storage, entry.folder, Manifest(stage="reactivation", inputs=inputs, stats=stats), [written])
 
 
 def _tokens(unit: _Unit) -> list[dict[str, Any]]:

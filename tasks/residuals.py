@@ -156,9 +156,10 @@ def _write_part(
         with tempfile.TemporaryDirectory() as aside:
             local = Path(aside) / f"layer-{layer}.safetensors"
             save_file({"residuals": dense.pop(layer), "doc": doc}, local)
-            storage.upload(local.parent, folder)
+            written = storage.upload(local.parent, folder)
         inputs = {"part": part_key(part), "layer": layer, "forward": forward, "version": VERSION}
-        commit(storage, folder, Manifest(stage="residuals", inputs=inputs, stats={"n_tokens": n_rows}))
+        manifest = Manifest(stage="residuals", inputs=inputs, stats={"n_tokens": n_rows})
+        commit(storage, folder, manifest, written)
 
 
 def rows_of_tokens(tokens: ShardTokens) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

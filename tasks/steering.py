@@ -199,9 +199,9 @@ def _make(
         for condition, effect in zip(unit.conditions, effects, strict=True)
     ]
     table = pa.Table.from_pylist(rows, schema=SHARD_FILES["steering"])
-    storage.write_parquet(f"{unit.folder}/steering.parquet", table)
+    written = storage.write_parquet(f"{unit.folder}/steering.parquet", table)
     stats = {"n_conditions": len(rows)}
-    commit(storage, unit.folder, Manifest(stage="steering", inputs=unit.inputs, stats=stats))
+    commit(storage, unit.folder, Manifest(stage="steering", inputs=unit.inputs, stats=stats), [written])
 
 
 def _as_row(unit: Unit, condition: Condition, effect: Effect, tokenizer: LoadedTokenizer) -> dict[str, Any]:

@@ -6,13 +6,14 @@ neither the order of the cases' file nor threads can change a bit.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 
 import pyarrow as pa
 
 from infra.duck import Catalog, create_views, open_duckdb, read_catalog
 from infra.progress import Progress, one_by_one, silent
-from infra.storage import Storage
+from infra.storage import Storage, StoredFile
 from schemas.config import Config, steering_of
 from schemas.tables import TABLES
 from schemas.work import CorpusShards, SteeringResults
@@ -63,9 +64,9 @@ def build_steering_tables(
     total = len(group.tables)
     advance = one_by_one(progress, total)
 
-    def make() -> None:
+    def make() -> Iterator[StoredFile]:
         for table in group.tables:
-            _write(config, storage, corpus, group, results, table)
+            yield _write(config, storage, corpus, group, results, table)
             advance(table.replace("_", " "))
 
     progress(0, total, "steering tables")
@@ -78,10 +79,9 @@ def build_steering_tables(
 
 def _write(
     config: Config, storage: Storage, corpus: Group, group: Group, results: SteeringResults, table: str
-) -> None:
+) -> StoredFile:
     if table in SORTED_BY:
-        storage.write_parquet(group.tables[table], _gathered(storage, table, results))
-        return
+        return storage.write_parquet(group.tables[table], _gathered(storage, table, results))
     made = corpus.tables | group.tables
     inputs = Catalog(
         tables={view: made[view] for view in UPSTREAM[table] if view in made},
@@ -90,7 +90,7 @@ def _write(
     relations: dict[str, pa.Table] = {}
     if table in {"reactivation_scores", "steering_effects"}:
         relations, inputs = _measured(config, storage, table, inputs), Catalog()
-    write_table(config.duckdb, storage, table, group.tables[table], inputs, relations)
+    return write_table(config.duckdb, storage, table, group.tables[table], inputs, relations)
 
 
 UPSTREAM: dict[str, tuple[str, ...]] = {

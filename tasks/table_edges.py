@@ -79,7 +79,7 @@ def ensure_edges(
     ranges = token_ranges(rows["token_id"], rows["n"], memory_bytes(resources.memory_limit) // BYTES_PER_ROW)
     # The number of passes is in the name, so that files of different cuts never mix.
     names = [f"edges-{index:04d}-of-{len(ranges):04d}.parquet" for index in range(len(ranges))]
-    for name, (first, last) in zip(names, ranges, strict=True):
+    written = [
         write_table(
             resources,
             storage,
@@ -91,7 +91,9 @@ def ensure_edges(
             first=first,
             last=last,
         )
-    commit(storage, folder, Manifest(stage="tables", inputs=parts, files=dict.fromkeys(names, 0)))
+        for name, (first, last) in zip(names, ranges, strict=True)
+    ]
+    commit(storage, folder, Manifest(stage="tables", inputs=parts), written)
 
 
 def token_ranges(

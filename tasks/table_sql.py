@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 from infra.duck import Catalog, create_views, open_duckdb
 from infra.errors import ConfigError, StorageError
 from infra.manifest import Manifest, commit, load
-from infra.storage import Storage
+from infra.storage import Storage, StoredFile
 from schemas.config import DuckDb
 from sql import read_sql
 
@@ -25,7 +25,7 @@ def write_table(
     inputs: Catalog,
     relations: Mapping[str, pa.Table] | None = None,
     **parameters: Any,
-) -> None:
+) -> StoredFile:
     """Run `sql/<table>.sql` into the Parquet file `name`.
 
     Args:
@@ -36,6 +36,9 @@ def write_table(
         inputs: The upstream tables, as views.
         relations: Small upstream tables that are in no file.
         parameters: Values bound to the SQL's `$names`; those it does not name are not bound.
+
+    Returns:
+        The file as it was written.
 
     Raises:
         ConfigError: if DuckDB cannot work within its limits.
@@ -49,13 +52,18 @@ def write_table(
             create_views(connection, storage, inputs)
             for view, rows in (relations or {}).items():
                 connection.register(view, rows)
-            with storage.write_by_url(name) as url:
-                target = url.replace("'", "''")
+            with storage.write_by_path(name, resources.temp_directory or None) as place:
+                target = place.path.replace("'", "''")
                 connection.execute(f"COPY ({query}) TO '{target}' (FORMAT parquet, COMPRESSION zstd)", bound)
+    assert place.stored is not None
+    return place.stored
 
 
 def ensure_folder(
-    storage: Storage, names: Sequence[str], inputs: Mapping[str, Any], make: Callable[[], None]
+    storage: Storage,
+    names: Sequence[str],
+    inputs: Mapping[str, Any],
+    make: Callable[[], Iterable[StoredFile]],
 ) -> None:
     """Make and commit the files `names`, all of one folder, if that is not finished.
 
@@ -63,13 +71,13 @@ def ensure_folder(
         storage: Where the folder is.
         names: The files.
         inputs: What the folder's key was made of.
-        make: Writes the files.
+        make: Writes the files, and tells of each.
     """
     folder = names[0].rsplit("/", 1)[0]
     if load(storage, folder) is None:
-        make()
-        files = {name.rsplit("/", 1)[1]: 0 for name in names}
-        commit(storage, folder, Manifest(stage="tables", inputs=dict(inputs), files=files))
+        written = list(make())
+        assert {file.name for file in written} == set(names)
+        commit(storage, folder, Manifest(stage="tables", inputs=dict(inputs)), written)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ Building publishes nothing: it returns a candidate catalogue, which `publish` ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,7 +21,7 @@ from infra.duck import CATALOG, Catalog, create_views, open_duckdb, read_catalog
 from infra.errors import StorageError
 from infra.manifest import content_key, load_all
 from infra.progress import Progress, one_by_one, silent
-from infra.storage import Storage
+from infra.storage import Storage, StoredFile
 from schemas.config import Config
 from schemas.tables import TABLES
 from schemas.work import CorpusShards, Dictionary, FeatureShard, SteeringResults
@@ -183,11 +183,11 @@ def build_corpus(
 
     tokens, info = group.tables["tokens"], group.tables["run_info"]
 
-    def make_tokens() -> None:
+    def make_tokens() -> Iterator[StoredFile]:
         share = config.function_tokens.share
-        write_table(config.duckdb, storage, "tokens", tokens, group.inputs, share=share)
+        yield write_table(config.duckdb, storage, "tokens", tokens, group.inputs, share=share)
 
-    def make_info() -> None:
+    def make_info() -> Iterator[StoredFile]:
         with (
             open_duckdb(storage, config.duckdb) as connection,
             explained("the table run_info", config.duckdb, storage),
@@ -196,7 +196,7 @@ def build_corpus(
             counted = "SELECT count(*), count(*) FILTER (is_function) FROM tokens"
             distinct, function = connection.execute(counted).fetchone()
         rows = run_info_rows(config, storage, shards, distinct_tokens=distinct, function_tokens=function)
-        storage.write_parquet(info, pa.Table.from_pylist(rows, schema=TABLES["run_info"]))
+        yield storage.write_parquet(info, pa.Table.from_pylist(rows, schema=TABLES["run_info"]))
 
     progress(0, 2, "corpus tables")
     ensure_folder(storage, [tokens], group.key_parts, make_tokens)
@@ -213,8 +213,8 @@ def _build_graph(
     dictionaries: Sequence[Dictionary],
     advance: Callable[[str], None],
 ) -> None:
-    def make() -> None:
-        storage.write_parquet(graph.tables["dictionaries"], _dictionary_rows(dictionaries))
+    def make() -> Iterator[StoredFile]:
+        yield storage.write_parquet(graph.tables["dictionaries"], _dictionary_rows(dictionaries))
         inputs = Catalog(
             tables={**corpus.tables, **graph.tables},
             sharded={**graph.inputs.sharded, "edges": graph.sharded["edges"]},
@@ -231,7 +231,7 @@ def _build_graph(
                     },
                 )
                 m = config.graph.rarefaction_m
-                write_table(config.duckdb, storage, table, graph.tables[table], known, relations, m=m)
+                yield write_table(config.duckdb, storage, table, graph.tables[table], known, relations, m=m)
             advance(table.replace("_", " "))
 
     ensure_folder(storage, [graph.tables[table] for table in GRAPH_TABLES], graph.key_parts, make)

@@ -195,9 +195,14 @@ class _OpenShard:
         if self._job.corpus.keep_occurrences:
             tables["occurrences"] = [doc[kept], position[kept], token_id[kept]]
             tables["specials"] = [doc[is_special], position[is_special], token_id[is_special]]
-        for name, columns in tables.items():
-            table = pa.table(columns, schema=SHARD_FILES[name])
-            storage.write_parquet(f"{folder}/{name}.parquet", table, **_WRITE_OPTIONS.get(name, {}))
+        written = [
+            storage.write_parquet(
+                f"{folder}/{name}.parquet",
+                pa.table(columns, schema=SHARD_FILES[name]),
+                **_WRITE_OPTIONS.get(name, {}),
+            )
+            for name, columns in tables.items()
+        ]
         stats = {
             "n_documents": len(lengths),
             "n_tokens": self.n_tokens,
@@ -205,7 +210,8 @@ class _OpenShard:
             "n_records": len(lengths) + len(self._rejects),
             "ends_file": ends_file,
         }
-        return _entry(folder, commit(storage, folder, Manifest(stage="tokenize", inputs={}, stats=stats)))
+        manifest = Manifest(stage="tokenize", inputs={}, stats=stats)
+        return _entry(folder, commit(storage, folder, manifest, written))
 
 
 _WRITE_OPTIONS: dict[str, dict[str, Any]] = {

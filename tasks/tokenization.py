@@ -212,10 +212,12 @@ def _write_tokenizer(storage: Storage, tokenizer: LoadedTokenizer) -> None:
     if load(storage, folder) is not None:
         return
     ids, texts = tokenizer.decode_vocabulary()
-    storage.write_bytes(f"{folder}/tokenizer.json", tokenizer.backend.to_str().encode())
-    storage.write_json(f"{folder}/special_ids.json", list(tokenizer.special_ids))
-    storage.write_parquet(f"{folder}/vocabulary.parquet", pa.table([ids, texts], schema=VOCABULARY))
-    commit(storage, folder, Manifest(stage="tokenizer", inputs={"key": tokenizer.key}))
+    written = [
+        storage.write_bytes(f"{folder}/tokenizer.json", tokenizer.backend.to_str().encode()),
+        storage.write_json(f"{folder}/special_ids.json", list(tokenizer.special_ids)),
+        storage.write_parquet(f"{folder}/vocabulary.parquet", pa.table([ids, texts], schema=VOCABULARY)),
+    ]
+    commit(storage, folder, Manifest(stage="tokenizer", inputs={"key": tokenizer.key}), written)
 
 
 class _Watched:

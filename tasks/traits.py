@@ -213,12 +213,13 @@ def _make(
             judged, features = given(
                 encoders[layer], layer, unit.trait.features or (), unit.trait.values or ()
             )
+        written = []
         for name, rows in (("trait_layers", [judged]), ("trait_features", features)):
             table = pa.Table.from_pylist(
                 [{"trait": unit.trait.name, **row} for row in rows], schema=SHARD_FILES[name]
             )
-            storage.write_parquet(f"{entry.folder}/{name}.parquet", table)
-        commit(storage, entry.folder, Manifest(stage="steering", inputs=inputs))
+            written.append(storage.write_parquet(f"{entry.folder}/{name}.parquet", table))
+        commit(storage, entry.folder, Manifest(stage="steering", inputs=inputs), written)
 
 
 def _at_last_function_tokens(lack: _Lack, model: LoadedModel) -> dict[int, torch.Tensor]:

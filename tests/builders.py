@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import struct
 from collections import Counter
@@ -10,8 +11,8 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from infra.manifest import Manifest, commit, content_key, load
-from infra.storage import Storage
+from infra.manifest import MANIFEST, Manifest, commit, content_key, load
+from infra.storage import Storage, StoredFile
 from schemas.config import Config
 from schemas.tables import SHARD_FILES, VOCABULARY
 from schemas.work import CorpusShards, Dictionary, FeatureShard, GraphShard, TokenShard
@@ -199,4 +200,14 @@ def _write(storage: Storage, folder: str, rows: dict[str, list[dict[str, object]
         storage.write_parquet(
             f"{folder}/{name}.parquet", pa.Table.from_pylist(table, schema=SHARD_FILES[name])
         )
-    commit(storage, folder, Manifest(stage="test", inputs={}))
+    commit_found(storage, folder, Manifest(stage="test", inputs={}))
+
+
+def commit_found(storage: Storage, folder: str, manifest: Manifest) -> Manifest:
+    """Commit whatever lies in a folder, as if it had been written just so."""
+    found = {name: storage.read_bytes(name) for name in storage.sizes(folder) if not name.endswith(MANIFEST)}
+    written = [
+        StoredFile(name=name, size=len(content), sha256=hashlib.sha256(content).hexdigest())
+        for name, content in found.items()
+    ]
+    return commit(storage, folder, manifest, written)

@@ -14,9 +14,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from builders import Cut, Document, make_dictionary, random_documents, write_corpus, write_features
+from builders import (
+    Cut,
+    Document,
+    commit_found,
+    make_dictionary,
+    random_documents,
+    write_corpus,
+    write_features,
+)
 
-from infra.manifest import Manifest, commit
+from infra.manifest import Manifest
 from infra.storage import Storage
 from schemas.config import Config, Model
 from schemas.tables import SHARD_FILES
@@ -70,7 +78,7 @@ class ConsolidationRun:
         for (model, step), frame in self.learned.items():
             _write(storage, f"growth/{model}-{step}", {"learned": frame})
             storage.write_bytes(f"dictionaries/{model}-{step}/sae_weights.safetensors", b"weights")
-            commit(storage, f"dictionaries/{model}-{step}", Manifest(stage="dictionaries", inputs={}))
+            commit_found(storage, f"dictionaries/{model}-{step}", Manifest(stage="dictionaries", inputs={}))
         for (model, step), frame in self.texts.items():
             _write(storage, f"generations/{model}-{step}", {"generations": frame})
         for model, frame in self.training.items():
@@ -78,7 +86,7 @@ class ConsolidationRun:
         for checkpoint in self.checkpoints:
             folder = checkpoint.model.name.removeprefix("storage:")
             storage.write_bytes(f"{folder}/model.safetensors", b"weights")
-            commit(storage, folder, Manifest(stage="checkpoints", inputs={}))
+            commit_found(storage, folder, Manifest(stage="checkpoints", inputs={}))
         return self.results
 
     @property
@@ -157,7 +165,7 @@ def consolidation_run(storage: Storage, seed: int = 0, **sections: Any) -> Conso
     shards = write_corpus(storage, cuts)
     for folder in {shard.folder for shard in shards.shards}:
         stats = {"n_records": sum(s.n_documents + 1 for s in shards.shards if s.folder == folder)}
-        commit(storage, folder, Manifest(stage="test", inputs={}, stats=stats))
+        commit_found(storage, folder, Manifest(stage="test", inputs={}, stats=stats))
     run = ConsolidationRun(
         config=config,
         documents=groups,
@@ -326,4 +334,4 @@ def _write(storage: Storage, folder: str, frames: dict[str, pd.DataFrame]) -> No
         schema = SHARD_FILES[name]
         table = pa.Table.from_pandas(frame[schema.names], schema=schema, preserve_index=False)
         storage.write_parquet(f"{folder}/{name}.parquet", table)
-    commit(storage, folder, Manifest(stage="test", inputs={}))
+    commit_found(storage, folder, Manifest(stage="test", inputs={}))

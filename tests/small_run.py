@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+from builders import commit_found
 
 from infra.duck import Catalog, ShardFile
-from infra.manifest import Manifest, commit
+from infra.manifest import Manifest
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.tables import SHARD_FILES, TABLES, VOCABULARY
@@ -59,10 +60,12 @@ class SmallRun:
             for file in ("documents", "rejects", "token_counts", "occurrences"):
                 table = _arrow(getattr(self, file)[place], SHARD_FILES[file])
                 storage.write_parquet(f"{shard.folder}/{file}.parquet", table)
-            commit(storage, shard.folder, Manifest(stage="tokenize", inputs={}, stats=self.stats[place]))
+            commit_found(
+                storage, shard.folder, Manifest(stage="tokenize", inputs={}, stats=self.stats[place])
+            )
         for dictionary in self.dictionaries:
             storage.write_bytes(f"{dictionary.folder}/sae_weights.safetensors", b"weights")
-            commit(storage, dictionary.folder, Manifest(stage="dictionaries", inputs={}))
+            commit_found(storage, dictionary.folder, Manifest(stage="dictionaries", inputs={}))
         for feature, where in zip(self.features, self.activations, strict=True):
             for file in ("activations", "edges", "counts"):
                 table = _arrow(getattr(self, file)[where], SHARD_FILES[file])

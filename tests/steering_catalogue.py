@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-from builders import Cut, make_config, random_documents, write_corpus
+from builders import Cut, commit_found, make_config, random_documents, write_corpus
 
 from infra.duck import Catalog
-from infra.manifest import Manifest, commit
+from infra.manifest import Manifest
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.tables import SHARD_FILES
@@ -294,7 +294,7 @@ def _write(storage: Storage, folder: str, files: dict[str, list[Row]], rng: rand
         storage.write_parquet(
             f"{folder}/{name}.parquet", pa.Table.from_pylist(mixed, schema=SHARD_FILES[name])
         )
-    commit(storage, folder, Manifest(stage="steering", inputs={}))
+    commit_found(storage, folder, Manifest(stage="steering", inputs={}))
     return folder
 
 

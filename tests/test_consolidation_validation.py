@@ -12,11 +12,12 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pytest
+from builders import commit_found
 from consolidation_run import ConsolidationRun, consolidation_run
 
 from infra.duck import Catalog
 from infra.errors import ExpectationError, StorageError
-from infra.manifest import Manifest, commit
+from infra.manifest import Manifest
 from infra.storage import Storage
 from schemas.consolidation_table_expectations import CONSOLIDATION
 from schemas.expectations import SUITES
@@ -497,7 +498,7 @@ def test_a_broken_file_is_a_storage_error(storage: Storage) -> None:
     storage.delete(f"{run.shards.shards[1].folder}/occurrences.parquet")
     with pytest.raises(StorageError, match=r"occurrences\.parquet"):
         check("losses", run, storage)
-    commit(storage, "losses/tokens-small-1-1", Manifest(stage="test", inputs={}))
+    commit_found(storage, "losses/tokens-small-1-1", Manifest(stage="test", inputs={}))
 
 
 @pytest.mark.usefixtures("quick")

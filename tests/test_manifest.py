@@ -7,6 +7,7 @@ import signal
 import string
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from s3 import S3Root
 
-from infra.errors import StorageError
 from infra.manifest import MANIFEST, Manifest, commit, content_key, load, load_all
-from infra.storage import Storage
+from infra.storage import Storage, StoredFile
 
 JSON: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
@@ -77,14 +77,14 @@ def test_a_key_is_the_same_in_every_process_and_version() -> None:
 
 # ---- manifests
 def make(storage: Storage, folder: str, **files: bytes) -> Manifest:
-    for name, content in files.items():
-        storage.write_bytes(f"{folder}/{name}", content)
-    return commit(storage, folder, Manifest(stage="tokenize", inputs={"a": 1}, stats={"n": 2}))
+    written = [storage.write_bytes(f"{folder}/{name}", content) for name, content in files.items()]
+    return commit(storage, folder, Manifest(stage="tokenize", inputs={"a": 1}, stats={"n": 2}), written)
 
 
 def test_what_is_committed_is_loaded(storage: Storage) -> None:
     made = make(storage, "t/1", a=b"12", b=b"")
     assert made.files == {"a": 2, "b": 0}
+    assert made.hashes == {"a": sha256(b"12").hexdigest(), "b": sha256(b"").hexdigest()}
     assert load(storage, "t/1") == made
     assert load(storage, "t/2") is None
     assert load_all(storage, []) == {}
@@ -98,10 +98,10 @@ def test_a_folder_is_done_when_its_manifest_is_written_and_not_before(
     written: list[str] = []
     original = Storage.write_bytes
 
-    def note(self: Storage, name: str, content: bytes) -> None:
+    def note(self: Storage, name: str, content: bytes) -> StoredFile:
         assert load(self, "t/1") is None
         written.append(name)
-        original(self, name, content)
+        return original(self, name, content)
 
     monkeypatch.setattr(Storage, "write_bytes", note)
     make(storage, "t/1", b=b"1", a=b"2")
@@ -134,28 +134,31 @@ def test_a_damaged_folder_is_not_done(storage: Storage, damage: str, others: int
     assert load(storage, "t/1") == made
 
 
-def test_a_file_that_did_not_arrive_is_not_committed(storage: Storage) -> None:
-    storage.write_bytes("t/1/a", b"1")
-    wanted = Manifest(stage="tokenize", inputs={}, files={"a": 1, "b": 1})
-    with pytest.raises(StorageError, match="t/1/b"):
-        commit(storage, "t/1", wanted)
+def test_what_a_killed_writer_left_is_not_committed(storage: Storage) -> None:
+    storage.write_bytes("t/1/left", b"1")
+    assert make(storage, "t/1", a=b"12").files == {"a": 2}
+
+
+def test_a_file_of_another_folder_is_not_committed(storage: Storage) -> None:
+    elsewhere = storage.write_bytes("t/2/a", b"1")
+    with pytest.raises(ValueError, match="t/2/a is not in t/1"):
+        commit(storage, "t/1", Manifest(stage="tokenize", inputs={}), [elsewhere])
     assert load(storage, "t/1") is None
 
 
-def test_a_file_that_arrived_cut_short_is_not_committed(storage: Storage) -> None:
-    storage.write_bytes("t/1/a", b"1")
-    with pytest.raises(StorageError, match="t/1/a"):
-        commit(storage, "t/1", Manifest(stage="tokenize", inputs={}, files={"a": 7}))
-    assert load(storage, "t/1") is None
+def test_a_manifest_from_before_hashes_is_known(storage: Storage) -> None:
+    storage.write_bytes("t/1/a", b"12")
+    storage.write_json(f"t/1/{MANIFEST}", {"stage": "tokenize", "inputs": {}, "files": {"a": 2}, "stats": {}})
+    assert load(storage, "t/1") == Manifest(stage="tokenize", inputs={}, files={"a": 2})
 
 
 KILLED = """
 import os, signal, sys
 from infra.manifest import Manifest, commit
-from infra.storage import Storage
+from infra.storage import Storage, StoredFile
 
 storage, when = Storage(sys.argv[1]), sys.argv[2]
-storage.write_bytes("t/1/a", b"12")
+written = [storage.write_bytes("t/1/a", b"12")]
 if when == "between files":
     os.kill(os.getpid(), signal.SIGKILL)
 with storage.write("t/1/b") as file:
@@ -171,7 +174,7 @@ if when == "in the manifest":
         file.write(b'{"stage": "tokenize", "inputs": {}')
         file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
-commit(storage, "t/1", Manifest(stage="tokenize", inputs={}))
+commit(storage, "t/1", Manifest(stage="tokenize", inputs={}), [*written, file.stored])
 """
 
 

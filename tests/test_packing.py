@@ -10,7 +10,7 @@ import builders
 import numpy as np
 import pytest
 import torch
-from builders import Cut, Document
+from builders import Cut, Document, commit_found
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -216,7 +216,7 @@ def test_special_tokens_inside_a_text_stay_where_they_are(
     shards = builders.write_corpus(storage, [Cut(source="a", documents=documents, in_graph=0)])
     import pyarrow as pa
 
-    from infra.manifest import Manifest, commit
+    from infra.manifest import Manifest
     from schemas.tables import SHARD_FILES
 
     folder = shards.shards[0].folder
@@ -226,7 +226,7 @@ def test_special_tokens_inside_a_text_stay_where_they_are(
     storage.write_parquet(
         f"{folder}/occurrences.parquet", pa.table(occurrences, schema=SHARD_FILES["occurrences"])
     )
-    commit(storage, folder, Manifest(stage="test", inputs={}))
+    commit_found(storage, folder, Manifest(stage="test", inputs={}))
     text = training_text(consolidation_config(storage, 1e-9), storage, shards)
     assert text.tokens.tolist() == [5, 6, BOS, BOS, 7, 8, 9]
     # A special token in a text begins no piece.

@@ -269,9 +269,9 @@ def test_a_second_call_makes_nothing_and_a_changed_case_alone_is_made_again(
     written: list[str] = []
     commit = reactivation.commit
 
-    def counting(storage: Storage, folder: str, manifest: Any) -> Any:
+    def counting(storage: Storage, folder: str, *rest: Any) -> Any:
         written.append(folder)
-        return commit(storage, folder, manifest)
+        return commit(storage, folder, *rest)
 
     monkeypatch.setattr(reactivation, "commit", counting)
     assert compute_reactivations(*prepared) == made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import pickle
 import subprocess
@@ -18,7 +19,7 @@ from s3 import BUCKET, S3Root, Server, free_port
 
 from infra.duck import Catalog, ShardFile, create_views, open_duckdb, view_of_shards
 from infra.errors import ConfigError, StorageError
-from infra.storage import Storage
+from infra.storage import Storage, StoredFile
 
 NAMES = [
     "plain.txt",
@@ -166,11 +167,31 @@ def test_readers_see_the_old_file_until_the_new_one_is_whole(storage: Storage) -
     assert storage.read_bytes("x") == b"the new one"
 
 
-def test_write_by_url(storage: Storage) -> None:
-    with open_duckdb(storage) as connection, storage.write_by_url("t/made.parquet") as url:
-        connection.execute(f"COPY (SELECT 7 AS x) TO '{url}' (FORMAT parquet)")
+def test_another_writer_gets_a_path(storage: Storage) -> None:
+    with open_duckdb(storage) as connection, storage.write_by_path("t/made.parquet") as place:
+        connection.execute(f"COPY (SELECT 7 AS x) TO '{place.path}' (FORMAT parquet)")
     assert storage.read_parquet("t/made.parquet").to_pylist() == [{"x": 7}]
     assert list(storage.sizes()) == ["t/made.parquet"]
+    assert place.stored == stored("t/made.parquet", storage.read_bytes("t/made.parquet"))
+
+
+def test_what_is_written_is_known_by_size_and_hash(storage: Storage, tmp_path: Path) -> None:
+    (tmp_path / "up").mkdir()
+    (tmp_path / "up" / "a.bin").write_bytes(b"1" * 1000)
+    table = pa.table({"x": range(100_000)})
+    written = [
+        storage.write_bytes("b", b"content"),
+        storage.write_bytes("empty", b""),
+        storage.write_json("v.json", {"b": 1}),
+        storage.write_parquet("t.parquet", table, row_group_size=1000),
+        *storage.upload(tmp_path / "up", "f"),
+    ]
+    assert [file.name for file in written] == ["b", "empty", "v.json", "t.parquet", "f/a.bin"]
+    assert written == [stored(file.name, storage.read_bytes(file.name)) for file in written]
+
+
+def stored(name: str, content: bytes) -> StoredFile:
+    return StoredFile(name=name, size=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
 def test_a_failed_upload_of_several_parts_is_aborted(s3_root: S3Root) -> None:

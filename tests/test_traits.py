@@ -514,9 +514,9 @@ def test_a_second_call_finds_nothing_new_and_a_changed_trait_alone_is_found_agai
     written: list[str] = []
     commit = traits.commit
 
-    def counting(storage: Storage, folder: str, manifest: Any) -> Any:
+    def counting(storage: Storage, folder: str, *rest: Any) -> Any:
         written.append(folder)
-        return commit(storage, folder, manifest)
+        return commit(storage, folder, *rest)
 
     monkeypatch.setattr(traits, "commit", counting)
     assert compute_traits(*prepared) == made

@@ -9,13 +9,21 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from builders import Cut, make_config, make_dictionary, random_documents, write_corpus, write_features
+from builders import (
+    Cut,
+    commit_found,
+    make_config,
+    make_dictionary,
+    random_documents,
+    write_corpus,
+    write_features,
+)
 from s3 import S3Root
 from small_run import SmallRun, resize, small_run
 
 from infra.duck import Catalog, read_catalog
 from infra.errors import ExpectationError, StorageError
-from infra.manifest import Manifest, commit
+from infra.manifest import Manifest
 from infra.storage import Storage
 from schemas.consolidation_table_expectations import CONSOLIDATION
 from schemas.expectations import SUITES
@@ -345,7 +353,7 @@ def test_counting_only_asks_nothing_of_occurrences(storage: Storage, monkeypatch
     catalog = run.write(storage)
     for shard, stats in zip(run.shards.shards, run.stats, strict=True):
         storage.delete(f"{shard.folder}/occurrences.parquet")
-        commit(storage, shard.folder, Manifest(stage="tokenize", inputs={}, stats=stats))
+        commit_found(storage, shard.folder, Manifest(stage="tokenize", inputs={}, stats=stats))
     corpus = run.config.corpus.model_copy(update={"keep_occurrences": False})
     run.config = run.config.model_copy(update={"corpus": corpus, "sae": []})
     check("tokenize", run, storage, catalog)
