@@ -3,17 +3,19 @@
 Each child leads a session of its own, so that Ctrl-C reaches only the parent, which stops them in order. What
 runs is written to a file beside Prefect's database: a parent that was killed leaves children, and the next
 one, which would find their port taken, stops them first.
+
+What children print goes to a file each, which outlives them; errors among it are told by the parent as they come.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -27,6 +29,11 @@ from infra.errors import ConfigError, FunctokError
 
 GRACE_SECONDS = 8.0
 """How long a child may take to end after SIGTERM before it is killed."""
+
+TOLD_AGAIN_SECONDS = 600.0
+"""An error that a child repeats is told again after this time."""
+
+_ERROR = re.compile(r"\|\s*(?:ERROR|CRITICAL)\s*\||^(?:ERROR|CRITICAL)\b|^[\w.]*(?:Error|Exception)\b")
 
 
 class Stopped(Exception):
@@ -67,8 +74,10 @@ class Children:
         home = Path(environment.get("PREFECT_HOME") or Path.home() / ".prefect").expanduser()
         self.environment, self.directory = dict(environment), directory
         self._record = home / f"functok-{name}.json"
+        self.logs = home / f"functok-{name}-logs"
         self._children: dict[str, tuple[subprocess.Popen[bytes], IO[bytes]]] = {}
         self._before_stop: list[Callable[[], object]] = []
+        self._errors: dict[str, ErrorLines] = {}
         self._asked = threading.Event()
         self._handlers: dict[int, Any] = {}
 
@@ -89,8 +98,13 @@ class Children:
                 signal.signal(number, handler)
 
     def start(self, name: str, module: str, *arguments: str) -> None:
-        """Start `python -m module arguments…` as a child."""
-        log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
+        """Start `python -m module arguments…` as a child; what it prints goes to a file in `logs`."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        path = self.logs / f"{name.replace(' ', '-')}.log"
+        if path.exists():
+            path.replace(path.with_suffix(".previous.log"))
+        log = open(path, "w+b")  # noqa: SIM115 - lives as long as the child
+        self._errors[name] = ErrorLines(path)
         process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             env=self.environment,
@@ -115,7 +129,7 @@ class Children:
         self.until(lambda: process.poll() is not None, f"`{name}` to finish", timeout, finite=name)
         if process.returncode != 0:
             raise self._died(name)
-        del self._children[name]
+        del self._children[name], self._errors[name]
         self._write_record()
 
     def until(
@@ -141,14 +155,34 @@ class Children:
             if self._asked.wait(0.2):
                 raise Stopped(what)
 
-    def wait(self) -> None:
-        """Wait until the parent is asked to stop.
+    def wait(
+        self,
+        say: Callable[[str], object] = print,
+        every: Callable[[], object] = lambda: None,
+        seconds: float = 30.0,
+    ) -> None:
+        """Wait until the parent is asked to stop; meanwhile tell the errors that children print.
+
+        Args:
+            say: Takes lines for people.
+            every: Called again and again; its errors do not end the waiting.
+            seconds: How long it is not called.
 
         Raises:
             FunctokError: if a child dies first.
         """
+        due = time.monotonic() + seconds
         while not self._asked.wait(0.5):
             self._require_alive(None)
+            for name, errors in self._errors.items():
+                for line in errors.new():
+                    say(f"the {name} reports: {line} (all of it: {errors.path})")
+            if time.monotonic() >= due:
+                try:
+                    every()
+                except Exception as error:
+                    say(f"while looking after the runs: {type(error).__name__}: {error}")
+                due = time.monotonic() + seconds
 
     def before_stop(self, action: Callable[[], object]) -> None:
         """Have `action` called when every child but the first is gone; its errors don't stop the stopping."""
@@ -207,6 +241,43 @@ class Children:
                 hint="use it, stop it with Ctrl-C, or choose another --port",
             )
         end_processes(alive)
+
+
+class ErrorLines:
+    """The errors in a growing log: lines that say so, and last lines of tracebacks; one that recurs is told seldom.
+
+    Args:
+        path: The log.
+        clock: Seconds that only grow.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self.path, self._clock = path, clock
+        self._read, self._rest = 0, b""
+        self._told: dict[str, float] = {}
+
+    def new(self) -> list[str]:
+        """What has come since the last call."""
+        with open(self.path, "rb") as log:
+            log.seek(self._read)
+            content = log.read()
+        self._read += len(content)
+        *lines, self._rest = (self._rest + content).split(b"\n")
+        found = [line.decode("utf-8", "replace").strip() for line in lines]
+        return [_without_time(line) for line in found if _ERROR.search(line) and self._is_news(line)]
+
+    def _is_news(self, line: str) -> bool:
+        # Times, numbers of processes and addresses differ each time.
+        kind = re.sub(r"[0-9a-f-]{8,}|\d+", "#", line)
+        now = self._clock()
+        if now - self._told.get(kind, -TOLD_AGAIN_SECONDS) < TOLD_AGAIN_SECONDS:
+            return False
+        self._told[kind] = now
+        return True
+
+
+def _without_time(line: str) -> str:
+    return re.sub(r"^[\d:.]+ \| (?:ERROR|CRITICAL)\s*\| ", "", line)
 
 
 def _birth(pid: int) -> float | None:

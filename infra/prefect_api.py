@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,9 @@ PENDING_SECONDS = 300
 PROCESS = "functok.process"
 """The label of a run that names its machine and process."""
 
+WORKER = "prefect.worker.name"
+"""The label that a worker gives a run which it has taken."""
+
 
 def health(api_url: str, seconds: float = 2.0) -> bool:
     """Whether the API answers within some seconds."""
@@ -45,21 +48,33 @@ def health(api_url: str, seconds: float = 2.0) -> bool:
         return False
 
 
-def prepare(api_url: str, pools: Sequence[str]) -> list[str]:
+def prepare(api_url: str, pools: Sequence[str], gone_workers: Sequence[str] = ()) -> list[str]:
     """Create the work pools and the automation where they are not there, and settle runs that died.
+
+    Args:
+        api_url: Prefect's API.
+        pools: The work pools.
+        gone_workers: Names of workers that do not run now: what they had taken and not begun is lost.
 
     Returns:
         A line for people about each thing that was done.
     """
-    return asyncio.run(_prepare(api_url, pools))
+    return asyncio.run(_prepare(api_url, pools, gone_workers))
 
 
-def crash_dead_runs(api_url: str, reason: str) -> list[str]:
+def crash_dead_runs(
+    api_url: str, reason: str, *, gone_workers: Sequence[str] = (), taken_by: Sequence[str] = ()
+) -> list[str]:
     """Mark as crashed the unfinished runs of this machine whose process is gone, and their subflows.
+
+    A run that a worker has taken and not begun (Pending, Submitting) holds its deployment's one place. It is lost at
+    once where its worker is gone, and where its worker lives, after `PENDING_SECONDS`.
 
     Args:
         api_url: Prefect's API.
         reason: What the state's message says.
+        gone_workers: Names of workers that do not run any more.
+        taken_by: Names of this machine's workers that do run.
 
     Returns:
         The names of the runs that were marked.
@@ -69,7 +84,7 @@ def crash_dead_runs(api_url: str, reason: str) -> list[str]:
         from prefect.client.orchestration import PrefectClient
 
         async with PrefectClient(api_url) as client:
-            return await _crash_dead_runs(client, reason)
+            return await _crash_dead_runs(client, reason, gone_workers, taken_by)
 
     return asyncio.run(settle())
 
@@ -86,7 +101,7 @@ def note_process(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> 
             client.update_flow_run_labels(flow_run.id, {PROCESS: f"{socket.gethostname()}:{os.getpid()}"})
 
 
-async def _prepare(api_url: str, pools: Sequence[str]) -> list[str]:
+async def _prepare(api_url: str, pools: Sequence[str], gone_workers: Sequence[str]) -> list[str]:
     from prefect.client.orchestration import PrefectClient
     from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.exceptions import ObjectAlreadyExists
@@ -113,7 +128,9 @@ async def _prepare(api_url: str, pools: Sequence[str]) -> list[str]:
             await client.create_automation(wanted_automation)
         done += [
             f"marked as crashed: {name}, which died while the server was down"
-            for name in await _crash_dead_runs(client, "its process died while Prefect's server was down")
+            for name in await _crash_dead_runs(
+                client, "its process died while Prefect's server was down", gone_workers, ()
+            )
         ]
     return done
 
@@ -147,12 +164,16 @@ def _automation() -> AutomationCore:
     )
 
 
-async def _crash_dead_runs(client: PrefectClient, reason: str) -> list[str]:
+async def _crash_dead_runs(
+    client: PrefectClient, reason: str, gone_workers: Sequence[str], taken_by: Sequence[str]
+) -> list[str]:
     from prefect.client.schemas.objects import StateType
     from prefect.states import Crashed
 
     unfinished = await _runs_in(client, [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING])
-    dead = {run.id: run for run in unfinished if _died_here(run)}
+    untold = {run.work_pool_name for run in unfinished if run.work_pool_name and WORKER not in run.labels}
+    ours = {pool for pool in untold if await _is_served_by(client, pool, {*gone_workers, *taken_by})}
+    dead = {run.id: run for run in unfinished if _died_here(run, gone_workers, taken_by, ours)}
     grown = True
     while grown:
         parents = await _parents(client, [run for run in unfinished if run.id not in dead])
@@ -185,15 +206,32 @@ async def _parents(client: PrefectClient, runs: Sequence[FlowRun]) -> dict[UUID,
     return parents
 
 
-def _died_here(run: FlowRun) -> bool:
-    """Whether the run's process was on this machine and is gone, or never came to life."""
-    host, separator, pid = str(run.labels.get(PROCESS, "")).rpartition(":")
+async def _is_served_by(client: PrefectClient, pool: str, workers: set[str]) -> bool:
+    """Whether nobody but these workers can have taken a run from the pool."""
+    found = await client.read_workers_for_work_pool(pool)
+    return all(worker.name in workers for worker in found if worker.status == "ONLINE")
+
+
+def _died_here(
+    run: FlowRun, gone_workers: Sequence[str], taken_by: Sequence[str], ours: Collection[str]
+) -> bool:
+    """Whether the run's process was on this machine and is gone, or never came to life.
+
+    A worker takes a run before it puts its name on it: a run without a name is ours where nobody else serves its pool.
+    """
+    host, separator, process = str(run.labels.get(PROCESS, "")).rpartition(":")
     if separator:
-        return host == socket.gethostname() and not _lives(int(pid), run)
-    pid = run.infrastructure_pid or ""
-    waited = run.state.timestamp if run.state is not None and run.state.is_pending() else None
-    is_overdue = waited is not None and (datetime.now(UTC) - waited).total_seconds() > PENDING_SECONDS
-    return is_overdue and pid.isdigit() and not _lives(int(pid), run)
+        return host == socket.gethostname() and not _lives(int(process), run)
+    if run.state is None or not run.state.is_pending():
+        return False
+    pid, worker = run.infrastructure_pid or "", run.labels.get(WORKER)
+    if pid.isdigit() and _lives(int(pid), run):
+        return False
+    is_taken_here = run.work_pool_name in ours if worker is None else worker in {*gone_workers, *taken_by}
+    if is_taken_here and not taken_by:
+        return True
+    is_overdue = (datetime.now(UTC) - run.state.timestamp).total_seconds() > PENDING_SECONDS
+    return is_overdue and (is_taken_here or pid.isdigit())
 
 
 def _lives(pid: int, run: FlowRun) -> bool:

@@ -8,10 +8,14 @@ it is waited for.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from infra.addresses import without_credentials
 from infra.errors import ConfigError, FunctokError
@@ -21,6 +25,9 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 POOLS = ("functok-cpu", "functok-gpu")
 """The work pools that `prefect.yaml` deploys to; a worker of `functok up` serves each."""
+
+SWEEP_SECONDS = 30.0
+"""How often runs whose process is gone are looked for while the server runs."""
 
 HEARTBEAT_SECONDS = 30
 """How often a run under `functok up` says that it is alive."""
@@ -144,12 +151,13 @@ def _not_prefect(record: Any) -> bool:
     return not str(record.name).startswith(("prefect", "APILogWorker", "EventsWorker"))
 
 
-def deployment_parameters(config: str) -> dict[str, Any]:
+def deployment_parameters(config: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
     """A build step of `prefect.yaml`: the parameters of a deployment, from a configuration file.
 
     Args:
         config: The TOML file, relative to the project. `$FUNCTOK_CONFIG` overrides it, `$FUNCTOK_ROOT` its
             `storage.root`; `functok up --config … --root …` sets them.
+        environment: Where these are looked up; the process' own if not given.
 
     Returns:
         `{"config": …}`, with the keys that the file sets; the form fills in the defaults.
@@ -159,8 +167,9 @@ def deployment_parameters(config: str) -> dict[str, Any]:
     """
     from schemas.config import load_config
 
-    chosen = Path(os.environ.get("FUNCTOK_CONFIG") or PROJECT / config)
-    loaded = load_config(chosen, root=os.environ.get("FUNCTOK_ROOT") or None)
+    environment = os.environ if environment is None else environment
+    chosen = Path(environment.get("FUNCTOK_CONFIG") or PROJECT / config)
+    loaded = load_config(chosen, root=environment.get("FUNCTOK_ROOT") or None)
     return {"config": loaded.model_dump(mode="json", exclude_unset=True)}
 
 
@@ -217,7 +226,9 @@ def up(
     """Bring up server, work pools, workers and every deployment of `prefect.yaml`, and wait.
 
     Returns after Ctrl-C or SIGTERM, when all children are gone. A second `up` after a crash stops what the
-    first one left behind, and marks as crashed the runs that died with it.
+    first one left behind, and marks as crashed the runs that died with it. What people have set in the UI
+    outlives restarts (`infra.deployments`). What server and workers print is kept in files that are named at
+    start, and errors among it are told as they come.
 
     Args:
         root: Default `storage.root` of the deployments.
@@ -228,40 +239,83 @@ def up(
         say: Takes lines for people.
 
     Raises:
-        ConfigError: if the port is taken, or a parameter is wrong.
+        ConfigError: if the port is taken, a parameter is wrong, or a library's version lets no schedule fire.
         FunctokError: if a child dies or does not start; the message has its last lines.
     """
     from infra.children import Children, require_free_port
 
+    require_working_scheduler()
     environment = server_environment(host, port, root=root, config=config, database_url=database_url)
     if not (PROJECT / "prefect.yaml").is_file():
         raise ConfigError(f"{PROJECT} has no prefect.yaml", hint="run `functok up` from a source checkout")
     with Children(name=f"up-{port}", environment=environment, directory=PROJECT) as children:
         require_free_port(host, port)
-        _start(children, host, port, say)
-        children.wait()
+        say(f"what the server and the workers print is in {children.logs}")
+        workers = _start(children, host, port, say)
+        children.wait(say, lambda: _sweep(environment["PREFECT_API_URL"], workers, say), SWEEP_SECONDS)
         say("stopping …")
     say("stopped")
 
 
-def _start(children: Any, host: str, port: int, say: Callable[[str], None]) -> None:
+def require_working_scheduler() -> None:
+    """Whether the libraries here let Prefect's scheduler work.
+
+    With SQLAlchemy 2.1 each of its loops ends in an error: runs, retries and the UI work, and no schedule fires.
+
+    Raises:
+        ConfigError: if they do not.
+    """
+    found = version("sqlalchemy")
+    if tuple(int(part) for part in found.split(".")[:2]) >= (2, 1):
+        raise ConfigError(
+            f"with SQLAlchemy {found} Prefect {version('prefect')} never starts a scheduled run",
+            hint='pip install "sqlalchemy<2.1"',
+        )
+
+
+def _sweep(api_url: str, workers: Sequence[str], say: Callable[[str], None]) -> None:
+    from infra.prefect_api import crash_dead_runs
+
+    for name in crash_dead_runs(api_url, "its process is gone", taken_by=workers):
+        say(f"marked as crashed: {name}, whose process is gone")
+
+
+def _start(children: Any, host: str, port: int, say: Callable[[str], None]) -> list[str]:
+    """Start everything; returns the workers' names."""
     from infra.children import Stopped
+    from infra.deployments import fill, read_deployments
     from infra.prefect_api import crash_dead_runs, health, prepare
 
     api_url = children.environment["PREFECT_API_URL"]
+    workers = {pool: f"{pool} of {socket.gethostname()}:{port}" for pool in POOLS}
+    names = list(workers.values())
     try:
         say("starting Prefect's server …")
         children.start("server", "prefect", "server", "start", "--host", host, "--port", str(port))
         children.until(lambda: health(api_url), "Prefect's server to answer", timeout=180)
-        children.before_stop(lambda: crash_dead_runs(api_url, "functok up was stopped"))
-        for line in prepare(api_url, POOLS):
+        children.before_stop(lambda: crash_dead_runs(api_url, "functok up was stopped", gone_workers=names))
+        for line in prepare(api_url, POOLS, gone_workers=names):
             say(line)
         say("deploying prefect.yaml …")
-        children.run("deploy", "prefect", "--no-prompt", "deploy", "--all", timeout=180)
-        for pool in POOLS:
-            children.start(
-                f"worker of {pool}", "prefect", "worker", "start", "--pool", pool, "--type", "process"
-            )
+        parameters = deployment_parameters(_default_config(), environment=children.environment)
+
+        def deploy(missing: Sequence[str]) -> None:
+            chosen = [argument for name in missing for argument in ("--name", name)]
+            children.run("deploy", "prefect", "--no-prompt", "deploy", *chosen, timeout=180)
+
+        for line in fill(api_url, read_deployments(PROJECT / "prefect.yaml", parameters), PROJECT, deploy):
+            say(line)
+        for pool, name in workers.items():
+            arguments = ("--pool", pool, "--type", "process", "--name", name)
+            children.start(f"worker of {pool}", "prefect", "worker", "start", *arguments)
         say(f"functok is up: {api_url.removesuffix('/api')} (Ctrl-C stops it)")
     except Stopped:
-        return
+        pass
+    return names
+
+
+def _default_config() -> str:
+    """The configuration file that `prefect.yaml` names for its parameters."""
+    content = yaml.safe_load((PROJECT / "prefect.yaml").read_text(encoding="utf-8"))
+    (step,) = content["build"]
+    return str(step["infra.prefect_server.deployment_parameters"]["config"])

@@ -658,7 +658,7 @@ def test_tables_on_s3_are_those_on_disk(storage: Storage, s3_root: S3Root, tmp_p
         "documents": table,
         "vocabulary": table.select(["token_id", "token"]),
     }
-    with pytest.raises(StorageError, match="t.parquet: there is no bucket no-such-bucket"):
+    with pytest.raises(StorageError, match="there is no bucket no-such-bucket"):
         write_table(
             DuckDb(), Storage("s3://no-such-bucket/x"), "tokens", "t.parquet", Catalog(), same, share=0.4
         )

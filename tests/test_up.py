@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from tiny import save_tokenizer, texts, write_jsonl
 
 from infra.children import Children, require_free_port
 from infra.errors import ConfigError, FunctokError
-from infra.prefect_server import PROJECT, server_environment
+from infra.prefect_server import PROJECT, server_environment, up
 from schemas.work import STAGES
 
 FLOWS = {"reproduce", *STAGES}
@@ -124,6 +125,9 @@ def test_up_serves_deployments_runs_them_and_leaves_nothing(
             logs = post(api, "/logs/filter", {"logs": {"flow_run_id": {"any_": [run["id"]]}}})
             assert ended["state_type"] == "COMPLETED", [entry["message"] for entry in logs]
         assert list(Path(root, "tokens").rglob("manifest.json"))
+        [named] = [line for line in log.read_text().splitlines() if line.startswith("what the server")]
+        logs_folder = Path(named.split(" is in ")[1])
+        assert "tokenize" in (logs_folder / "worker-of-functok-cpu.log").read_text()
 
         second = subprocess.run(
             [sys.executable, "-m", "functok", "up", "--port", str(port)],
@@ -144,7 +148,147 @@ def test_up_serves_deployments_runs_them_and_leaves_nothing(
         assert "stopped" in log.read_text()
 
 
-def answer(api: httpx.Client, path: str, body: dict[str, Any]) -> httpx.Response:
+def deployments_of(api: httpx.Client) -> dict[str, dict[str, Any]]:
+    return {entry["name"]: entry for entry in post(api, "/deployments/filter", {})}
+
+
+def runs_of(api: httpx.Client, deployment: dict[str, Any]) -> list[dict[str, Any]]:
+    wanted = {"deployments": {"id": {"any_": [deployment["id"]]}}, "sort": "EXPECTED_START_TIME_ASC"}
+    return list(post(api, "/flow_runs/filter", wanted))
+
+
+def by_itself(api: httpx.Client, deployment: dict[str, Any], schedule: str) -> dict[str, Any] | None:
+    """A run that a schedule has started."""
+    for run in runs_of(api, deployment):
+        if run["auto_scheduled"] and run["start_time"] and run["created_by"]["id"] == schedule:
+            return run
+    return None
+
+
+@pytest.mark.server
+def test_schedules_fire_and_what_people_set_outlives_kill_9_and_dead_runs_are_seen(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    port, log = free_port(), tmp_path / "up.log"
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+
+    def is_up(process: subprocess.Popen[bytes]) -> None:
+        eventually(lambda: "functok is up" in log.read_text() or process.poll() is not None, 300, "`up`")
+        assert process.poll() is None, log.read_text()
+
+    api = httpx.Client(base_url=f"http://127.0.0.1:{port}/api", timeout=60)
+    with brought_up(environment, port, log) as process:
+        is_up(process)
+        found = deployments_of(api)
+        tokenize, report = found["tokenize"], found["report"]
+        # As the UI makes them.
+        [each_minute] = post(
+            api,
+            f"/deployments/{report['id']}/schedules",
+            [{"active": True, "schedule": {"cron": "* * * * *", "timezone": "UTC", "day_or": True}}],
+        )
+        [often] = post(
+            api,
+            f"/deployments/{tokenize['id']}/schedules",
+            [{"active": True, "schedule": {"interval": 5, "anchor_date": "2026-01-01T00:00:00Z"}}],
+        )
+        dead = post(api, "/flow_runs/", {"flow_id": tokenize["flow_id"], "state": {"type": "RUNNING"}})
+        label = {"functok.process": f"{socket.gethostname()}:{gone.pid}"}
+        api.patch(f"/flow_runs/{dead['id']}/labels", json=label).raise_for_status()
+        assert eventually(lambda: by_itself(api, tokenize, often["id"]), 120, "a run of the interval")
+        assert eventually(lambda: by_itself(api, report, each_minute["id"]), 180, "a run of the cron")
+        eventually(
+            lambda: api.get(f"/flow_runs/{dead['id']}").json().get("state_name") == "Crashed",
+            60,
+            "a dead run's state while the server runs",
+        )
+        assert f"marked as crashed: {dead['name']}" in log.read_text()
+
+        reproduce = found["reproduce"]
+        [nightly] = reproduce["schedules"]
+        api.patch(f"/deployments/{reproduce['id']}/schedules/{nightly['id']}", json={"active": True})
+        [hourly] = tokenize["schedules"]
+        api.delete(f"/deployments/{tokenize['id']}/schedules/{hourly['id']}").raise_for_status()
+        changed = tokenize["parameters"]["config"] | {"function_tokens": {"share": 0.3}}
+        own = {"parameters": {"config": changed}, "tags": ["mine"], "paused": True, "concurrency_limit": 3}
+        api.patch(f"/deployments/{tokenize['id']}", json=own).raise_for_status()
+        api.delete(f"/deployments/{found['growth']['id']}").raise_for_status()
+        process.kill()
+        process.wait()
+
+    elsewhere = environment | {"FUNCTOK_TEST_ROOT": f"{environment['FUNCTOK_TEST_ROOT']}2"}
+    with brought_up(elsewhere, port, log) as process:
+        is_up(process)
+        assert "kept the parameters that were set in the UI: tokenize" in log.read_text()
+        assert "deployed growth" in log.read_text()
+        found = deployments_of(api)
+        assert found.keys() == FLOWS
+        assert found["tokenize"]["parameters"]["config"] == changed
+        assert found["tokenize"]["tags"] == ["mine"]
+        assert found["tokenize"]["paused"] is True
+        assert found["tokenize"]["global_concurrency_limit"]["limit"] == 3
+        assert [schedule["id"] for schedule in found["tokenize"]["schedules"]] == [often["id"]]
+        assert [schedule["id"] for schedule in found["report"]["schedules"]] == [each_minute["id"]]
+        assert [schedule["active"] for schedule in found["reproduce"]["schedules"]] == [True]
+        for name in ("report", "growth"):
+            root = found[name]["parameters"]["config"]["storage"]["root"]
+            assert root == elsewhere["FUNCTOK_TEST_ROOT"], "what nobody touched follows --root"
+
+        api.delete(f"/deployments/{found['report']['id']}/schedules/{each_minute['id']}").raise_for_status()
+        pending = post(api, "/flow_runs/", {"flow_id": tokenize["flow_id"], "state": {"type": "PENDING"}})
+        taken_by = {"prefect.worker.name": f"functok-cpu of {socket.gethostname()}:{port}"}
+        api.patch(f"/flow_runs/{pending['id']}/labels", json=taken_by).raise_for_status()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0, log.read_text()
+    database = Path(environment["PREFECT_HOME"]) / "prefect.db"
+    with sqlite3.connect(database) as connection:
+        [state] = connection.execute(
+            "SELECT state_name FROM flow_run WHERE id = ?", [pending["id"]]
+        ).fetchall()
+    assert state == ("Crashed",)
+
+
+def test_a_version_with_which_no_schedule_fires_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"sqlalchemy": "2.1.0", "prefect": "3.8.8"}
+    monkeypatch.setattr("infra.prefect_server.version", versions.__getitem__)
+    with pytest.raises(
+        ConfigError, match=r"SQLAlchemy 2\.1\.0 .*never starts a scheduled run.*sqlalchemy<2\.1"
+    ):
+        up(port=free_port())
+
+
+def test_errors_of_children_are_told_once_and_kept(tmp_path: Path) -> None:
+    environment = dict(os.environ) | {"PREFECT_HOME": str(tmp_path)}
+    trouble = (
+        "10:11:12.123 | INFO    | prefect.server.services.scheduler - Scheduled 0 runs.",
+        "10:11:12.124 | ERROR   | prefect.server.services.scheduler - Unexpected error in loop 17",
+        "10:11:17.130 | ERROR   | prefect.server.services.scheduler - Unexpected error in loop 18",
+        "Traceback (most recent call last):",
+        '  File "x.py", line 1, in <module>',
+        "sqlalchemy.exc.InvalidRequestError: Can't evaluate bulk DML statement",
+    )
+    (tmp_path / "ails.py").write_text(
+        f"import time\nprint('\\n'.join({trouble!r}), flush=True)\ntime.sleep(60)\n"
+    )
+    told: list[str] = []
+    with Children(name="test", environment=environment, directory=tmp_path) as children:
+        children.start("server", "ails")
+
+        def stop() -> None:
+            if len(told) >= 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        children.wait(told.append, every=stop, seconds=0.2)
+    where = f"(all of it: {tmp_path}/functok-test-logs/server.log)"
+    assert told == [
+        f"the server reports: prefect.server.services.scheduler - Unexpected error in loop 17 {where}",
+        f"the server reports: sqlalchemy.exc.InvalidRequestError: Can't evaluate bulk DML statement {where}",
+    ]
+    assert (tmp_path / "functok-test-logs" / "server.log").read_text().splitlines() == list(trouble)
+
+
+def answer(api: httpx.Client, path: str, body: Any) -> httpx.Response:
     """What the server answers once its SQLite is not locked: with 503 it asks its clients to come again."""
     return eventually(
         lambda: (answered := api.post(path, json=body)).status_code != 503 and answered,
@@ -153,7 +297,7 @@ def answer(api: httpx.Client, path: str, body: dict[str, Any]) -> httpx.Response
     )
 
 
-def post(api: httpx.Client, path: str, body: dict[str, Any]) -> Any:
+def post(api: httpx.Client, path: str, body: Any) -> Any:
     return answer(api, path, body).raise_for_status().json()
 
 
@@ -200,7 +344,7 @@ def test_a_child_that_dies_ends_the_rest_and_is_quoted(tmp_path: Path) -> None:
         live_and_die()
     [server] = seen
     assert not server.is_running()
-    assert not list(tmp_path.glob("functok-*"))
+    assert not list(tmp_path.glob("functok-*.json"))
 
 
 def web_servers(parent: psutil.Process) -> list[psutil.Process]:
