@@ -15,7 +15,7 @@ from flows.losses import losses
 from flows.reactivation import reactivation
 from flows.report import report
 from flows.steering import steering
-from flows.support import stage_flow, watching
+from flows.support import open_storage, stage_flow, watching
 from flows.tables import tables
 from flows.tokenize import tokenize
 from infra.addresses import refuse_secrets
@@ -36,6 +36,7 @@ def reproduce(config: Config, only: Stage | None = None, start_from: Stage | Non
         start_from: Run this stage and those after it.
     """
     stages = stages_to_run(config, only, start_from)
+    check(config, stages)
     if "tokenize" in stages:
         tokenize(config)
     if "dictionaries" in stages:
@@ -58,6 +59,20 @@ def reproduce(config: Config, only: Stage | None = None, start_from: Stage | Non
         tables(config)
     if "report" in stages:
         report(config)
+
+
+def check(config: Config, stages: tuple[Stage, ...]) -> None:
+    """Ask of the model and the dictionaries what can be known before any work is done.
+
+    Raises:
+        FunctokError: if they do not fit, or the model's files do not hold it.
+    """
+    from tasks.preflight import check_fit, check_model
+
+    storage = open_storage(config)
+    check_fit(config, storage)
+    if set(stages) - {"tokenize", "tables", "report"}:
+        check_model(config, storage)
 
 
 def stages_to_run(config: Config, only: Stage | None, start_from: Stage | None) -> tuple[Stage, ...]:

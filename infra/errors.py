@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+LONGEST_MESSAGE = 1_000
+"""Characters of a library's message that are told: some list every weight of a model."""
+
 
 class FunctokError(Exception):
     """An error that is shown to the user as one clear line.
@@ -80,3 +83,25 @@ def about(subject: str = "", *, stage: str = "") -> Iterator[None]:
     except FunctokError as error:
         message = error.message if subject in error.message else f"{subject}: {error.message}"
         raise type(error)(message, hint=error.hint, stage=error.stage or stage) from error
+
+
+def whole_message(error: BaseException, *, with_type: bool = False) -> str:
+    """An error of a library as one line: all that it says, of a quoted traceback its last line.
+
+    The first line alone is often the beginning of a sentence ("the following keys are missing:").
+
+    Args:
+        error: What was raised.
+        with_type: Whether to say its type first; said alone where it says nothing.
+    """
+    name, text = type(error).__name__, str(error).strip()
+    if text.startswith("Traceback (most recent call last)"):
+        text = text.splitlines()[-1]
+    text = " ".join(text.split())
+    # A file's bytes may be in it, decoded as they are not.
+    text = text.encode("utf-8", "backslashreplace").decode()
+    if len(text) > LONGEST_MESSAGE:
+        text = f"{text[:LONGEST_MESSAGE]} … (--debug shows all of it)"
+    if not text:
+        return name
+    return f"{name}: {text}" if with_type else text

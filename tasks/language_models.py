@@ -18,9 +18,8 @@ import torch
 from infra.errors import ModelError
 from infra.storage import Storage
 from schemas.config import Model
-from tasks.devices import prepared_device, settle_dtype
-from tasks.model_files import explained, location, revision
-from tasks.models import context_length, decoder_blocks, require_causal, require_known, text_config
+from tasks.model_loading import find_blocks, load_module
+from tasks.models import context_length, require_causal, require_known, text_config
 from tasks.text_generation import continuations
 
 CHUNK_BYTES = 64 << 20
@@ -53,7 +52,8 @@ class LanguageModel:
     def __init__(self, module: Any, name: str, positions: int | None) -> None:
         self.module, self.name, self.context_length = module, name, positions
         self._config = text_config(module.config)
-        self.blocks = decoder_blocks(module, int(self._config.num_hidden_layers), name)
+        shape = (int(self._config.num_hidden_layers), int(self._config.hidden_size))
+        self.blocks = find_blocks(module, *shape, name)
         embedding = module.get_input_embeddings().weight
         self.device, self.dtype = embedding.device, embedding.dtype
         self.vocabulary = int(embedding.shape[0])
@@ -275,22 +275,9 @@ def load_language_model(model: Model, storage: Storage) -> LanguageModel:
     """Load a causal model with its head, as `tasks.models.load_model` loads one without.
 
     Raises:
-        ModelError: if it cannot be loaded, has no recognizable decoder blocks, or its files lack weights, which
-            transformers would make up.
+        ModelError: if it cannot be loaded as its files hold it, reads both ways, or has no blocks that hand on one
+            residual stream.
     """
-    from transformers import AutoModelForCausalLM
-
-    device, dtype = prepared_device(model), settle_dtype(model, storage)
-    with explained(model):
-        module, loaded = AutoModelForCausalLM.from_pretrained(
-            location(model, storage), **revision(model), dtype=dtype, output_loading_info=True
-        )
-    if missing := sorted(loaded["missing_keys"]):
-        raise ModelError(
-            f"model {model.name}: its files lack {', '.join(missing[:3])}{' …' * (len(missing) > 3)}",
-            hint="losses and texts need a model that was saved with its head",
-        )
-    module.eval().requires_grad_(False)
-    module.to(device)
+    module = load_module(model, storage, with_head=True)
     require_causal(module, model.name)
     return LanguageModel(module, model.name, context_length(model, storage))

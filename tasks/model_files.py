@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from infra.errors import ModelError
+from infra.errors import FunctokError, ModelError, whole_message
 from infra.hashing import file_hash, folder_hash
 from infra.manifest import Manifest, commit, content_key, load
 from infra.storage import Storage
@@ -153,18 +153,46 @@ def constructed_alone() -> Iterator[None]:
 @contextmanager
 def explained(model: Model) -> Iterator[None]:
     """Turn what transformers raises while it loads a model into a `ModelError` that names it."""
-    from safetensors import SafetensorError
-
     try:
         with constructed_alone():
             yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, shutil.Error) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if "ignore_mismatched_sizes" in first_line:
-            first_line = "its weights have other shapes than its config.json says"
-        elif isinstance(error, SafetensorError):
-            first_line = f"a safetensors file is damaged or half copied ({first_line})"
-        raise ModelError(
-            f"cannot load the model {model.name}: {first_line}",
-            hint="give a directory with config.json and safetensors, a hub id, or a .gguf file",
-        ) from error
+    except FunctokError:
+        raise
+    except Exception as error:
+        cause, hint = _cause(error)
+        raise ModelError(f"cannot load the model {model.name}: {cause}", hint=hint) from error
+
+
+def _cause(error: Exception) -> tuple[str, str]:
+    """What a library said when it could not load a model, and the way out."""
+    from safetensors import SafetensorError
+
+    said = whole_message(error)
+    if "ignore_mismatched_sizes" in said:
+        return (
+            "its weights have other shapes than its config.json says",
+            "give the config.json that belongs to these weights",
+        )
+    if isinstance(error, SafetensorError):
+        return f"a safetensors file is damaged or half copied ({said})", "copy it again"
+    if "trust_remote_code" in said or "custom code" in said:
+        return (
+            f"its repository brings code of its own, which is not run here ({said})",
+            "choose a model whose architecture is part of transformers, or save it converted to one",
+        )
+    if isinstance(error, ImportError):
+        return (
+            said,
+            "install the package that it names; or give the model's weights unquantized (float32, bfloat16)",
+        )
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return (
+            f"there is not enough memory ({said})",
+            "choose model.dtype = 'bfloat16', or a machine with more",
+        )
+    if isinstance(error, (OSError, ValueError, KeyError, RuntimeError, shutil.Error)):
+        return said, "give a directory with config.json and safetensors, a hub id, or a .gguf file"
+    return (
+        whole_message(error, with_type=True),
+        "see the traceback with --debug; a decoder of transformers' own architectures is expected",
+    )

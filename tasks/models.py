@@ -18,19 +18,17 @@ from infra.errors import ModelError
 from infra.manifest import content_key
 from infra.storage import Storage
 from schemas.config import Config, Model
-from tasks.devices import prepared_device, resolve_dtype, settle_dtype
+from tasks.devices import resolve_dtype, settle_dtype
 from tasks.model_files import (
     IN_STORAGE,
     converted_gguf,
-    explained,
     is_gguf,
     load_config_of,
     local_model_folder,
-    location,
     refuse_missing_folder,
-    revision,
     weights_identity,
 )
+from tasks.model_loading import find_blocks, load_module, residual_of
 
 _PROBE = (4, 12)
 """Tokens that tell at loading whether a model is causal: of the same beginning, and of the other end."""
@@ -103,7 +101,7 @@ def _hooks(blocks: torch.nn.ModuleList, layers: list[int], receive: Residuals) -
 
     def hook_for(layer: int) -> Callable[..., None]:
         def hook(_module: Any, _inputs: Any, output: Any) -> None:
-            receive(layer, output[0] if isinstance(output, tuple) else output)
+            receive(layer, residual_of(output))
             if layer == deepest:
                 raise _DeepestReached
 
@@ -187,22 +185,18 @@ def load_model(model: Model, storage: Storage) -> LoadedModel:
     A GGUF file is converted to safetensors once, under `models/` in the storage, which loads 20 times faster.
 
     Raises:
-        ModelError: if it cannot be loaded or has no recognizable decoder blocks.
+        ModelError: if it cannot be loaded as its files hold it, reads both ways, or has no blocks that hand on one
+            residual stream.
     """
-    from transformers import AutoModel
-
-    device, dtype = prepared_device(model), settle_dtype(model, storage)
-    with explained(model):
-        module = AutoModel.from_pretrained(location(model, storage), **revision(model), dtype=dtype)
-    module.eval().requires_grad_(False)
-    module.to(device)
+    module = load_module(model, storage, with_head=False)
     require_causal(module, model.name)
     config = text_config(module.config)
+    weight, dtype = module.get_input_embeddings().weight, settle_dtype(model, storage)
     return LoadedModel(
         module=module,
-        blocks=decoder_blocks(module, int(config.num_hidden_layers), model.name),
+        blocks=find_blocks(module, int(config.num_hidden_layers), int(config.hidden_size), model.name),
         d_model=int(config.hidden_size),
-        device=device,
+        device=weight.device,
         dtype=dtype,
         key=model_key(model, storage, dtype),
         context_length=context_length(model, storage),
@@ -241,21 +235,6 @@ def require_causal(module: Any, name: str) -> None:
         )
 
 
-def decoder_blocks(module: Any, n_layers: int, name: str) -> torch.nn.ModuleList:
-    """The list of decoder blocks inside a transformers model.
-
-    Raises:
-        ModelError: if there is none of that length.
-    """
-    for _, child in module.named_modules():
-        if isinstance(child, torch.nn.ModuleList) and len(child) == n_layers:
-            return child
-    raise ModelError(
-        f"model {name}: found no list of {n_layers} decoder blocks in {type(module).__name__}",
-        hint="decoder-only models of transformers are supported",
-    )
-
-
 def text_config(config: Any) -> Any:
     """The configuration of a model's text decoder, which may be the whole."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -268,7 +247,6 @@ __all__ = [
     "check_windows",
     "context_length",
     "converted_gguf",
-    "decoder_blocks",
     "is_gguf",
     "load_config_of",
     "load_model",

@@ -14,6 +14,21 @@ from tasks.dictionary_checks import Facts, check_facts, check_layer, facts_of
 from tasks.models import check_windows, context_length, model_dimensions
 
 
+def check_model(config: Config, storage: Storage) -> None:
+    """Whether the model's files hold just its weights, and its blocks hand on one residual stream; reads no weights.
+
+    Raises:
+        ModelError: naming the model and what is wrong.
+    """
+    if not config.sae and config.steering is None:
+        return
+    from tasks.model_loading import find_blocks, model_outline
+
+    d_model, n_layers = model_dimensions(config.model, storage)
+    outline = model_outline(config.model, storage, with_head=config.steering is not None)
+    find_blocks(outline, n_layers, d_model, config.model.name)
+
+
 def check_fit(config: Config, storage: Storage) -> None:
     """Whether layers, windows, cases and the dictionaries on disk fit the model; reads no weights.
 
