@@ -354,6 +354,8 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     )
     for module in (*spine, *consolidation, *steering, "corpus_tokenizer"):
         monkeypatch.setattr(tasks, module, stand_in, raising=False)
+    for check in ("check_fit", "check_model"):
+        monkeypatch.setattr(f"tasks.preflight.{check}", lambda *_: None)
     monkeypatch.setattr(tasks, "validation", checks, raising=False)
     monkeypatch.setattr(tasks, "consolidation_validation", of_checkpoints, raising=False)
     monkeypatch.setattr(tasks, "steering_validation", of_steering, raising=False)
