@@ -117,10 +117,12 @@ def open_storage(config: Config) -> Storage:
 
     Raises:
         ConfigError: if an address in the configuration carries a password, a token or a signature.
-        StorageError: if it cannot be opened.
+        StorageError: if it cannot be opened, or there is no such bucket.
     """
     refuse_secrets(config)
-    return Storage(config.storage.root, config.storage.endpoint_url)
+    storage = Storage(config.storage.root, config.storage.endpoint_url)
+    storage.require_place()
+    return storage
 
 
 def needed(found: R | None, stage: Stage, storage: Storage) -> R:

@@ -43,6 +43,10 @@ EndpointOption = Annotated[
     str | None,
     typer.Option("--endpoint-url", metavar="URL", help="S3 endpoint, if not AWS.", envvar="AWS_ENDPOINT_URL"),
 ]
+VerifyOption = Annotated[
+    bool,
+    typer.Option("--verify", help="Read every manifest again, instead of the index of those of each stage."),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -71,6 +75,7 @@ def run(
     start_from: Annotated[
         Stage | None, typer.Option("--from", help="Run this stage and those after it.")
     ] = None,
+    verify: VerifyOption = False,
     root: RootOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -84,7 +89,7 @@ def run(
     if only is not None and start_from is not None:
         raise ConfigError("--only and --from exclude each other")
     loaded, storage = _open(config, assignments, root)
-    run_pipeline(loaded, storage, only=only, start_from=start_from, debug=debug)
+    run_pipeline(loaded, storage, only=only, start_from=start_from, debug=debug, verify=verify)
 
 
 @app.command()
@@ -92,6 +97,7 @@ def status(
     config: ConfigArgument,
     assignments: SetOption = None,
     details: Annotated[bool, typer.Option("--details", help="List every shard that would be made.")] = False,
+    verify: VerifyOption = False,
     root: RootOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -105,7 +111,7 @@ def status(
     table = Table(title=f"{config} → {storage.root}", title_justify="left")
     for column in ("stage", "done", "to do", "why"):
         table.add_column(column)
-    plans = plan_run(loaded, storage)
+    plans = plan_run(loaded, storage, verify=verify)
     for plan in plans:
         table.add_row(
             plan.stage, str(plan.done), "?" if plan.missing is None else str(plan.missing), plan.reason
@@ -134,6 +140,7 @@ def query(
     from functok.query import prompt, run_query
 
     storage = _storage(root, endpoint_url)
+    storage.require_place()
     if sql is None:
         prompt(storage)
     else:
@@ -206,6 +213,7 @@ def _published(root: str | None, endpoint_url: str | None) -> Storage:
     from infra.duck import CATALOG
 
     storage = _storage(root, endpoint_url)
+    storage.require_place()
     if not storage.exists(CATALOG):
         raise ConfigError(
             f"{storage.root} holds no finished tables", hint="give --root, or run `functok run CONFIG` first"

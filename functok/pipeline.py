@@ -20,7 +20,13 @@ TOP_RANKS = 10
 
 
 def run_pipeline(
-    config: Config, storage: Storage, *, only: Stage | None, start_from: Stage | None, debug: bool = False
+    config: Config,
+    storage: Storage,
+    *,
+    only: Stage | None,
+    start_from: Stage | None,
+    debug: bool = False,
+    verify: bool = False,
 ) -> None:
     """Run what is missing; start Prefect only if something is.
 
@@ -34,7 +40,7 @@ def run_pipeline(
             f"the stage {only or start_from} does not apply to this configuration",
             hint=f"it has the stages {', '.join(stages_of(config))}",
         )
-    if is_up_to_date(plan_run(config, storage), stages):
+    if is_up_to_date(plan_run(config, storage, verify=verify), stages):
         print("nothing to do: everything asked for is up to date")
     else:
         from flows.reproduce import run

@@ -19,6 +19,7 @@ from infra.cluster import available_cores
 from infra.errors import ConfigError
 from infra.storage import Storage
 from schemas.config import DuckDb
+from schemas.tables import TABLES
 
 CATALOG = "catalog.json"
 
@@ -118,8 +119,9 @@ def open_duckdb(storage: Storage, resources: DuckDb | None = None, database: str
         raise ConfigError(
             f"DuckDB refused its settings: {error}", hint="see [duckdb] in the configuration"
         ) from error
-    if not storage.is_local:
-        connection.register_filesystem(storage.fs)
+    reading = storage.for_duckdb()
+    if reading is not None:
+        connection.register_filesystem(reading)
     return connection
 
 
@@ -204,7 +206,14 @@ def view_of_shards(
     import pyarrow as pa
 
     if not files:
-        raise ConfigError(f"the table {table} has no shards")
+        if table not in TABLES:
+            raise ConfigError(f"the table {table} has no shards")
+        # Files without rows are not written; the columns of the others say no more than the contract.
+        described = connection.from_arrow(TABLES[table].empty_table())
+        kinds = zip(described.columns, described.types, strict=True)
+        columns = ", ".join(f"NULL::{kind} AS {column}" for column, kind in kinds)
+        connection.execute(f"CREATE OR REPLACE VIEW {table} AS SELECT {columns} WHERE false")
+        return
     urls = [storage.url(file.name) for file in files]
     rows = pa.table(
         {

@@ -4,7 +4,7 @@ Anything costly lives in a folder of its own, named by a key that hashes what de
 its inputs, the part of the configuration that its stage reads, and the stage's code version. The folder is
 done when it holds `manifest.json`, which is written last and names every other file with its size and hash, taken
 as the file was written. A folder without a manifest is the remains of a killed process; nobody reads it, and the
-next run overwrites it.
+next run overwrites it. What many manifests say is also in one file (`infra.index`), which is never more than they are.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from infra.storage import Storage, StoredFile
+from infra.index import read_known, remember_files
+from infra.storage import Storage, StoredFile, json_bytes
 
 MANIFEST = "manifest.json"
 
@@ -88,25 +89,28 @@ def load_all(storage: Storage, folders: Iterable[str]) -> dict[str, Manifest]:
     and will be made again.
     """
     wanted = list(dict.fromkeys(folders))
-    contents = storage.read_many([f"{folder}/{MANIFEST}" for folder in wanted])
-    if not contents:
-        return {}
+    known = read_known(storage, [f"{folder}/{MANIFEST}" for folder in wanted])
     manifests: dict[str, Manifest] = {}
-    for name, content in contents.items():
+    for folder in wanted:
         try:
-            manifests[name[: -len(MANIFEST) - 1]] = Manifest(**json.loads(content))
-        except (ValueError, TypeError):
+            manifest = Manifest(**json.loads(known.contents[f"{folder}/{MANIFEST}"]))
+        except (KeyError, ValueError, TypeError):
             continue
-    sizes = _sizes_of(storage, manifests)
-    return {
-        folder: manifest
-        for folder, manifest in manifests.items()
-        if all(sizes.get(f"{folder}/{name}") == size for name, size in manifest.files.items())
-    }
+        if all(known.sizes.get(f"{folder}/{name}") == size for name, size in manifest.files.items()):
+            manifests[folder] = manifest
+    return manifests
 
 
-def _sizes_of(storage: Storage, manifests: Mapping[str, Manifest]) -> dict[str, int]:
-    tops = {folder.split("/", 1)[0] for folder in manifests}
-    if len(manifests) <= 2:
-        return {name: size for folder in manifests for name, size in storage.sizes(folder).items()}
-    return {name: size for top in sorted(tops) for name, size in storage.sizes(top).items()}
+def remember(storage: Storage, manifests: Mapping[str, Manifest]) -> None:
+    """Write manifests that were just committed into their index, so that nobody needs to read each of them.
+
+    Args:
+        storage: Where the folders are.
+        manifests: Folder to its manifest.
+    """
+    remember_files(storage, manifest_files(manifests))
+
+
+def manifest_files(manifests: Mapping[str, Manifest]) -> dict[str, bytes]:
+    """Folder to manifest as file name to content, as it is stored."""
+    return {f"{folder}/{MANIFEST}": json_bytes(asdict(manifest)) for folder, manifest in manifests.items()}

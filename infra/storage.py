@@ -20,13 +20,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.errors import ConfigError, StorageError
+from infra.remote_reading import ReadingFileSystem, RemoteFile
+from infra.storage_errors import told, way_out
 
 LOCAL_CACHE = Path(os.environ.get("FUNCTOK_CACHE", Path.home() / ".cache" / "functok"))
 _AT_ONCE = 16
@@ -107,6 +109,11 @@ class PlaceToWrite:
         self.stored: StoredFile | None = None
 
 
+def json_bytes(value: Any) -> bytes:
+    """A JSON value as it is stored, keys sorted."""
+    return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False).encode()
+
+
 class Storage:
     """A folder at a URL, addressed by relative names with forward slashes.
 
@@ -122,6 +129,7 @@ class Storage:
     def __init__(self, root: str, endpoint_url: str | None = None) -> None:
         _check_address(root, endpoint_url)
         self.endpoint_url = endpoint_url
+        self._listings: dict[str, dict[str, int]] | None = None
         options: dict[str, Any] = {}
         if root.startswith("s3://"):
             # Field notes: read-ahead makes columnar scans 3x slower, cached listings hide other writers.
@@ -171,8 +179,47 @@ class Storage:
             except FileNotFoundError:
                 return False
 
+    def require_place(self) -> None:
+        """Do nothing where files can be asked for; a folder on a disk is made when something is written.
+
+        Raises:
+            StorageError: if there is no such bucket, or it cannot be asked for what it holds.
+        """
+        if not hasattr(self.fs, "call_s3"):
+            return
+        bucket, _, prefix = self.path.partition("/")
+        with self._explained(""):
+            try:
+                self.fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=f"{prefix}/", MaxKeys=1)
+            except FileNotFoundError as error:
+                at = f" at {self.endpoint_url}" if self.endpoint_url else ""
+                raise StorageError(
+                    f"storage failed at {self.root}: there is no bucket {bucket}{at}",
+                    hint="create it, or check storage.root, the endpoint and whose credentials these are",
+                ) from error
+
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Every file under `prefix`, one listing: relative name to size in bytes."""
+        if self._listings is None:
+            return self._list(prefix)
+        if prefix not in self._listings:
+            self._listings[prefix] = self._list(prefix)
+        return dict(self._listings[prefix])
+
+    @contextmanager
+    def listed_once(self) -> Iterator[None]:
+        """In this block a folder is listed once, however often it is asked for; until something is written."""
+        before, self._listings = self._listings, {} if self._listings is None else self._listings
+        try:
+            yield
+        finally:
+            self._listings = before
+
+    def _changed(self) -> None:
+        if self._listings is not None:
+            self._listings = {}
+
+    def _list(self, prefix: str) -> dict[str, int]:
         with self._explained(prefix):
             try:
                 found = self.fs.find(self.full(prefix), detail=True)
@@ -192,7 +239,9 @@ class Storage:
             FileNotFoundError: if it is not there.
         """
         with self._explained(name):
-            return bytes(self.fs.cat_file(self.full(name)))
+            # Otherwise s3fs asks for the size first, to fetch what is large in pieces.
+            at_once = {"max_concurrency": 1} if hasattr(self.fs, "call_s3") else {}
+            return bytes(self.fs.cat_file(self.full(name), **at_once))
 
     def read_many(self, names: list[str]) -> dict[str, bytes]:
         """The contents of those of `names` that exist, fetched together."""
@@ -226,6 +275,7 @@ class Storage:
     @contextmanager
     def write(self, name: str) -> Iterator[FileBeingWritten]:
         """A file to write; it appears as `name` when the block ends without an error."""
+        self._changed()
         with self._explained(name):
             if self.is_local:
                 target = Path(self.full(name))
@@ -246,12 +296,8 @@ class Storage:
                     file.close()
                 except BaseException as error:
                     _abort(file)
-                    bucket = self.path.split("/", 1)[0]
-                    if isinstance(error, FileNotFoundError) and not self.fs.exists(bucket):
-                        raise StorageError(
-                            f"storage failed at {self.url(name)}: there is no bucket {bucket}",
-                            hint="create it, or check storage.root and the endpoint",
-                        ) from error
+                    if isinstance(error, FileNotFoundError):
+                        self.require_place()
                     raise
 
     @contextmanager
@@ -268,6 +314,7 @@ class Storage:
                 yield place
                 place.stored = self._copy(Path(place.path), name)
             return
+        self._changed()
         target = Path(self.full(name))
         aside = _aside(target)
         with self._explained(name):
@@ -292,9 +339,7 @@ class Storage:
 
     def write_json(self, name: str, value: Any) -> StoredFile:
         """Write a JSON value, keys sorted."""
-        return self.write_bytes(
-            name, json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False).encode()
-        )
+        return self.write_bytes(name, json_bytes(value))
 
     def write_parquet(self, name: str, table: pa.Table, **options: Any) -> StoredFile:
         """Write an Arrow table as Parquet (zstd unless told otherwise)."""
@@ -305,8 +350,17 @@ class Storage:
 
     def read_parquet(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """Read a Parquet file whole."""
-        with self._explained(name), self.fs.open(self.full(name), "rb") as file:
+        with self._explained(name), self._open(name) as file:
             return pq.read_table(file, columns=columns)
+
+    def _open(self, name: str) -> IO[bytes]:
+        if self.is_local:
+            return open(self.full(name), "rb")
+        return cast("IO[bytes]", RemoteFile(self.full(name), self.fs))
+
+    def for_duckdb(self) -> ReadingFileSystem | None:
+        """A filesystem through which DuckDB reads what lies here; None where it can read it by itself."""
+        return None if self.is_local else ReadingFileSystem(self.fs)
 
     def upload(self, folder: Path, prefix: str) -> list[StoredFile]:
         """Copy every file of a local folder under `prefix`."""
@@ -358,6 +412,7 @@ class Storage:
 
     def delete(self, prefix: str) -> None:
         """Remove everything under `prefix`, if anything is there."""
+        self._changed()
         path = self.full(prefix)
         with self._explained(prefix):
             if not self.is_local:
@@ -379,18 +434,11 @@ class Storage:
             yield
         except FileNotFoundError:
             raise
-        except OSError as error:
-            raise StorageError(
-                f"storage failed at {self.url(name)}: {error}",
-                hint="check space, permissions, network and credentials, then run again: finished work is kept",
-            ) from error
         except Exception as error:
-            if type(error).__module__.split(".")[0] in {"botocore", "aiobotocore", "aiohttp"}:
-                raise StorageError(
-                    f"storage failed at {self.url(name)}: {error}",
-                    hint="check the endpoint and the AWS_* environment, then run again",
-                ) from error
-            raise
+            hint = way_out(error)
+            if hint is None:
+                raise
+            raise StorageError(f"storage failed at {self.url(name)}: {told(error)}", hint=hint) from error
 
 
 def _check_address(*addresses: str | None) -> None:

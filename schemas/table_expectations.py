@@ -10,6 +10,27 @@ from schemas.expectation import Expectation, Keys, Query, Rows, differ
 # `sum_activation` adds multiples of 2^-32, `activation` is float32: sums agree to their rounding.
 _CLOSE = "abs({a} - {b}) <= 1e-6 * abs({b}) + 1e-9 * {n}"
 
+GROUPED: dict[str, dict[str, str]] = {
+    "occurrences": {
+        "occurrences_by_token": "token_id",
+        "occurrences_by_document": "doc_id",
+    },
+    "activations": {
+        "activations_by_token": "layer, token_id",
+        "activations_by_feature": "layer, feature_id",
+    },
+}
+"""Tables that are a file a shard: the views that expectations ask of them, and what each is grouped by.
+
+They are made of one scan of the table, as each scan opens every shard's file.
+"""
+
+TOTALS: dict[str, str] = {
+    "occurrences": "count(*) AS n, min(position) AS first_position",
+    "activations": "count(*) AS n, max(activation) AS maximum, sum(activation::DOUBLE) AS total",
+}
+"""What each of these views has besides its groups."""
+
 CORPUS: tuple[Expectation, ...] = (
     Query(
         name="doc_id counts from 0",
@@ -44,10 +65,10 @@ CORPUS: tuple[Expectation, ...] = (
     Query(
         name="sum(tokens.count) = count(occurrences)",
         table="tokens",
-        needs=("occurrences",),
+        needs=("occurrences_by_token",),
         meaning="Each token's count is the number of its occurrences.",
         offenders=differ(
-            "SELECT token_id, count(*) AS count FROM occurrences GROUP BY token_id",
+            "SELECT token_id, n AS count FROM occurrences_by_token",
             "SELECT token_id, count FROM tokens",
             "token_id",
             "count",
@@ -56,10 +77,10 @@ CORPUS: tuple[Expectation, ...] = (
     Query(
         name="occurrences stand in their documents",
         table="occurrences",
-        needs=("documents",),
+        needs=("documents", "occurrences_by_document"),
         meaning="Each document has as many occurrences as it has tokens, at positions from 0.",
         offenders=differ(
-            "SELECT doc_id, count(*) AS n_tokens, min(position) >= 0 AS placed FROM occurrences GROUP BY doc_id",
+            "SELECT doc_id, n AS n_tokens, first_position >= 0 AS placed FROM occurrences_by_document",
             "SELECT doc_id, n_tokens, true AS placed FROM documents WHERE n_tokens > 0",
             "doc_id",
             "n_tokens",
@@ -122,12 +143,11 @@ GRAPH: tuple[Expectation, ...] = (
     Query(
         name="edges.n = activations grouped",
         table="edges",
-        needs=("activations",),
+        needs=("activations_by_token",),
         meaning="By layer and token, edges and activations agree in number, maximum and sum.",
         offenders=f"""SELECT layer, token_id, a.n AS activations, e.n AS edges_n, a.maximum AS activations_max,
                 e.maximum AS edges_max, a.total AS activations_sum, e.total AS edges_sum
-            FROM (SELECT layer, token_id, count(*) AS n, max(activation) AS maximum, sum(activation::DOUBLE) AS total
-                FROM activations GROUP BY ALL) AS a
+            FROM activations_by_token AS a
             FULL JOIN (SELECT layer, token_id, sum(n) AS n, max(max_activation) AS maximum,
                 sum(sum_activation) AS total FROM edges GROUP BY ALL) AS e USING (layer, token_id)
             WHERE (a.n = e.n AND a.maximum = e.maximum AND {_CLOSE.format(a="e.total", b="a.total", n="a.n")})
@@ -136,10 +156,10 @@ GRAPH: tuple[Expectation, ...] = (
     Query(
         name="feature_degree = activations grouped",
         table="feature_degree",
-        needs=("activations",),
+        needs=("activations_by_feature",),
         meaning="By layer and feature, the activations are those counted.",
         offenders=differ(
-            "SELECT layer, feature_id, count(*) AS n FROM activations GROUP BY ALL",
+            "SELECT layer, feature_id, n FROM activations_by_feature",
             "SELECT layer, feature_id, n FROM feature_degree WHERE n > 0",
             "layer, feature_id",
             "n",

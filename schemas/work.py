@@ -46,6 +46,7 @@ class TokenShard:
         n_documents: Documents in it.
         n_tokens: Tokens in it, special tokens not counted.
         n_rejects: Records of its part of the file that could not be used.
+        has_specials: Whether its text has special tokens, which are in a file of their own.
     """
 
     folder: str
@@ -54,6 +55,7 @@ class TokenShard:
     n_documents: int
     n_tokens: int
     n_rejects: int
+    has_specials: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,13 +125,29 @@ class GraphShard:
 class FeatureShard:
     """One layer's features of one graph shard.
 
-    Its folder holds `activations.parquet`, `edges.parquet` and `counts.parquet`.
+    Its folder holds `activations.parquet`, `edges.parquet` and, where it is of a part of its token shard,
+    `counts.parquet`: those of a whole one are the token shard's own.
+
+    Attributes:
+        n_edges: Rows of `edges.parquet`; None where nobody has noted it.
+        max_activation: The largest activation; None where there is none, or nobody has noted it.
+        has_counts: Whether the folder holds `counts.parquet`.
     """
 
     layer: int
     folder: str
     part: GraphShard
     n_activations: int
+    n_edges: int | None = None
+    max_activation: float | None = None
+    has_counts: bool = True
+
+    @property
+    def counts_file(self) -> str:
+        """The file that says how often each token is in the part (`token_id`, `count`)."""
+        if self.has_counts:
+            return f"{self.folder}/counts.parquet"
+        return f"{self.part.shard.folder}/token_counts.parquet"
 
 
 @dataclass(frozen=True, kw_only=True)

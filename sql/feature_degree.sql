@@ -2,7 +2,7 @@
 -- the occurrences that did (n), and their share of the graph's tokens (density).
 WITH graph_tokens AS (
     SELECT layer, sum(count) AS n_tokens
-    FROM shard_graph_counts
+    FROM token_degree
     GROUP BY layer
 )
 SELECT

@@ -1,5 +1,5 @@
 -- Every token of the tokenized corpus (PAPER 1.1), by rank: count descending, token id ascending.
--- Function tokens are the shortest prefix of the ranking whose share of all occurrences reaches $share.
+-- The corpus has $n_documents documents. Function tokens are the shortest prefix of the ranking whose share of all occurrences reaches $share.
 WITH counted AS (
     SELECT token_id, sum(count)::BIGINT AS count, sum(doc_count)::BIGINT AS doc_count
     FROM shard_token_counts
@@ -19,7 +19,7 @@ SELECT
     token,
     count,
     doc_count,
-    doc_count::DOUBLE / (SELECT count(*) FROM documents) AS doc_share,
+    doc_count::DOUBLE / $n_documents AS doc_share,
     rank,
     count::DOUBLE / total::DOUBLE AS share,
     cumulative::DOUBLE / total::DOUBLE AS cumulative_share,

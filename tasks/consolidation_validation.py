@@ -22,10 +22,10 @@ from tasks.shard_checks import (
     FEATURE_TOTALS,
     check_shards,
     feature_row,
-    feature_unit,
     identity,
     put,
     rows_table,
+    stored_feature_unit,
 )
 from tasks.table_sql import explained
 from tasks.verdicts import check_key, conclude, passed
@@ -148,15 +148,16 @@ def check_growth(config: Config, storage: Storage, grown: Sequence[GrownSae]) ->
         found = storage.read_parquet(f"{sae['folder']}/learned.parquet").to_pylist()
         learned += [{**sae, **row, "n_rows": len(found)} for row in found or [{}]]
     units = {
-        feature.folder: feature_unit(feature, entry.dictionary.d_sae)
+        feature.folder: stored_feature_unit(feature, entry.dictionary.d_sae)
         for entry in grown
         for feature in entry.features
     }
+    manifests = load_all(storage, units)
     with open_duckdb(storage, config.duckdb) as connection:
         put(connection, "wanted", rows_table(wanted, _SERIES))
         put(connection, "learned", rows_table(learned, _LEARNED))
         views = {"wanted", "learned"}
-        findings = check_shards(connection, storage, "growth", units, FEATURE_TOTALS, rows, views)
+        findings = check_shards(connection, storage, "growth", units, FEATURE_TOTALS, rows, views, manifests)
     conclude(storage, "growth", key, findings)
 
 

@@ -8,7 +8,7 @@ batches, with the same result.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -26,6 +26,7 @@ from tasks.dictionaries import load_dictionary
 from tasks.encoding import Encoder, build_encoder
 from tasks.models import LoadedModel, check_windows, load_model, require_key
 from tasks.residuals import (
+    Place,
     ResidualShard,
     find_residuals,
     place_of,
@@ -53,7 +54,12 @@ class LayerFeatures:
 
 
 def compute_features(
-    config: Config, storage: Storage, part: GraphShard, dictionaries: Sequence[Dictionary], key_of_model: str
+    config: Config,
+    storage: Storage,
+    part: GraphShard,
+    dictionaries: Sequence[Dictionary],
+    key_of_model: str,
+    on_disk: Mapping[Place, ResidualShard] | None = None,
 ) -> tuple[ShardTokens, dict[int, LayerFeatures]]:
     """The features of one part for the layers of `dictionaries`, with one forward for all of them.
 
@@ -65,6 +71,7 @@ def compute_features(
         part: Which tokens.
         dictionaries: Of the layers that are wanted.
         key_of_model: `model_key` where the work was planned.
+        on_disk: Finished residuals by their place (`find_residuals`); None to look for them.
 
     Raises:
         ModelError: if the model here is another one, a layer, window or token id does not fit it, or a residual is
@@ -101,8 +108,12 @@ def compute_features(
             )
         )
 
-    on_disk = find_residuals(config, storage, [part], layers)
-    for (_, _, layer), shard in on_disk.items():
+    if on_disk is None:
+        on_disk = find_residuals(config, storage, [part], layers)
+    for layer in layers:
+        shard = on_disk.get(place_of(part, layer))
+        if shard is None:
+            continue
         for residuals, kept in _from_disk(storage, shard, tokens, plan):
             encode(layer, residuals.to(device), kept)
     to_run = [layer for layer in layers if place_of(part, layer) not in on_disk]

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from infra.cluster import extraction_client, one_at_a_time
 from infra.errors import FunctokError
-from infra.manifest import Manifest, commit, content_key, load_all
+from infra.manifest import Manifest, commit, content_key, load_all, remember
 from infra.progress import Progress, silent
 from infra.storage import Storage
 from schemas.config import Config
@@ -28,8 +28,17 @@ from tasks.devices import settle, usable_devices
 from tasks.extraction import LayerFeatures, compute_features, forget_loaded
 from tasks.graph import graph_shards
 from tasks.models import model_key
-from tasks.residuals import forward_key, part_key, write_residuals
-from tasks.windows import ShardTokens
+from tasks.residuals import (
+    Place,
+    ResidualShard,
+    find_residuals,
+    forward_key,
+    part_key,
+    place_of,
+    write_residuals,
+)
+from tasks.shard_checks import FEATURE_TOTALS, ask_of_made, feature_unit
+from tasks.windows import ShardTokens, count_tokens
 
 VERSION = 1
 _ROWS_PER_GROUP = 1 << 20
@@ -75,36 +84,54 @@ def _units(
     ]
 
 
-def missing_features(
+@dataclass(frozen=True, kw_only=True)
+class FoundFeatures:
+    """What is there of a graph's features.
+
+    Attributes:
+        done: How many feature shards.
+        missing: The layers that each part still misses.
+        shards: All of them, parts in corpus order; None where any is missing.
+    """
+
+    done: int
+    missing: dict[GraphShard, list[int]]
+    shards: list[FeatureShard] | None
+
+
+def find_features(
     config: Config, storage: Storage, shards: CorpusShards, dictionaries: Sequence[Dictionary]
-) -> tuple[int, dict[GraphShard, list[int]]]:
-    """How many feature shards are done, and the layers that each part still misses."""
+) -> FoundFeatures:
+    """What is there of the graph's features."""
     units = _units(config, storage, shards, dictionaries)
     done = load_all(storage, [unit.folder for unit in units])
     missing: dict[GraphShard, list[int]] = {}
     for unit in units:
         if unit.folder not in done:
             missing.setdefault(unit.part, []).append(unit.dictionary.layer)
-    return len(done), missing
+    found = None if missing else [_feature_shard(unit, done[unit.folder]) for unit in units]
+    return FoundFeatures(done=len(done), missing=missing, shards=found)
 
 
 def find_feature_shards(
     config: Config, storage: Storage, shards: CorpusShards, dictionaries: Sequence[Dictionary]
 ) -> list[FeatureShard] | None:
     """All feature shards of the graph, parts in corpus order, or None if any is missing."""
-    units = _units(config, storage, shards, dictionaries)
-    done = load_all(storage, [unit.folder for unit in units])
-    if any(unit.folder not in done for unit in units):
-        return None
-    return [
-        FeatureShard(
-            layer=unit.dictionary.layer,
-            folder=unit.folder,
-            part=unit.part,
-            n_activations=int(done[unit.folder].stats["n_activations"]),
-        )
-        for unit in units
-    ]
+    return find_features(config, storage, shards, dictionaries).shards
+
+
+def _feature_shard(unit: _Unit, manifest: Manifest) -> FeatureShard:
+    stats = manifest.stats
+    has_extent = "max_activation" in stats
+    return FeatureShard(
+        layer=unit.dictionary.layer,
+        folder=unit.folder,
+        part=unit.part,
+        n_activations=int(stats["n_activations"]),
+        n_edges=int(stats["n_edges"]) if has_extent else None,
+        max_activation=stats["max_activation"] if has_extent else None,
+        has_counts="counts.parquet" in manifest.files,
+    )
 
 
 def extract_features(
@@ -138,78 +165,103 @@ def extract_features(
     if missing:
         progress(0, total, "tokens, features")
         with extraction_client(config.dask, partial(usable_devices, config.model), len(missing)) as client:
-            groups = list(missing.values())
+            jobs = _jobs(config, storage, list(missing.values()))
             made = (
-                _make_here(config, storage, groups)
+                _make_here(config, storage, jobs)
                 if client is None
-                else _make_on(client, config, storage, groups)
+                else _make_on(client, config, storage, jobs)
             )
-            for part in made:
+            manifests: dict[str, Manifest] = {}
+            for part, of_part in made:
+                manifests |= of_part
                 seen += part.n_tokens
                 progress(seen, total, "tokens, features")
         forget_loaded()
+        remember(storage, manifests)
     found = find_feature_shards(config, storage, shards, dictionaries)
     if found is None:
         raise FunctokError("feature shards vanished while they were made", stage="features", hint="run again")
     return found
 
 
-def _make_here(config: Config, storage: Storage, groups: list[list[_Unit]]) -> Iterator[GraphShard]:
+Made = tuple[GraphShard, dict[str, Manifest]]
+"""A part whose layers are made, and the manifests of their folders."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What one part still misses."""
+
+    units: list[_Unit]
+    on_disk: dict[Place, ResidualShard]
+
+    @property
+    def part(self) -> GraphShard:
+        return self.units[0].part
+
+
+def _jobs(config: Config, storage: Storage, groups: Sequence[list[_Unit]]) -> list[_Job]:
+    parts = [group[0].part for group in groups]
+    layers = sorted({unit.dictionary.layer for group in groups for unit in group})
+    # Asked for all parts together: each would cost requests of its own.
+    found = find_residuals(config, storage, parts, layers)
+    return [
+        _Job(
+            units=group,
+            on_disk={
+                place: found[place]
+                for place in (place_of(unit.part, unit.dictionary.layer) for unit in group)
+                if place in found
+            },
+        )
+        for group in groups
+    ]
+
+
+def _make_here(config: Config, storage: Storage, jobs: Sequence[_Job]) -> Iterator[Made]:
     # Writing a part overlaps the next part's forward; at most one part waits to be written.
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="functok-write") as writer:
-        pending: tuple[GraphShard, Future[None]] | None = None
-        for group in groups:
-            tokens, features = _compute(config, storage, group)
+        pending: tuple[GraphShard, Future[dict[str, Manifest]]] | None = None
+        for job in jobs:
+            tokens, features = _compute(config, storage, job)
             if pending is not None:
-                pending[1].result()
-                yield pending[0]
-            pending = group[0].part, writer.submit(_write_part, config, storage, group, tokens, features)
+                yield pending[0], pending[1].result()
+            pending = job.part, writer.submit(_write_part, config, storage, job, tokens, features)
         if pending is not None:
-            pending[1].result()
-            yield pending[0]
+            yield pending[0], pending[1].result()
 
 
 @one_at_a_time
-def _make_part(config: Config, storage: Storage, group: list[_Unit]) -> None:
-    tokens, features = _compute(config, storage, group)
-    _write_part(config, storage, group, tokens, features)
+def _make_part(config: Config, storage: Storage, job: _Job) -> Made:
+    tokens, features = _compute(config, storage, job)
+    return job.part, _write_part(config, storage, job, tokens, features)
 
 
-def _compute(
-    config: Config, storage: Storage, group: list[_Unit]
-) -> tuple[ShardTokens, dict[int, LayerFeatures]]:
-    dictionaries = [unit.dictionary for unit in group]
-    return compute_features(config, storage, group[0].part, dictionaries, group[0].model_key)
+def _compute(config: Config, storage: Storage, job: _Job) -> tuple[ShardTokens, dict[int, LayerFeatures]]:
+    dictionaries = [unit.dictionary for unit in job.units]
+    key_of_model = job.units[0].model_key
+    return compute_features(config, storage, job.part, dictionaries, key_of_model, job.on_disk)
 
 
-def _make_on(
-    client: Any, config: Config, storage: Storage, groups: list[list[_Unit]]
-) -> Iterator[GraphShard]:
+def _make_on(client: Any, config: Config, storage: Storage, jobs: Sequence[_Job]) -> Iterator[Made]:
     from distributed import as_completed
 
-    futures = [client.submit(_make_part, config, storage, group, pure=False) for group in groups]
-    part_of = {future.key: group[0].part for future, group in zip(futures, groups, strict=True)}
-    for future in as_completed(futures):
-        future.result()
-        yield part_of[future.key]
+    for future in as_completed([client.submit(_make_part, config, storage, job, pure=False) for job in jobs]):
+        yield future.result()
 
 
 def _write_part(
-    config: Config,
-    storage: Storage,
-    group: list[_Unit],
-    tokens: ShardTokens,
-    features: dict[int, LayerFeatures],
-) -> None:
-    for unit in group:
-        _write_layer(
-            storage, unit, tokens, features.pop(unit.dictionary.layer), config.activations.mantissa_bits
-        )
+    config: Config, storage: Storage, job: _Job, tokens: ShardTokens, features: dict[int, LayerFeatures]
+) -> dict[str, Manifest]:
+    return {
+        unit.folder: _write_layer(config, storage, unit, tokens, features.pop(unit.dictionary.layer))
+        for unit in job.units
+    }
 
 
 def _write_layer(
-    storage: Storage, unit: _Unit, tokens: ShardTokens, features: LayerFeatures, mantissa_bits: int
-) -> None:
+    config: Config, storage: Storage, unit: _Unit, tokens: ShardTokens, features: LayerFeatures
+) -> Manifest:
     token_id = tokens.token_id[features.token]
     activations = pa.table(
         [
@@ -217,9 +269,26 @@ def _write_layer(
             tokens.position[features.token],
             token_id,
             features.feature,
-            round_mantissa(features.value, mantissa_bits),
+            round_mantissa(features.value, config.activations.mantissa_bits),
         ],
         schema=SHARD_FILES["activations"],
+    )
+    edges = count_edges(token_id, features.feature, unit.dictionary.d_sae)
+    counts = count_tokens(tokens.token_id[tokens.rows])
+    rows = {"activations": activations, "edges": edges, "counts": counts}
+    # The shard's own counts are those of its occurrences, as the check of the tokens has asked.
+    asked = ask_of_made(
+        storage,
+        "features",
+        feature_unit(
+            unit.folder,
+            unit.dictionary.layer,
+            unit.part,
+            unit.dictionary.d_sae,
+            {**rows, "token_counts": tokens.whole_counts},
+        ),
+        FEATURE_TOTALS,
+        resources=config.duckdb,
     )
     written_activations = storage.write_parquet(
         f"{unit.folder}/activations.parquet",
@@ -232,7 +301,6 @@ def _write_layer(
             "activation": "BYTE_STREAM_SPLIT",
         },
     )
-    edges = count_edges(token_id, features.feature, unit.dictionary.d_sae)
     written_edges = storage.write_parquet(
         f"{unit.folder}/edges.parquet",
         edges,
@@ -241,13 +309,18 @@ def _write_layer(
         column_encoding={"feature_id": "BYTE_STREAM_SPLIT"},
         compression_level=9,
     )
-    seen, counts = np.unique(tokens.token_id[tokens.rows], return_counts=True)
-    written_counts = storage.write_parquet(
-        f"{unit.folder}/counts.parquet", pa.table([seen, counts], schema=SHARD_FILES["counts"])
-    )
-    stats = {"n_activations": len(features.value), "n_edges": edges.num_rows, "n_tokens": unit.part.n_tokens}
+    written = [written_activations, written_edges]
+    if unit.part.n_documents < unit.part.shard.n_documents:
+        written.append(storage.write_parquet(f"{unit.folder}/counts.parquet", counts))
+    stats = {
+        "n_activations": len(features.value),
+        "n_edges": edges.num_rows,
+        "n_tokens": unit.part.n_tokens,
+        "max_activation": float(features.value.max()) if len(features.value) else None,
+        **asked,
+    }
     manifest = Manifest(stage="features", inputs=unit.inputs, stats=stats)
-    commit(storage, unit.folder, manifest, [written_activations, written_edges, written_counts])
+    return commit(storage, unit.folder, manifest, written)
 
 
 def count_edges(token_id: npt.NDArray[np.int32], feature_id: npt.NDArray[np.int32], d_sae: int) -> pa.Table:

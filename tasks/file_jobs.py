@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from infra.manifest import Manifest
 from infra.storage import Storage
 from schemas.config import Corpus
 from tasks.corpus import CorpusFile
@@ -59,10 +60,17 @@ class ShardEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class FileShards:
-    """The shards of one file; `is_cut` where a limit ended it before the file did."""
+    """The shards of one file.
+
+    Attributes:
+        shards: In order.
+        is_cut: Whether a limit ended it before the file did.
+        manifests: Of those shards whose manifests were made or read on the way, by folder.
+    """
 
     shards: tuple[ShardEntry, ...]
     is_cut: bool
+    manifests: dict[str, Manifest] = field(default_factory=dict, compare=False)
 
     @property
     def n_documents(self) -> int:
@@ -77,7 +85,7 @@ class FileShards:
 
 @dataclass(frozen=True, kw_only=True)
 class FileJob:
-    """What a worker needs to tokenize one file."""
+    """What a worker needs to tokenize one file; `has_begun` is false where nothing of it can be there yet."""
 
     file: CorpusFile
     folder: str
@@ -85,6 +93,7 @@ class FileJob:
     storage: Storage
     tokenizer_folder: str
     budget: Budget = field(default_factory=Budget)
+    has_begun: bool = True
 
     def within(self, budget: Budget) -> FileJob:
         """The same job under a limit."""

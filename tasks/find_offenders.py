@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import duckdb
+import pyarrow as pa
 
 from infra.errors import ExpectationError, StorageError
 from infra.storage import Storage
@@ -31,16 +32,21 @@ class Unit:
 
     Attributes:
         folder: The folder, for messages.
-        files: View name to its Parquet file in the storage.
+        files: View name to its Parquet file in the storage, or to the rows themselves.
         columns: Constant columns that each view has besides the file's own.
         small: Those of the views that are read once and kept while the folder is checked; the others are
             read by each question, so that they need not fit into memory.
     """
 
     folder: str
-    files: Mapping[str, str]
+    files: Mapping[str, str | pa.Table]
     columns: Mapping[str, str | int | None] = field(default_factory=dict)
     small: frozenset[str] = frozenset()
+
+
+def applying(expectations: Sequence[Expectation], views: set[str]) -> list[Expectation]:
+    """Those of which all views are there."""
+    return [entry for entry in expectations if {entry.table, *entry.needs} <= views]
 
 
 def find_in_views(
@@ -58,8 +64,12 @@ def find_in_views(
         ExpectationError: if a view lacks a column.
         StorageError: if a file cannot be read.
     """
-    asked = [entry for entry in expectations if {entry.table, *entry.needs} <= views]
+    asked = applying(expectations, views)
     return _explained(place, lambda: _ask(connection, asked, {})[0])
+
+
+Answer = tuple[list[Finding], dict[str, Any]]
+"""What was found in one folder: of each expectation, and its totals."""
 
 
 def find_in_units(
@@ -70,8 +80,8 @@ def find_in_units(
     totals: Mapping[str, Mapping[str, str]],
     views: set[str],
     threads: int = 0,
-) -> tuple[list[Finding], list[dict[str, Any]]]:
-    """Ask each folder, several at once, and add up what was found.
+) -> list[Answer]:
+    """Ask each folder, several at once.
 
     Args:
         connection: A DuckDB connection; its tables are seen from every folder's views.
@@ -83,46 +93,51 @@ def find_in_units(
         threads: Folders at once; 0: as many as cores, at most 8.
 
     Returns:
-        Findings in the order of `expectations`, and each folder's totals in the order of `units`.
+        The folders' answers, in the order of `units`.
 
     Raises:
         ExpectationError: if a file lacks a column.
         StorageError: if a file cannot be read.
     """
 
-    def ask(unit: Unit) -> tuple[list[Finding], dict[str, Any]]:
-        there = views | set(unit.files)
-        asked = [entry for entry in expectations if {entry.table, *entry.needs} <= there]
+    def ask(unit: Unit) -> Answer:
+        asked = applying(expectations, views | set(unit.files))
 
-        def run() -> tuple[list[Finding], dict[str, Any]]:
+        def run() -> Answer:
             with closing(connection.cursor()) as cursor:
-                for view, name in unit.files.items():
+                for view, rows in unit.files.items():
                     constants = "".join(
                         f", {_literal(value)} AS {column}" for column, value in unit.columns.items()
                     )
-                    cursor.execute(
-                        f"CREATE TEMP {'TABLE' if view in unit.small else 'VIEW'} {view} AS SELECT *{constants} "
-                        f"FROM read_parquet({_literal(storage.url(name))}, hive_partitioning = false)"
-                    )
+                    if isinstance(rows, str):
+                        kind = "TABLE" if view in unit.small else "VIEW"
+                        source = f"read_parquet({_literal(storage.url(rows))}, hive_partitioning = false)"
+                    else:
+                        kind, source = "VIEW", f"_rows_of_{view}"
+                        cursor.register(source, rows)
+                    cursor.execute(f"CREATE TEMP {kind} {view} AS SELECT *{constants} FROM {source}")
                 return _ask(cursor, asked, {view: totals[view] for view in totals if view in unit.files})
 
         return _explained(storage.url(unit.folder), run)
 
     workers = threads or min(8, os.cpu_count() or 1)
     with ThreadPoolExecutor(max_workers=workers, thread_name_prefix="functok-check") as pool:
-        answers = list(pool.map(ask, units))
+        return list(pool.map(ask, units))
+
+
+def merged(expectations: Sequence[Expectation], answers: Sequence[Sequence[Finding]]) -> list[Finding]:
+    """What was found in several folders, added up, in the order of `expectations`."""
     counts: Counter[str] = Counter()
     rows: dict[str, list[dict[str, Any]]] = {}
-    for findings, _ in answers:
+    for findings in answers:
         for finding in findings:
             counts[finding.expectation.name] += finding.count
             rows.setdefault(finding.expectation.name, []).extend(finding.rows)
-    merged = [
+    return [
         Finding(expectation=entry, count=counts[entry.name], rows=tuple(rows[entry.name][:SHOWN]))
         for entry in expectations
         if entry.name in rows
     ]
-    return merged, [found for _, found in answers]
 
 
 def _ask(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from infra.addresses import without_credentials
+from infra.index import distrusted
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.work import (
@@ -40,15 +42,27 @@ def stages_of(
     return applying
 
 
-def plan_run(config: Config, storage: Storage) -> list[StagePlan]:
+def plan_run(config: Config, storage: Storage, *, verify: bool = False) -> list[StagePlan]:
     """One `StagePlan` a stage, in order; stages behind an unfinished one are as far known as they can be.
 
     No weights are read and nothing of a stage is made. Hashes of the documents' tokens (`tasks.heldout`) are computed
     where a consolidation asks for them first, and kept where the root can be written.
 
+    Args:
+        config: The configuration.
+        storage: Where everything is.
+        verify: Whether every manifest is read itself, and the indexes (`infra.index`) are written anew.
+
     Raises:
         FunctokError: if the configuration does not fit its model or corpus.
+        StorageError: if the storage cannot be asked; a bucket that is not there is named.
     """
+    storage.require_place()
+    with storage.listed_once(), distrusted() if verify else nullcontext():
+        return _plan_stages(config, storage)
+
+
+def _plan_stages(config: Config, storage: Storage) -> list[StagePlan]:
     from tasks.consolidation import plan_consolidation
     from tasks.corpus_tokenizer import with_tokenizer
     from tasks.preflight import check_fit
@@ -94,30 +108,33 @@ def is_up_to_date(plans: Sequence[StagePlan], stages: Sequence[Stage]) -> bool:
 
 
 def _plan_tokenize(config: Config, storage: Storage, plans: list[StagePlan]) -> CorpusShards | None:
-    from tasks.tokenization import find_corpus_shards, missing_files
+    from tasks.tokenization import find_corpus
 
-    finished, missing = missing_files(config, storage)
-    details = tuple(f"tokenize {without_credentials(file.url)}" for file in missing)
-    if missing:
+    found = find_corpus(config, storage)
+    details = tuple(f"tokenize {without_credentials(file.url)}" for file in found.missing)
+    if found.missing:
         reason = "files are new or changed, or what tokenization reads of the configuration is"
         plans.append(
             StagePlan(
-                stage="tokenize", done=len(finished), missing=len(missing), reason=reason, details=details
+                stage="tokenize",
+                done=len(found.finished),
+                missing=len(found.missing),
+                reason=reason,
+                details=details,
             )
         )
         return None
-    shards = find_corpus_shards(config, storage)
     plans.append(
         StagePlan(
             stage="tokenize",
-            done=len(finished),
-            missing=0 if shards is not None else 1,
+            done=len(found.finished),
+            missing=0 if found.shards is not None else 1,
             reason="all files are tokenized"
-            if shards is not None
+            if found.shards is not None
             else "the tokenizer's vocabulary is missing",
         )
     )
-    return shards
+    return found.shards
 
 
 def _plan_dictionaries(
@@ -155,26 +172,28 @@ def _plan_features(
     dictionaries: list[Dictionary] | None,
     plans: list[StagePlan],
 ) -> list[FeatureShard] | None:
-    from tasks.features import find_feature_shards, missing_features
+    from tasks.features import find_features
 
     if shards is None or dictionaries is None:
         reason = "known once the corpus and the dictionaries are there"
         plans.append(StagePlan(stage="features", done=0, missing=None, reason=reason))
         return None
-    done, missing = missing_features(config, storage, shards, dictionaries)
-    n_missing = sum(len(layers) for layers in missing.values())
+    found = find_features(config, storage, shards, dictionaries)
+    n_missing = sum(len(layers) for layers in found.missing.values())
     details = tuple(
         f"{part.shard.folder} ({part.n_tokens:,} tokens of {without_credentials(part.shard.source)}): "
         f"layers {', '.join(map(str, layers))}"
-        for part, layers in missing.items()
+        for part, layers in found.missing.items()
     )
     reason = (
         "shards are new or damaged, or their model, windows or dictionary changed"
-        if missing
+        if found.missing
         else "all feature shards are there"
     )
-    plans.append(StagePlan(stage="features", done=done, missing=n_missing, reason=reason, details=details))
-    return None if missing else find_feature_shards(config, storage, shards, dictionaries)
+    plans.append(
+        StagePlan(stage="features", done=found.done, missing=n_missing, reason=reason, details=details)
+    )
+    return found.shards
 
 
 def _plan_tables(

@@ -59,9 +59,18 @@ def resamples_of(connection: Any, section: str) -> int:
     return RESAMPLES if row is None else int(row[0])
 
 
+def count_documents(connection: Any) -> int:
+    """Documents in the corpus: as the run has told, so that no shard is opened to count them."""
+    if "run_info" in tables_of(connection):
+        told = connection.execute("SELECT value FROM run_info WHERE key = 'documents'").fetchone()
+        if told is not None:
+            return int(told[0])
+    return int(connection.execute("SELECT count(*) FROM documents").fetchone()[0])
+
+
 def corpus_summary(connection: Any) -> CorpusSummary:
     """The corpus in numbers."""
-    (n_documents,) = connection.execute("SELECT count(*) FROM documents").fetchone()
+    n_documents = count_documents(connection)
     (n_rejects,) = connection.execute("SELECT count(*) FROM rejects").fetchone()
     row = connection.execute(
         """
@@ -151,33 +160,40 @@ def spread_pair(connection: Any) -> list[Spread]:
             """
         ).fetchone(),
     ]
-    return [_spread(connection, row[0]) for row in chosen if row is not None] if all(chosen) else []
+    token_ids = [row[0] for row in chosen if row is not None]
+    if len(token_ids) < len(chosen):
+        return []
+    # Both in one scan: occurrences are a file a shard.
+    connection.execute(
+        """
+        CREATE OR REPLACE TEMP TABLE _spread AS
+        SELECT token_id, doc_id, count(*) AS n FROM occurrences WHERE token_id IN (?, ?) GROUP BY ALL
+        """,
+        token_ids,
+    )
+    spreads = [_spread(connection, token_id) for token_id in token_ids]
+    connection.execute("DROP TABLE _spread")
+    return spreads
 
 
 def _spread(connection: Any, token_id: int) -> Spread:
-    (n_documents,) = connection.execute("SELECT count(*) FROM documents").fetchone()
+    n_documents = count_documents(connection)
     width = -(-n_documents // SPREAD_BINS)
     token = connection.execute(
         "SELECT token, is_function, rank, count, doc_count, doc_share FROM tokens WHERE token_id = ?",
         [token_id],
     ).fetchone()
-    connection.execute(
-        """
-        CREATE OR REPLACE TEMP TABLE _spread AS
-        SELECT doc_id, count(*) AS n FROM occurrences WHERE token_id = ? GROUP BY doc_id
-        """,
-        [token_id],
-    )
-    (most,) = connection.execute("SELECT max(n) FROM _spread").fetchone()
+    (most,) = connection.execute("SELECT max(n) FROM _spread WHERE token_id = ?", [token_id]).fetchone()
     (top,) = connection.execute(
-        "SELECT sum(n) FROM (SELECT n FROM _spread ORDER BY n DESC LIMIT ?)", [max(1, n_documents // 100)]
+        "SELECT sum(n) FROM (SELECT n FROM _spread WHERE token_id = ? ORDER BY n DESC LIMIT ?)",
+        [token_id, max(1, n_documents // 100)],
     ).fetchone()
     sums: dict[int, int] = dict(
         connection.execute(
-            "SELECT doc_id // ?, CAST(sum(n) AS BIGINT) FROM _spread GROUP BY 1", [width]
+            "SELECT doc_id // ?, CAST(sum(n) AS BIGINT) FROM _spread WHERE token_id = ? GROUP BY 1",
+            [width, token_id],
         ).fetchall()
     )
-    connection.execute("DROP TABLE _spread")
     starts = range(0, n_documents, width)
     return Spread(
         token=token[0],

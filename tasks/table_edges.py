@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -68,15 +68,14 @@ def ensure_edges(
     folder, parts = edge_folder(layer, features)
     if load(storage, folder) is not None:
         return
-    what = f"the edges of layer {layer}"
-    with open_duckdb(storage, resources) as connection, explained(what, resources, storage):
-        create_views(connection, storage, inputs)
-        (largest,) = connection.execute("SELECT max(activation) FROM activations").fetchone()
-        rows = connection.execute(
-            "SELECT token_id, count(*) AS n FROM shard_edges GROUP BY token_id ORDER BY token_id"
-        ).fetchnumpy()
+    own = [feature for feature in features if feature.layer == layer]
+    rows_per_pass = memory_bytes(resources.memory_limit) // BYTES_PER_ROW
+    largest = _largest(resources, storage, layer, own, inputs)
+    if _rows(own) <= rows_per_pass:
+        ranges = token_ranges(np.empty(0, np.int32), np.empty(0, np.int64), rows_per_pass)
+    else:
+        ranges = token_ranges(*_rows_by_token(resources, storage, layer, inputs), rows_per_pass)
     unit = _unit(layer, largest)
-    ranges = token_ranges(rows["token_id"], rows["n"], memory_bytes(resources.memory_limit) // BYTES_PER_ROW)
     # The number of passes is in the name, so that files of different cuts never mix.
     names = [f"edges-{index:04d}-of-{len(ranges):04d}.parquet" for index in range(len(ranges))]
     written = [
@@ -94,6 +93,41 @@ def ensure_edges(
         for name, (first, last) in zip(names, ranges, strict=True)
     ]
     commit(storage, folder, Manifest(stage="tables", inputs=parts), written)
+
+
+def _rows(features: Sequence[FeatureShard]) -> float:
+    return sum(math.inf if feature.n_edges is None else feature.n_edges for feature in features)
+
+
+def _largest(
+    resources: DuckDb, storage: Storage, layer: int, features: Sequence[FeatureShard], inputs: Catalog
+) -> float | None:
+    """The largest activation of a layer; a shard's manifest has its own, older ones are read."""
+    if all(feature.n_edges is not None for feature in features):
+        # NaN is the largest of all to SQL, and would be nothing to max().
+        found = [feature.max_activation for feature in features if feature.max_activation is not None]
+        return float(np.max(found)) if found else None
+    return cast(
+        "float | None",
+        _ask(resources, storage, layer, inputs, "SELECT max(activation) AS largest FROM activations")[
+            "largest"
+        ][0],
+    )
+
+
+def _rows_by_token(
+    resources: DuckDb, storage: Storage, layer: int, inputs: Catalog
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    query = "SELECT token_id, count(*) AS n FROM shard_edges GROUP BY token_id ORDER BY token_id"
+    rows = _ask(resources, storage, layer, inputs, query)
+    return rows["token_id"], rows["n"]
+
+
+def _ask(resources: DuckDb, storage: Storage, layer: int, inputs: Catalog, query: str) -> dict[str, Any]:
+    what = f"the edges of layer {layer}"
+    with open_duckdb(storage, resources) as connection, explained(what, resources, storage):
+        create_views(connection, storage, inputs)
+        return cast("dict[str, Any]", connection.execute(query).fetchnumpy())
 
 
 def token_ranges(

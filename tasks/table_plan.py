@@ -6,7 +6,7 @@ a key, so two plans are equal exactly where their tables are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +93,8 @@ def corpus_group(config: Config, shards: CorpusShards) -> Group:
         return [
             ShardFile(name=f"{shard.folder}/{name}.parquet", doc_offset=shard.doc_offset, source=shard.source)
             for shard in shards.shards
+            # A shard without rejects has no file of them.
+            if name != "rejects" or shard.n_rejects
         ]
 
     published = ["documents", "rejects"] + ["occurrences"] * config.corpus.keep_occurrences
@@ -107,7 +109,7 @@ def corpus_group(config: Config, shards: CorpusShards) -> Group:
         sharded={table: files(table) for table in published},
         inputs=Catalog(
             tables={"vocabulary": shards.vocabulary},
-            sharded={"shard_token_counts": files("token_counts"), "documents": files("documents")},
+            sharded={"shard_token_counts": files("token_counts")},
         ),
         about=subject_of(config),
     )
@@ -166,20 +168,37 @@ def graph_group(
 def graph_inputs(features: Sequence[FeatureShard], layer: int | None = None) -> dict[str, list[ShardFile]]:
     """The shards' files that the graph is made of, in corpus order, of one layer or of all."""
     ordered = sorted(features, key=lambda feature: (feature.layer, feature.part.shard.doc_offset))
-    views = {"activations": "activations", "shard_edges": "edges", "shard_graph_counts": "counts"}
-    return {
-        view: [
+    wanted = [feature for feature in ordered if layer in (None, feature.layer)]
+
+    def files(name: Callable[[FeatureShard], str]) -> list[ShardFile]:
+        return [
             ShardFile(
-                name=f"{feature.folder}/{name}.parquet",
+                name=name(feature),
                 doc_offset=feature.part.shard.doc_offset,
                 source=feature.part.shard.source,
                 layer=feature.layer,
             )
-            for feature in ordered
-            if layer in (None, feature.layer)
+            for feature in wanted
         ]
-        for view, name in views.items()
+
+    counts = files(lambda feature: feature.counts_file)
+    return {
+        "activations": files(lambda feature: f"{feature.folder}/activations.parquet"),
+        "shard_edges": files(lambda feature: f"{feature.folder}/edges.parquet"),
+        # Their first file says what columns the view has: those of token shards have one more.
+        "shard_graph_counts": sorted(counts, key=lambda file: not file.name.endswith("/counts.parquet")),
     }
+
+
+def covers_corpus(features: Sequence[FeatureShard], shards: CorpusShards) -> bool:
+    """Whether every layer's graph has all documents of the corpus, so that tokens are as often in it as there."""
+    whole = {shard.doc_offset for shard in shards.shards if shard.n_documents}
+    in_graph: dict[int, set[int]] = {}
+    for feature in features:
+        if feature.part.n_documents == feature.part.shard.n_documents:
+            in_graph.setdefault(feature.layer, set()).add(feature.part.shard.doc_offset)
+    layers = {feature.layer for feature in features}
+    return all(in_graph.get(layer) == whole for layer in layers)
 
 
 def checked_layers(features: Sequence[FeatureShard], dictionaries: Sequence[Dictionary]) -> list[int]:

@@ -36,6 +36,7 @@ from tasks.table_plan import (
     Group,
     checked_layers,
     corpus_group,
+    covers_corpus,
     graph_group,
     graph_inputs,
     merged,
@@ -110,7 +111,8 @@ def build_graph_tables(
             f"edges under {storage.url('tables')} vanished while the tables were made", hint="run again"
         )
     graph = graph_group(config, shards, features, dictionaries, edges)
-    _build_graph(config, storage, corpus, graph, dictionaries, advance)
+    whole = layers if covers_corpus(features, shards) else []
+    _build_graph(config, storage, corpus, graph, dictionaries, whole, advance)
     progress(total, total, "graph tables")
     return merged(read_catalog(storage), corpus, graph)
 
@@ -185,7 +187,15 @@ def build_corpus(
 
     def make_tokens() -> Iterator[StoredFile]:
         share = config.function_tokens.share
-        yield write_table(config.duckdb, storage, "tokens", tokens, group.inputs, share=share)
+        yield write_table(
+            config.duckdb,
+            storage,
+            "tokens",
+            tokens,
+            group.inputs,
+            share=share,
+            n_documents=shards.n_documents,
+        )
 
     def make_info() -> Iterator[StoredFile]:
         with (
@@ -211,8 +221,11 @@ def _build_graph(
     corpus: Group,
     graph: Group,
     dictionaries: Sequence[Dictionary],
+    whole: Sequence[int],
     advance: Callable[[str], None],
 ) -> None:
+    """Make the graph's tables; `whole` are its layers where its documents are all of the corpus, else none."""
+
     def make() -> Iterator[StoredFile]:
         yield storage.write_parquet(graph.tables["dictionaries"], _dictionary_rows(dictionaries))
         inputs = Catalog(
@@ -220,6 +233,10 @@ def _build_graph(
             sharded={**graph.inputs.sharded, "edges": graph.sharded["edges"]},
         )
         relations: dict[str, pa.Table] = {}
+        if whole:
+            # As often as in the corpus: nothing needs to be read of each shard.
+            del inputs.sharded["shard_graph_counts"]
+            relations["shard_graph_counts"] = _counts_of_corpus(storage, corpus.tables["tokens"], whole)
         for table in GRAPH_TABLES:
             if table == "graph_summary":
                 relations["power_law_fits"] = _power_law_fits(storage, graph.tables["token_degree"])
@@ -237,9 +254,16 @@ def _build_graph(
     ensure_folder(storage, [graph.tables[table] for table in GRAPH_TABLES], graph.key_parts, make)
 
 
+def _counts_of_corpus(storage: Storage, tokens: str, layers: Sequence[int]) -> pa.Table:
+    counted = storage.read_parquet(tokens, columns=["token_id", "count"])
+    return pa.concat_tables(
+        [counted.add_column(0, "layer", pa.array([layer] * counted.num_rows, pa.int32())) for layer in layers]
+    )
+
+
 UPSTREAM: dict[str, tuple[str, ...]] = {
     "token_degree": ("edges", "shard_graph_counts", "tokens"),
-    "feature_degree": ("edges", "shard_graph_counts"),
+    "feature_degree": ("edges", "token_degree"),
     "coverage": ("edges", "token_degree", "dictionaries"),
     "graph_summary": ("token_degree", "feature_degree", "dictionaries"),
 }

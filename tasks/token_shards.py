@@ -1,7 +1,7 @@
 """The token shards of one corpus file: finding them, and making them as a stream.
 
 A file's shards are numbered folders below the file's own, `tokens/<file key>/00000`, each with a manifest;
-`file.json` lists them when the file is done. A shard that a limit cuts short is a folder of its own,
+`file.json` lists them when the file is done and has several. A shard that a limit cuts short is a folder of its own,
 `00003-first-120`, so that another limit never mistakes it for the whole. After a kill, finished shards are
 kept, and the records that they hold are read over without being tokenized.
 """
@@ -19,11 +19,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from infra.manifest import Manifest, commit, load
-from infra.storage import Storage
+from infra.index import read_known, remember_files
+from infra.manifest import Manifest, commit, load, load_all, manifest_files
+from infra.storage import Storage, json_bytes
 from schemas.tables import SHARD_FILES
 from tasks.file_jobs import Budget, FileJob, FileShards, ShardEntry
 from tasks.records import Record, read_records
+from tasks.shard_checks import TOKEN_TOTALS, ask_of_made, token_unit
 
 _BATCH_DOCUMENTS = 1024
 _BATCH_CHARACTERS = 2_000_000
@@ -43,16 +45,35 @@ def find_file_shards(
 ) -> list[FileShards | None]:
     """What is finished of each file within its budget; None where it is not."""
     names = [_list_names(job, budget) for job, budget in zip(jobs, budgets, strict=True)]
-    contents = storage.read_many([name for group in names for name in group])
-    listed = {name: _from_json(json.loads(content)) for name, content in contents.items()}
-    prefixes = ["tokens"] if len(jobs) > 4 else [job.folder for job in jobs]
-    sizes = {name: size for prefix in prefixes for name, size in storage.sizes(prefix).items()}
+    with storage.listed_once():
+        known = read_known(storage, [name for group in names for name in group])
+        listed = {name: _from_json(json.loads(content)) for name, content in known.contents.items()}
+        without = [job for job, group in zip(jobs, names, strict=True) if not listed.keys() & set(group)]
+        alone = load_all(storage, [_first(job) for job in without])
     found: list[FileShards | None] = []
-    for group, budget in zip(names, budgets, strict=True):
-        fitting = (listed[name] for name in group if name in listed)
-        shards = next((entry for entry in fitting if budget.allows(entry.n_documents, entry.n_tokens)), None)
-        found.append(shards if shards is None or _is_whole(shards, sizes) else None)
+    for job, group, budget in zip(jobs, names, budgets, strict=True):
+        there = [listed[name] for name in group if name in listed and _is_whole(listed[name], known.sizes)]
+        manifest = alone.get(_first(job))
+        if manifest is not None and manifest.stats["ends_file"]:
+            there.append(_of_one(_first(job), manifest))
+        fitting = (entry for entry in there if budget.allows(entry.n_documents, entry.n_tokens))
+        found.append(next(fitting, None))
     return found
+
+
+def _first(job: FileJob) -> str:
+    return f"{job.folder}/{0:05d}"
+
+
+def _of_one(folder: str, manifest: Manifest) -> FileShards:
+    """The shards of a file that has one: its manifest says all that a list would."""
+    return FileShards(shards=(_entry(folder, manifest),), is_cut=False, manifests={folder: manifest})
+
+
+def begun(storage: Storage, jobs: Sequence[FileJob]) -> list[FileJob]:
+    """The same jobs, knowing of which of them something is there already."""
+    there = {"/".join(name.split("/", 2)[:2]) for name in storage.sizes("tokens")}
+    return [replace(job, has_begun=job.folder in there) for job in jobs]
 
 
 def _from_json(value: dict[str, Any]) -> FileShards:
@@ -75,7 +96,12 @@ def tokenize_file(job: FileJob, report: Callable[[int], None] = lambda position:
         report: Called with the bytes of the file read so far.
     """
     backend, special = _tokenizer(job.storage, job.tokenizer_folder)
-    entries, ends_file = _finished_shards(job)
+    entries, manifests, ends_file = _finished_shards(job)
+
+    def close(shard: _OpenShard, folder: str, *, ends_file: bool) -> None:
+        manifests[folder] = shard.close(folder, ends_file=ends_file)
+        entries.append(_entry(folder, manifests[folder]))
+
     is_cut = not ends_file and _left(job.budget, entries).is_spent
     if not ends_file and not is_cut:
         skip = sum(entry.n_records for entry in entries)
@@ -93,7 +119,7 @@ def tokenize_file(job: FileJob, report: Callable[[int], None] = lambda position:
                 break
             shard.add_document(record, ids, n_kept)
             if shard.n_tokens >= job.corpus.shard_tokens:
-                entries.append(shard.close(f"{job.folder}/{len(entries):05d}", ends_file=False))
+                close(shard, f"{job.folder}/{len(entries):05d}", ends_file=False)
                 shard = _OpenShard(job, special)
             if _left(job.budget, entries).documents == shard.n_documents:
                 is_cut = True
@@ -101,33 +127,61 @@ def tokenize_file(job: FileJob, report: Callable[[int], None] = lambda position:
         name = f"{job.folder}/{len(entries):05d}"
         if is_cut:
             if shard.n_documents:
-                entries.append(shard.close(f"{name}-first-{shard.n_documents}", ends_file=False))
+                close(shard, f"{name}-first-{shard.n_documents}", ends_file=False)
         else:
             # Also where nothing is left: it says that the file ends here.
-            entries.append(shard.close(name, ends_file=True))
-    made = FileShards(shards=tuple(entries), is_cut=is_cut)
-    listing = {"shards": [asdict(entry) for entry in entries], "is_cut": is_cut}
-    job.storage.write_json(_list_names(job, job.budget)[-1] if is_cut else f"{job.folder}/file.json", listing)
+            close(shard, name, ends_file=True)
+    made = FileShards(shards=tuple(entries), is_cut=is_cut, manifests=manifests)
+    if _is_listed(made):
+        job.storage.write_json(_list_name(job, made), _to_json(made))
     return made
+
+
+def remember_file_shards(storage: Storage, jobs: Sequence[FileJob], made: Sequence[FileShards]) -> None:
+    """Write what was just made of some files into the index, so that nobody needs to read each of its lists."""
+    lists = {
+        _list_name(job, shards): json_bytes(_to_json(shards))
+        for job, shards in zip(jobs, made, strict=True)
+        if _is_listed(shards)
+    }
+    remember_files(
+        storage, lists | manifest_files({k: v for shards in made for k, v in shards.manifests.items()})
+    )
+
+
+def _is_listed(shards: FileShards) -> bool:
+    """Whether a file's shards are in a list: a shard that is all of its file says so itself."""
+    return shards.is_cut or len(shards.shards) > 1
+
+
+def _list_name(job: FileJob, shards: FileShards) -> str:
+    return _list_names(job, job.budget)[-1] if shards.is_cut else f"{job.folder}/file.json"
+
+
+def _to_json(shards: FileShards) -> dict[str, Any]:
+    return {"shards": [asdict(entry) for entry in shards.shards], "is_cut": shards.is_cut}
 
 
 def _left(budget: Budget, entries: Sequence[ShardEntry]) -> Budget:
     return budget.after(FileShards(shards=tuple(entries), is_cut=False))
 
 
-def _finished_shards(job: FileJob) -> tuple[list[ShardEntry], bool]:
+def _finished_shards(job: FileJob) -> tuple[list[ShardEntry], dict[str, Manifest], bool]:
     entries: list[ShardEntry] = []
-    while True:
+    manifests: dict[str, Manifest] = {}
+    while job.has_begun:
         folder = f"{job.folder}/{len(entries):05d}"
         manifest = load(job.storage, folder)
         if manifest is None:
-            return entries, False
+            break
         entry = _entry(folder, manifest)
         if not _left(job.budget, entries).allows(entry.n_documents, entry.n_tokens):
-            return entries, False
+            break
         entries.append(entry)
+        manifests[folder] = manifest
         if manifest.stats["ends_file"]:
-            return entries, True
+            return entries, manifests, True
+    return entries, manifests, False
 
 
 def _entry(folder: str, manifest: Manifest) -> ShardEntry:
@@ -170,7 +224,7 @@ class _OpenShard:
         self._documents.append((record.line, len(record.text or ""), n_kept))
         self.n_tokens += n_kept
 
-    def close(self, folder: str, *, ends_file: bool) -> ShardEntry:
+    def close(self, folder: str, *, ends_file: bool) -> Manifest:
         """Write and commit the shard."""
         if ends_file:
             self._rejects += self._waiting
@@ -187,7 +241,7 @@ class _OpenShard:
             if self._documents
             else ([], [], [])
         )
-        tables = {
+        tables: dict[str, list[Any]] = {
             "documents": [np.arange(len(lengths), dtype=np.int32), line, n_chars, n_tokens],
             "rejects": [[line for line, _ in self._rejects], [reason for _, reason in self._rejects]],
             "token_counts": _counts(doc[kept], token_id[kept]),
@@ -195,24 +249,38 @@ class _OpenShard:
         if self._job.corpus.keep_occurrences:
             tables["occurrences"] = [doc[kept], position[kept], token_id[kept]]
             tables["specials"] = [doc[is_special], position[is_special], token_id[is_special]]
-        written = [
-            storage.write_parquet(
-                f"{folder}/{name}.parquet",
-                pa.table(columns, schema=SHARD_FILES[name]),
-                **_WRITE_OPTIONS.get(name, {}),
-            )
+        made = {
+            name: pa.table(columns, schema=SHARD_FILES[name])
             for name, columns in tables.items()
-        ]
-        stats = {
+            # What has no rows is not written: each file is a request to write, and more to read.
+            if name not in _WHERE_ANY or len(columns[0])
+        }
+        stats: dict[str, Any] = {
             "n_documents": len(lengths),
             "n_tokens": self.n_tokens,
             "n_rejects": len(self._rejects),
             "n_records": len(lengths) + len(self._rejects),
             "ends_file": ends_file,
         }
+        asked = {name: rows for name, rows in made.items() if name != "specials"}
+        vocabulary = _vocabulary(storage, self._job.tokenizer_folder)
+        stats |= ask_of_made(
+            storage,
+            "tokenize",
+            token_unit(folder, len(lengths), asked),
+            TOKEN_TOTALS,
+            {"vocabulary": vocabulary},
+        )
+        written = [
+            storage.write_parquet(f"{folder}/{name}.parquet", table, **_WRITE_OPTIONS.get(name, {}))
+            for name, table in made.items()
+        ]
         manifest = Manifest(stage="tokenize", inputs={}, stats=stats)
-        return _entry(folder, commit(storage, folder, manifest, written))
+        return commit(storage, folder, manifest, written)
 
+
+_WHERE_ANY = ("rejects", "specials")
+"""Files that a shard has only where they have rows."""
 
 _WRITE_OPTIONS: dict[str, dict[str, Any]] = {
     "occurrences": {
@@ -287,3 +355,8 @@ def _tokenizer(storage: Storage, folder: str) -> tuple[Any, npt.NDArray[np.int64
 
     backend = Tokenizer.from_str(storage.read_bytes(f"{folder}/tokenizer.json").decode())
     return backend, np.array(storage.read_json(f"{folder}/special_ids.json"), dtype=np.int64)
+
+
+@lru_cache(maxsize=1)
+def _vocabulary(storage: Storage, folder: str) -> pa.Table:
+    return storage.read_parquet(f"{folder}/vocabulary.parquet")

@@ -31,7 +31,7 @@ from schemas.tables import VOCABULARY
 from schemas.work import CorpusShards, TokenShard
 from tasks.corpus import CorpusFile, corpus_files
 from tasks.file_jobs import Budget, FileJob, FileShards
-from tasks.token_shards import find_file_shards, tokenize_file
+from tasks.token_shards import begun, find_file_shards, remember_file_shards, tokenize_file
 from tasks.tokenizers import LoadedTokenizer, load_tokenizer
 
 VERSION = 1
@@ -77,13 +77,34 @@ def _plan(config: Config, storage: Storage) -> _Plan:
     )
 
 
-def missing_files(config: Config, storage: Storage) -> tuple[list[CorpusFile], list[CorpusFile]]:
-    """(finished, missing) corpus files; after the first missing one under a limit, the rest is unknown."""
+@dataclass(frozen=True, kw_only=True)
+class FoundCorpus:
+    """What is there of a corpus.
+
+    Attributes:
+        finished: Files whose shards are there.
+        missing: Files whose are not; under a limit the first one, as the rest depends on it.
+        shards: All shards, where the corpus and its vocabulary are there and current.
+    """
+
+    finished: list[CorpusFile]
+    missing: list[CorpusFile]
+    shards: CorpusShards | None
+
+
+def find_corpus(config: Config, storage: Storage) -> FoundCorpus:
+    """What is there of the corpus.
+
+    Raises:
+        CorpusError: if all is there and has no document, or more rejects than `corpus.max_reject_share` allows.
+    """
     plan = _plan(config, storage)
     done = _find(plan, storage)
-    finished = [job.file for job, found in zip(plan.jobs, done, strict=False) if found is not None]
-    missing = [job.file for job, found in zip(plan.jobs, done, strict=False) if found is None]
-    return finished, missing
+    return FoundCorpus(
+        finished=[job.file for job, found in zip(plan.jobs, done, strict=False) if found is not None],
+        missing=[job.file for job, found in zip(plan.jobs, done, strict=False) if found is None],
+        shards=_assemble(config, plan, done, storage),
+    )
 
 
 def find_corpus_shards(config: Config, storage: Storage) -> CorpusShards | None:
@@ -92,8 +113,7 @@ def find_corpus_shards(config: Config, storage: Storage) -> CorpusShards | None:
     Raises:
         CorpusError: if it has no document, or more rejects than `corpus.max_reject_share` allows.
     """
-    plan = _plan(config, storage)
-    return _assemble(config, plan, _find(plan, storage), storage)
+    return find_corpus(config, storage).shards
 
 
 def tokenize_corpus(config: Config, storage: Storage, progress: Progress = silent) -> CorpusShards:
@@ -108,8 +128,9 @@ def tokenize_corpus(config: Config, storage: Storage, progress: Progress = silen
     if plan.limit.is_open:
         todo = [job for job, found in zip(plan.jobs, _find(plan, storage), strict=True) if found is None]
         if todo:
+            todo = begun(storage, todo)
             with _Watched(config, todo, progress) as watched:
-                watched.run(todo)
+                remember_file_shards(storage, todo, watched.run(todo))
     else:
         _tokenize_in_order(config, storage, plan, progress)
     shards = _assemble(config, plan, _find(plan, storage), storage)
@@ -166,6 +187,7 @@ def _assemble(
                     n_documents=shard.n_documents,
                     n_tokens=shard.n_tokens,
                     n_rejects=shard.n_rejects,
+                    has_specials="specials.parquet" in shard.files,
                 )
             )
             offset += shard.n_documents

@@ -19,18 +19,21 @@ from infra.manifest import MANIFEST, load_all
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.expectations import SUITES
+from schemas.table_expectations import GROUPED, TOTALS
 from schemas.work import CorpusShards, Dictionary, FeatureShard
 from tasks.catalog_file import LEFT_IN_PLACE
 from tasks.check_columns import check_columns
-from tasks.find_offenders import Unit, find_in_views
+from tasks.find_offenders import find_in_views
 from tasks.shard_checks import (
     FEATURE_TOTALS,
+    TOKEN_TOTALS,
     check_shards,
     feature_row,
-    feature_unit,
     identity,
     put,
     rows_table,
+    stored_feature_unit,
+    token_unit,
 )
 from tasks.verdicts import check_key, conclude, expectations_table, passed
 
@@ -48,36 +51,25 @@ def check_tokenize(config: Config, storage: Storage, shards: CorpusShards) -> No
     if passed(storage, "tokenize", key):
         return
     manifests = load_all(storage, [shard.folder for shard in shards.shards])
-    files = [
-        "documents",
-        "rejects",
-        "token_counts",
-        *(["occurrences"] if config.corpus.keep_occurrences else []),
-    ]
-    units = {
-        shard.folder: Unit(
-            folder=shard.folder,
-            files={file: f"{shard.folder}/{file}.parquet" for file in files},
-            columns={"folder": shard.folder, "n_documents": shard.n_documents},
-            small=frozenset(files),
+    wanted = ["documents", "token_counts", *(["occurrences"] if config.corpus.keep_occurrences else [])]
+    units = {}
+    for shard in shards.shards:
+        manifest = manifests.get(shard.folder)
+        # A shard without rejects has no file of them.
+        rejects = manifest is None or "rejects.parquet" in manifest.files
+        files = [*wanted, *(["rejects"] if rejects else [])]
+        units[shard.folder] = token_unit(
+            shard.folder, shard.n_documents, {file: f"{shard.folder}/{file}.parquet" for file in files}
         )
-        for shard in shards.shards
-    }
-    totals = {
-        "documents": {
-            "found_documents": "count(*)",
-            "found_document_tokens": "coalesce(sum(n_tokens), 0)::BIGINT",
-        },
-        "rejects": {"found_rejects": "count(*)"},
-        "token_counts": {"found_counted_tokens": "coalesce(sum(count), 0)::BIGINT"},
-    }
     rows = [
         {**identity(shard), "place": place, "n_records": _n_records(manifests, shard.folder)}
         for place, shard in enumerate(shards.shards)
     ]
     with open_duckdb(storage, config.duckdb) as connection:
         put(connection, "vocabulary", storage.read_parquet(shards.vocabulary))
-        findings = check_shards(connection, storage, "tokenize", units, totals, rows, {"vocabulary"})
+        findings = check_shards(
+            connection, storage, "tokenize", units, TOKEN_TOTALS, rows, {"vocabulary"}, manifests
+        )
     conclude(storage, "tokenize", key, findings)
 
 
@@ -134,11 +126,12 @@ def check_features(
     if passed(storage, "features", key):
         return
     d_sae = {entry.layer: entry.d_sae for entry in dictionaries}
-    units = {feature.folder: feature_unit(feature, d_sae.get(feature.layer)) for feature in features}
+    units = {feature.folder: stored_feature_unit(feature, d_sae.get(feature.layer)) for feature in features}
+    manifests = load_all(storage, units)
     with open_duckdb(storage, config.duckdb) as connection:
         put(connection, "dictionaries", rows_table(sizes, _SIZES))
         findings = check_shards(
-            connection, storage, "features", units, FEATURE_TOTALS, rows, {"dictionaries"}
+            connection, storage, "features", units, FEATURE_TOTALS, rows, {"dictionaries"}, manifests
         )
     conclude(storage, "features", key, findings)
 
@@ -177,8 +170,31 @@ def check_tables(config: Config, storage: Storage, catalog: Catalog) -> None:
             # Asked about often; a query of a view opens its file again, which S3 answers slowly.
             for table in views.difference(LEFT_IN_PLACE):
                 connection.execute(f"CREATE TEMP TABLE {table} AS SELECT * FROM main.{table}")
+            for table in views.intersection(GROUPED):
+                asked |= group_once(connection, table)
             findings += find_in_views(connection, SUITES["tables"], asked, storage.root)
     conclude(storage, "tables", key, findings)
+
+
+def group_once(connection: Any, table: str) -> set[str]:
+    """Make the grouped tables of one that is a file a shard, of one scan; their names."""
+    groups = GROUPED[table]
+    sets = ", ".join(f"({columns})" for columns in groups.values())
+    keys = sorted({column for columns in groups.values() for column in columns.split(", ")})
+    places = ", ".join(f"grouping({column}) AS without_{column}" for column in keys)
+    connection.execute(
+        f"CREATE TEMP TABLE _grouped AS SELECT {', '.join(keys)}, {places}, {TOTALS[table]} FROM {table} "
+        f"GROUP BY GROUPING SETS ({sets})"
+    )
+    for name, columns in groups.items():
+        kept = columns.split(", ")
+        within = " AND ".join(f"without_{column} = {int(column not in kept)}" for column in keys)
+        others = ", ".join([*(set(keys) - set(kept)), *(f"without_{column}" for column in keys)])
+        connection.execute(
+            f"CREATE TEMP TABLE {name} AS SELECT * EXCLUDE ({others}) FROM _grouped WHERE {within}"
+        )
+    connection.execute("DROP TABLE _grouped")
+    return set(groups)
 
 
 def _made_with(storage: Storage, catalog: Catalog) -> list[dict[str, Any]]:

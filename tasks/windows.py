@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from infra.storage import Storage
+from schemas.tables import SHARD_FILES
 from schemas.work import GraphShard, HeldoutPart
 
 Ints = npt.NDArray[np.int32]
@@ -31,12 +33,14 @@ class ShardTokens:
         position: (n,) position in the document, from 0.
         token_id: (n,) ids.
         is_special: (n,) fed to the model but in no table.
+        whole_counts: How often each token is in all of the token shard, of which this may be a part.
     """
 
     doc: Ints
     position: Ints
     token_id: Ints
     is_special: Bools
+    whole_counts: pa.Table | None = None
 
     @property
     def rows(self) -> Longs:
@@ -61,16 +65,29 @@ class Batch:
 def read_shard_tokens(storage: Storage, part: GraphShard) -> ShardTokens:
     """The tokens of the first `part.n_documents` documents of a token shard."""
     columns = []
-    for name in ("occurrences", "specials"):
-        table = storage.read_parquet(f"{part.shard.folder}/{name}.parquet")
+    for name, is_there in (("occurrences", True), ("specials", part.shard.has_specials)):
+        table = (
+            storage.read_parquet(f"{part.shard.folder}/{name}.parquet")
+            if is_there
+            else SHARD_FILES[name].empty_table()
+        )
         columns.append([table[column].to_numpy() for column in ("doc", "position", "token_id")])
     doc, position, token_id = (np.concatenate(pair) for pair in zip(*columns, strict=True))
     is_special = np.repeat([False, True], [len(columns[0][0]), len(columns[1][0])])
     order = np.lexsort((position, doc)) if is_special.any() else np.arange(len(doc))
     order = order[doc[order] < part.n_documents]
     return ShardTokens(
-        doc=doc[order], position=position[order], token_id=token_id[order], is_special=is_special[order]
+        doc=doc[order],
+        position=position[order],
+        token_id=token_id[order],
+        is_special=is_special[order],
+        whole_counts=count_tokens(token_id[~is_special]),
     )
+
+
+def count_tokens(token_id: Ints) -> pa.Table:
+    """How often each token occurs: columns `token_id` (ascending) and `count`."""
+    return pa.table([*np.unique(token_id, return_counts=True)], schema=SHARD_FILES["counts"])
 
 
 def read_heldout_tokens(storage: Storage, part: HeldoutPart) -> ShardTokens:

@@ -19,12 +19,21 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from hypothesis import HealthCheck, settings  # noqa: E402
 from prefect_home import prefect_api, prefect_database  # noqa: E402
 from s3 import ceph_server, moto_root, moto_server, s3_root  # noqa: E402
+from s3_proxy import s3_proxy  # noqa: E402
 
 # A busy machine is no failure.
 settings.register_profile("functok", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("functok")
 
-__all__ = ["ceph_server", "moto_root", "moto_server", "prefect_api", "prefect_database", "s3_root"]
+__all__ = [
+    "ceph_server",
+    "moto_root",
+    "moto_server",
+    "prefect_api",
+    "prefect_database",
+    "s3_proxy",
+    "s3_root",
+]
 
 
 @pytest.fixture(scope="session")

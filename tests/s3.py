@@ -10,6 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,8 +82,14 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def moto_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running_moto(tmp_path_factory.mktemp("moto") / "log") as server:
+        yield server
+
+
+@contextmanager
+def running_moto(log: Path) -> Iterator[Server]:
+    """Moto with our bucket, in a process of its own whose output goes to `log`."""
     port = free_port()
-    log = tmp_path_factory.mktemp("moto") / "log"
     with open(log, "wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],

@@ -24,7 +24,7 @@ from tasks.corpus_tokenizer import find_tokenizer
 from tasks.dictionary_checks import source_of
 from tasks.plan import plan_run
 from tasks.records import read_records
-from tasks.tokenization import find_corpus_shards
+from tasks.tokenization import FoundCorpus, find_corpus_shards
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,8 @@ def test_a_file_that_cannot_be_read_is_named_without_its_query(
 
 
 def test_a_plan_names_files_without_their_query(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("tasks.tokenization.missing_files", lambda *_: ([], [SIGNED]))
+    found = FoundCorpus(finished=[], missing=[SIGNED], shards=None)
+    monkeypatch.setattr("tasks.tokenization.find_corpus", lambda *_: found)
     counting = config(tmp_path, "a.txt").model_copy(update={"sae": [], "steering": None})
     [tokenize, *_] = plan_run(counting, Storage(str(tmp_path)))
     assert tokenize.details == ("tokenize https://host/a.txt",)

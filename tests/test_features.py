@@ -14,17 +14,19 @@ import reference
 import tiny
 import torch
 
-from infra.errors import ConfigError, ModelError
+from infra.errors import ConfigError, ExpectationError, ModelError
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.work import Dictionary, FeatureShard
 from tasks import extraction, features
 from tasks.dictionaries import prepare_dictionaries
 from tasks.extraction import compute_features
-from tasks.features import extract_features, missing_features
+from tasks.features import extract_features, find_features
 from tasks.graph import graph_shards
 from tasks.models import load_model, model_key
+from tasks.shard_checks import ASKED
 from tasks.tokenization import tokenize_corpus
+from tasks.validation import check_features
 from tasks.windows import read_shard_tokens
 
 SAES = {0: "jumprelu", 1: "standard", 2: "topk"}
@@ -85,11 +87,11 @@ def activated(made: list[FeatureShard], storage: Storage) -> Activated:
 
 
 def contents(made: list[FeatureShard], storage: Storage) -> list[bytes]:
-    return [
-        storage.read_bytes(f"{shard.folder}/{name}.parquet")
+    files = [
+        (f"{shard.folder}/activations.parquet", f"{shard.folder}/edges.parquet", shard.counts_file)
         for shard in made
-        for name in ("activations", "edges", "counts")
     ]
+    return [storage.read_bytes(name) for names in files for name in names]
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
@@ -126,10 +128,7 @@ def test_features_are_what_plain_hooks_and_sae_encode_give(
         }
         assert set(edges) == set(pairs)
         assert sum(edges.values()) == len(rows)
-        counts = {
-            r["token_id"]: r["count"]
-            for r in storage.read_parquet(f"{shard.folder}/counts.parquet").to_pylist()
-        }
+        counts = {r["token_id"]: r["count"] for r in storage.read_parquet(shard.counts_file).to_pylist()}
         assert sum(counts.values()) == shard.part.n_tokens
 
 
@@ -168,9 +167,9 @@ def test_changing_one_layers_dictionary_recomputes_that_layer_alone(parts: Path,
     changed = config_for(parts, tmp_path, sae=[*sae, {"layer": 1, "path": str(parts / "other-sae")}])
     shards = tokenize_corpus(changed, storage)
     dictionaries = prepare_dictionaries(changed, storage, shards)
-    done, missing = missing_features(changed, storage, shards, dictionaries)
-    assert done == len(made) * 2 // 3
-    assert all(layers == [1] for layers in missing.values())
+    found = find_features(changed, storage, shards, dictionaries)
+    assert found.done == len(made) * 2 // 3
+    assert all(layers == [1] for layers in found.missing.values())
     again = extract_features(changed, storage, shards, dictionaries)
     kept = [shard for shard in again if shard.layer != 1]
     assert all(
@@ -255,21 +254,22 @@ def test_a_killed_stage_keeps_its_finished_shards(
     config = config_for(parts, tmp_path / "killed")
     write, written = features._write_layer, []
 
-    def dying(storage: Storage, unit: Any, *rest: Any) -> None:
+    def dying(config: Config, storage: Storage, unit: Any, *rest: Any) -> Any:
         if len(written) == 4:
             raise KeyboardInterrupt
         written.append(unit.folder)
-        write(storage, unit, *rest)
+        return write(config, storage, unit, *rest)
 
     monkeypatch.setattr(features, "_write_layer", dying)
     with pytest.raises(KeyboardInterrupt):
         run(config)
     again = []
-    monkeypatch.setattr(
-        features,
-        "_write_layer",
-        lambda storage, unit, *rest: (again.append(unit.folder), write(storage, unit, *rest)),
-    )
+
+    def noting(config: Config, storage: Storage, unit: Any, *rest: Any) -> Any:
+        again.append(unit.folder)
+        return write(config, storage, unit, *rest)
+
+    monkeypatch.setattr(features, "_write_layer", noting)
     made, _, storage = run(config)
     assert set(again).isdisjoint(written)
     fresh = run(config_for(parts, tmp_path / "fresh"))
@@ -345,3 +345,47 @@ def test_a_token_outside_the_vocabulary_is_refused(parts: Path, tmp_path: Path) 
     model = load_model(config_for(parts, tmp_path).model, Storage(str(tmp_path)))
     with pytest.raises(ModelError, match=r"token id 400 is outside the model's vocabulary \(400 tokens\)"):
         model.forward(torch.tensor([[1, 400]]), [0], lambda _layer, _hidden: None)
+
+
+def test_a_fault_of_the_making_is_found_alike_in_the_rows_and_in_the_files(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = features.count_edges
+
+    def wrong(*arguments: Any) -> Any:
+        edges = count(*arguments)
+        return edges.slice(1) if edges.num_rows else edges
+
+    monkeypatch.setattr(features, "count_edges", wrong)
+    config = config_for(parts, tmp_path, sae=[{"layer": 1, "path": str(parts / "sae-1")}])
+    made, dictionaries, storage = run(config)
+    with pytest.raises(ExpectationError, match=r"'edges\.n = activations grouped'") as told:
+        check_features(config, storage, made, dictionaries)
+    assert f"folder: {made[0].folder}" in str(told.value)
+    for shard in made:
+        manifest = storage.read_json(f"{shard.folder}/manifest.json")
+        assert manifest["stats"].pop(ASKED)
+        storage.write_json(f"{shard.folder}/manifest.json", manifest)
+    with pytest.raises(ExpectationError) as asked:
+        check_features(config, storage, made, dictionaries)
+    assert str(asked.value) == str(told.value)
+
+
+def test_a_whole_shards_counts_are_those_of_its_tokens(parts: Path, tmp_path: Path) -> None:
+    config = config_for(parts, tmp_path, sae=[{"layer": 1, "path": str(parts / "sae-1")}])
+    made, _, storage = run(config)
+    parted = config_for(parts, tmp_path, sae=[{"layer": 1, "path": str(parts / "sae-1")}])
+    whole = made[-1].part.shard
+    assert not any(shard.has_counts for shard in made)
+    limit = whole.doc_offset + whole.n_documents - 1
+    cut = parted.model_copy(
+        update={"activations": parted.activations.model_copy(update={"max_documents": limit})}
+    )
+    of_cut, _, _ = run(cut)
+    assert [shard.has_counts for shard in of_cut] == [
+        shard.part.n_documents < shard.part.shard.n_documents for shard in of_cut
+    ]
+    for shard in (*made, *of_cut):
+        counts = storage.read_parquet(shard.counts_file, columns=["token_id", "count"])
+        assert sum(counts["count"].to_pylist()) == shard.part.n_tokens
+        assert storage.exists(f"{shard.folder}/counts.parquet") == shard.has_counts

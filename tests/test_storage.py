@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import pickle
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,12 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pytest
 from s3 import BUCKET, S3Root, Server, free_port
+from s3_proxy import Faults, Proxy
 
 from infra.duck import Catalog, ShardFile, create_views, open_duckdb, view_of_shards
 from infra.errors import ConfigError, StorageError
+from infra.remote_reading import AT_LEAST, WHOLE, FileEnds, RemoteFile
 from infra.storage import Storage, StoredFile
 
 NAMES = [
@@ -450,3 +454,144 @@ def test_views_do_not_depend_on_what_the_root_is_called(tmp_path: Path, place: s
             "SELECT source, count(*) FROM documents GROUP BY ALL ORDER BY ALL"
         ).fetchall()
         assert rows == [("it's 0.txt", 3), ("it's 1.txt", 3)]
+
+
+# ---- what a refusal says
+@pytest.mark.s3
+@pytest.mark.parametrize(
+    ("status", "code", "words"),
+    [
+        (403, "InvalidAccessKeyId", "check the credentials first: AWS_ACCESS_KEY_ID"),
+        (403, "SignatureDoesNotMatch", "check the credentials first: AWS_ACCESS_KEY_ID"),
+        (403, "AccessDenied", "check the credentials first: AWS_ACCESS_KEY_ID"),
+        (400, "InvalidToken", "check the credentials first: AWS_ACCESS_KEY_ID"),
+        (400, "ExpiredToken", "the credentials have expired"),
+        (403, "RequestTimeTooSkewed", "clock is wrong"),
+        (301, "PermanentRedirect", "set AWS_DEFAULT_REGION"),
+        (400, "AuthorizationHeaderMalformed", "set AWS_DEFAULT_REGION"),
+    ],
+)
+def test_a_refusal_says_its_way_out(
+    s3_proxy: Proxy,
+    moto_server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+    code: str,
+    words: str,
+) -> None:
+    s3_at(moto_server, monkeypatch)
+    storage = Storage(f"s3://{BUCKET}/root", s3_proxy.endpoint)
+    attempts: list[Callable[[], object]] = [
+        lambda: storage.read_bytes("x"),
+        lambda: storage.read_parquet("x"),
+        lambda: storage.sizes(),
+        lambda: storage.write_bytes("x", b"1"),
+        storage.require_place,
+    ]
+    s3_proxy.faults = Faults(refusal=(status, code))
+    try:
+        for attempt in attempts:
+            with pytest.raises(StorageError, match=code) as raised:
+                attempt()
+            assert words in raised.value.hint
+            assert moto_server.secret_key not in f"{raised.value!r} {raised.value}"
+    finally:
+        s3_proxy.faults = Faults()
+
+
+@pytest.mark.s3
+def test_a_refusal_without_a_body_is_about_credentials(
+    s3_proxy: Proxy, moto_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3_at(moto_server, monkeypatch)
+    s3_proxy.faults = Faults(refusal=(403, "InvalidAccessKeyId"))
+    try:
+        with pytest.raises(StorageError, match="403") as raised:
+            Storage(f"s3://{BUCKET}/root", s3_proxy.endpoint).exists("x")
+    finally:
+        s3_proxy.faults = Faults()
+    assert raised.value.hint.startswith("check the credentials first")
+
+
+@pytest.mark.s3
+def test_status_of_a_missing_bucket_says_so(
+    moto_server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from functok.cli import main
+
+    s3_at(moto_server, monkeypatch)
+    (tmp_path / "a.toml").write_text('[corpus]\nurls = ["a.txt"]\n[model]\nname = "m"\n')
+    config, root = str(tmp_path / "a.toml"), "s3://no-such-bucket/root"
+    for command in (["status", config], ["run", config], ["query", "SHOW TABLES"], ["report"]):
+        with pytest.raises(SystemExit):
+            main([*command, "--root", root])
+        told = capsys.readouterr().err
+        assert "there is no bucket no-such-bucket" in told, command
+        assert "way out: create it, or check storage.root" in told
+
+
+def test_errors_of_libraries_that_no_server_answers() -> None:
+    from botocore.exceptions import (
+        ConnectTimeoutError,
+        EndpointConnectionError,
+        NoCredentialsError,
+        PartialCredentialsError,
+    )
+
+    from infra.storage_errors import way_out
+
+    assert "there are no credentials" in str(way_out(NoCredentialsError()))
+    partial = PartialCredentialsError(provider="env", cred_var="AWS_SECRET_ACCESS_KEY")
+    assert "there are no credentials" in str(way_out(partial))
+    for error in (
+        EndpointConnectionError(endpoint_url="http://127.0.0.1:1"),
+        ConnectTimeoutError(endpoint_url="http://127.0.0.1:1"),
+    ):
+        assert "the endpoint does not answer" in str(way_out(error))
+        wrapped = OSError("s3fs")
+        wrapped.__cause__ = error
+        assert "the endpoint does not answer" in str(way_out(wrapped))
+    assert "check space and permissions" in str(way_out(OSError(errno.ENOSPC, "full")))
+    assert way_out(ValueError("no storage's")) is None
+
+
+# ---- reading from elsewhere
+@pytest.mark.parametrize("size", [1, 1000, WHOLE, WHOLE + 1, 3 * WHOLE])
+def test_a_file_elsewhere_is_read_as_it_is(size: int) -> None:
+    memory = fsspec.filesystem("memory")
+    content = os.urandom(size)
+    memory.pipe_file("/remote/file", content)
+    with RemoteFile("/remote/file", memory) as file:
+        assert file.size == size
+        assert file.read() == content
+        rng = random.Random(size)
+        for _ in range(20):
+            start = rng.randrange(size)
+            length = rng.choice([0, 1, 100, AT_LEAST + 5])
+            file.seek(start)
+            assert file.read(length) == content[start : start + length]
+            assert file.tell() == min(size, start + length)
+        file.seek(-1, os.SEEK_END)
+        assert file.read(10) == content[-1:]
+
+
+def test_ends_of_files_are_kept_up_to_a_bound() -> None:
+    memory = fsspec.filesystem("memory")
+    asked: list[str] = []
+
+    class Counting:
+        def size(self, path: str) -> int:
+            asked.append(path)
+            return int(memory.size(path))
+
+        def cat_file(self, path: str, start: int, end: int) -> bytes:
+            return bytes(memory.cat_file(path, start=start, end=end))
+
+    ends = FileEnds(Counting(), kept=250)
+    for name in "abc":
+        memory.pipe_file(f"/ends/{name}", name.encode() * 100)
+    for name in ("a", "b", "a", "c", "a", "b"):
+        assert ends.end(f"/ends/{name}") == (name.encode() * 100, 100)
+    assert asked == ["/ends/a", "/ends/b", "/ends/c", "/ends/b"]
+    assert [ends.size(f"/ends/{name}") for name in "abc"] == [100, 100, 100]
+    assert len(asked) == 4

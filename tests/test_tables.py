@@ -289,6 +289,7 @@ def test_a_large_graph_is_the_same_on_any_number_of_threads(tmp_path: Path) -> N
         inputs = {
             "edges": edges.take(rng.permutation(len(edges))),
             "shard_graph_counts": counts,
+            "token_degree": counts,
             "tokens": ranks,
         }
         for table in ("token_degree", "feature_degree"):
@@ -605,12 +606,14 @@ def test_too_little_memory_says_which_setting_to_raise(storage: Storage) -> None
     )
     storage.write_parquet("counts.parquet", counts)
     inputs = Catalog(
-        tables={"documents": "counts.parquet", "vocabulary": "v.parquet"},
+        tables={"vocabulary": "v.parquet"},
         sharded={"shard_token_counts": [ShardFile(name="counts.parquet")]},
     )
     storage.write_parquet("v.parquet", pa.table({"token_id": [0], "token": ["a"]}))
     with pytest.raises(ConfigError, match="memory_limit"):
-        write_table(DuckDb(memory_limit="1MB"), storage, "tokens", "tokens.parquet", inputs, share=0.4)
+        write_table(
+            DuckDb(memory_limit="1MB"), storage, "tokens", "tokens.parquet", inputs, share=0.4, n_documents=1
+        )
 
 
 def test_the_catalogue_file_opens_anywhere(storage: Storage, tmp_path: Path) -> None:
@@ -655,13 +658,11 @@ def test_tables_on_s3_are_those_on_disk(storage: Storage, s3_root: S3Root, tmp_p
     table = pa.table({"token_id": [1], "count": [1], "doc_count": [1], "token": ["a"]})
     same = {
         "shard_token_counts": table,
-        "documents": table,
         "vocabulary": table.select(["token_id", "token"]),
     }
+    nowhere = Storage("s3://no-such-bucket/x")
     with pytest.raises(StorageError, match="there is no bucket no-such-bucket"):
-        write_table(
-            DuckDb(), Storage("s3://no-such-bucket/x"), "tokens", "t.parquet", Catalog(), same, share=0.4
-        )
+        write_table(DuckDb(), nowhere, "tokens", "t.parquet", Catalog(), same, share=0.4, n_documents=1)
     # Without a way to S3 of its own, a client still opens the small tables.
     target = tmp_path / "c.duckdb"
     write_catalog_file(remote, str(target), DuckDb())

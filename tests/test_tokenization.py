@@ -13,14 +13,17 @@ import pytest
 import reference
 import tiny
 
-from infra.errors import CorpusError
+from infra.errors import CorpusError, ExpectationError
 from infra.hashing import file_hash
 from infra.storage import Storage
 from schemas.config import Config
+from schemas.expectation import Rows
 from schemas.work import CorpusShards
-from tasks import token_shards
+from tasks import shard_checks, token_shards
 from tasks.file_jobs import Budget
-from tasks.tokenization import _plan, find_corpus_shards, missing_files, tokenize_corpus
+from tasks.shard_checks import ASKED
+from tasks.tokenization import _plan, find_corpus, find_corpus_shards, tokenize_corpus
+from tasks.validation import check_tokenize
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +93,10 @@ def test_shards_hold_what_the_tokenizer_gives(tmp_path: Path, tokenizer_folder: 
     fed = [
         (row["doc"] + shard.doc_offset, row["position"], row["token_id"])
         for shard in shards.shards
+        if shard.has_specials
         for row in storage.read_parquet(f"{shard.folder}/specials.parquet").to_pylist()
     ]
+    assert {shard.has_specials for shard in shards.shards} == {True, False}
     assert fed == [(d, p, t) for d, doc in enumerate(ids) for p, t in enumerate(doc) if t in special]
     assert find_corpus_shards(make(tmp_path, tokenizer_folder, {}), storage) == shards
 
@@ -171,9 +176,10 @@ def test_a_file_that_joins_computes_its_own_shards_alone(tmp_path: Path, tokeniz
     documents = tiny.texts(40)
     run(make(tmp_path, tokenizer_folder, {"b": documents[:20]}))
     config = make(tmp_path, tokenizer_folder, {"a": documents[20:]})
-    finished, missing = missing_files(config, Storage(config.storage.root))
-    assert [Path(file.url).stem for file in finished] == ["b"]
-    assert [Path(file.url).stem for file in missing] == ["a"]
+    found = find_corpus(config, Storage(config.storage.root))
+    assert [Path(file.url).stem for file in found.finished] == ["b"]
+    assert [Path(file.url).stem for file in found.missing] == ["a"]
+    assert found.shards is None
     shards, storage = run(config)
     fresh, fresh_storage = run(make(tmp_path, tokenizer_folder, {}, root="fresh"))
     assert shards == fresh
@@ -292,3 +298,77 @@ def test_workers_give_what_one_process_gives(tmp_path: Path, tokenizer_folder: P
     assert [[token for _, token in document] for document in found] == ids
     assert sum(counts.values()) == many.n_tokens
     assert not special & set(counts)
+
+
+# ---- what is asked of a shard as it is made
+def verdict(config: Config, storage: Storage, shards: CorpusShards) -> str:
+    """What the check of the tokens says."""
+    try:
+        check_tokenize(config, storage, shards)
+    except ExpectationError as error:
+        return str(error)
+    return "passed"
+
+
+def test_a_fault_of_the_making_is_found_alike_in_the_rows_and_in_the_files(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = token_shards._counts
+
+    def wrong(*columns: Any) -> Any:
+        ids, counts, doc_counts = count(*columns)
+        return [ids, counts + (ids == ids[0]), doc_counts]
+
+    monkeypatch.setattr(token_shards, "_counts", wrong)
+    config = make(tmp_path, tokenizer_folder, {"a": tiny.texts(20), "b": tiny.texts(3, seed=1)})
+    shards, storage = run(config)
+    told = verdict(config, storage, shards)
+    assert "'sum(tokens.count) = count(occurrences)'" in told
+    assert f"folder: {shards.shards[0].folder}" in told
+    for shard in shards.shards:
+        manifest = storage.read_json(f"{shard.folder}/manifest.json")
+        assert manifest["stats"].pop(ASKED)
+        storage.write_json(f"{shard.folder}/manifest.json", manifest)
+    assert verdict(config, storage, shards) == told
+
+
+def test_files_are_asked_where_the_manifest_has_no_answer_to_what_is_asked_now(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make(tmp_path, tokenizer_folder, {"a": tiny.texts(20)})
+    shards, storage = run(config)
+    read: list[str] = []
+    ask = shard_checks.find_in_units
+
+    def noting(*arguments: Any) -> Any:
+        read.extend(unit.folder for unit in arguments[3])
+        return ask(*arguments)
+
+    monkeypatch.setattr(shard_checks, "find_in_units", noting)
+    assert verdict(config, storage, shards) == "passed"
+    assert read == []
+    more = Rows(
+        name="no document is long",
+        table="documents",
+        shard=True,
+        meaning="A document has fewer than 3 tokens.",
+        must="n_tokens < 3",
+        show="folder, doc, n_tokens",
+    )
+    monkeypatch.setitem(shard_checks.SUITES, "tokenize", (*shard_checks.SUITES["tokenize"], more))
+    assert "'no document is long'" in verdict(config, storage, shards)
+    assert read == [shard.folder for shard in shards.shards]
+
+
+def test_what_has_no_rows_is_not_written(tmp_path: Path, tokenizer_folder: Path) -> None:
+    config = make(tmp_path, tokenizer_folder, {"a": tiny.texts(3)})
+    with open(tmp_path / "corpus" / "b.jsonl", "w") as file:
+        file.write('{"text": "a <eos> b"}\nno json\n')
+    config = make(tmp_path, tokenizer_folder, {}, max_reject_share=0.9)
+    shards, storage = run(config)
+    files = {shard.source[-7:]: set(storage.sizes(shard.folder)) for shard in shards.shards}
+    plain_files = {"documents.parquet", "token_counts.parquet", "occurrences.parquet", "manifest.json"}
+    names = {source: {name.rsplit("/", 1)[1] for name in found} for source, found in files.items()}
+    assert names["a.jsonl"] == plain_files
+    assert names["b.jsonl"] == {*plain_files, "rejects.parquet", "specials.parquet"}
+    assert not [name for name in storage.sizes("tokens") if name.endswith("file.json")]

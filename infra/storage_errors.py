@@ -1,0 +1,115 @@
+"""What a storage's errors mean, and the way out of each.
+
+S3's own codes are asked for first: s3fs makes them into Python's errors (`PermissionError`, `OSError`), whose cause
+has the answer. A HEAD has no body, so its answer has the status for a code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+KEYS = (
+    "check the credentials first: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE) are not those of this "
+    "endpoint, or may not use this bucket; then run again: finished work is kept"
+)
+NO_KEYS = (
+    "there are no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, and run again"
+)
+EXPIRED = (
+    "the credentials have expired: get new ones (AWS_SESSION_TOKEN goes with its keys), then run again: finished work "
+    "is kept"
+)
+CLOCK = "this machine's clock is wrong: set it, then run again: finished work is kept"
+REGION = "the bucket is in another region: set AWS_DEFAULT_REGION to its region (AWS_REGION goes first), then run again"
+NO_ANSWER = (
+    "the endpoint does not answer: check storage.endpoint_url (or AWS_ENDPOINT_URL) and the network, then run again: "
+    "finished work is kept"
+)
+BUSY = "the storage is overloaded or failed by itself: wait and run again: finished work is kept"
+DISK = "check space and permissions, then run again: finished work is kept"
+REMOTE = "check space, permissions, network and credentials, then run again: finished work is kept"
+
+_BY_CODE: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            *("403", "AccessDenied", "AllAccessDisabled", "AccountProblem", "InvalidAccessKeyId"),
+            *(
+                "InvalidClientTokenId",
+                "InvalidSecurity",
+                "InvalidToken",
+                "NotSignedUp",
+                "SignatureDoesNotMatch",
+            ),
+            *("UnrecognizedClientException", "XAmzContentSHA256Mismatch", "401", "Unauthorized"),
+        ),
+        KEYS,
+    ),
+    **dict.fromkeys(
+        ("ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"), EXPIRED
+    ),
+    "RequestTimeTooSkewed": CLOCK,
+    **dict.fromkeys(
+        (
+            *("301", "307", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"),
+            *("InvalidLocationConstraint", "PermanentRedirect", "Redirect", "TemporaryRedirect"),
+        ),
+        REGION,
+    ),
+    **dict.fromkeys(
+        ("500", "502", "503", "504", "InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown"),
+        BUSY,
+    ),
+}
+_BY_NAME: dict[str, str] = {
+    **dict.fromkeys(("NoCredentialsError", "PartialCredentialsError"), NO_KEYS),
+    **dict.fromkeys(
+        ("CredentialRetrievalError", "ProfileNotFound", "UnauthorizedSSOTokenError", "InvalidConfigError"),
+        KEYS,
+    ),
+    **dict.fromkeys(("SSOTokenLoadError", "TokenRetrievalError", "RefreshWithMFAUnsupportedError"), EXPIRED),
+    **dict.fromkeys(("NoRegionError", "InvalidRegionError"), REGION),
+}
+_LIBRARIES = {"botocore", "aiobotocore", "aiohttp"}
+_NO_ANSWER = re.compile(
+    r"Connect|Endpoint|Timeout|HTTPClient|ServerDisconnected|ClientPayload|SSL|Proxy|gaierror"
+)
+
+
+def way_out(error: BaseException) -> str | None:
+    """The way out of an error that a storage has raised, or None of one that is no storage's."""
+    chain = list(_chain(error))
+    for cause in chain:
+        hint = _BY_CODE.get(code_of(cause)) or _BY_NAME.get(type(cause).__name__)
+        if hint is not None:
+            return hint
+    if any(_is_library(cause) and _NO_ANSWER.search(type(cause).__name__) for cause in chain):
+        return NO_ANSWER
+    if any(_is_library(cause) for cause in chain):
+        return REMOTE
+    return DISK if isinstance(error, OSError) else None
+
+
+def code_of(error: BaseException) -> str:
+    """S3's code for an error; empty where it has none."""
+    response = getattr(error, "response", None)
+    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
+
+
+def told(error: BaseException) -> str:
+    """What an error says, with S3's code where its text leaves it out."""
+    text = str(error) or type(error).__name__
+    code = next((code for code in map(code_of, _chain(error)) if code), "")
+    return text if not code or code in text else f"{text} ({code})"
+
+
+def _is_library(error: BaseException) -> bool:
+    return type(error).__module__.split(".")[0] in _LIBRARIES
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
