@@ -53,7 +53,8 @@ def ask_of_made(
         views = set(relations or {})
         ((findings, found),) = find_in_units(connection, storage, within, [unit], totals, views, threads=1)
     told = {
-        finding.expectation.name: [finding.count, json.loads(json.dumps(finding.rows, default=str))]
+        # In pairs, as a manifest sorts the keys of what it holds.
+        finding.expectation.name: [finding.count, [_plain(list(row.items())) for row in finding.rows]]
         for finding in findings
         if finding.count
     }
@@ -106,6 +107,10 @@ def check_shards(
     return sorted(findings, key=lambda finding: order[finding.expectation.name])
 
 
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
 def _within(stage: Stage) -> list[Expectation]:
     return [entry for entry in SUITES[stage] if entry.shard]
 
@@ -118,7 +123,7 @@ def _answer(within: Sequence[Expectation], there: set[str], told: Mapping[str, A
     findings = []
     for entry in applying(within, there):
         count, rows = told["found"].get(entry.name, (0, ()))
-        findings.append(Finding(expectation=entry, count=count, rows=tuple(rows)))
+        findings.append(Finding(expectation=entry, count=count, rows=tuple(map(dict, rows))))
     return findings, dict(told["totals"])
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -107,27 +108,27 @@ def _largest(
         # NaN is the largest of all to SQL, and would be nothing to max().
         found = [feature.max_activation for feature in features if feature.max_activation is not None]
         return float(np.max(found)) if found else None
-    return cast(
-        "float | None",
-        _ask(resources, storage, layer, inputs, "SELECT max(activation) AS largest FROM activations")[
-            "largest"
-        ][0],
-    )
+    with _opened(resources, storage, layer, inputs) as connection:
+        (largest,) = connection.execute("SELECT max(activation) FROM activations").fetchone()
+    return cast("float | None", largest)
 
 
 def _rows_by_token(
     resources: DuckDb, storage: Storage, layer: int, inputs: Catalog
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    query = "SELECT token_id, count(*) AS n FROM shard_edges GROUP BY token_id ORDER BY token_id"
-    rows = _ask(resources, storage, layer, inputs, query)
+    with _opened(resources, storage, layer, inputs) as connection:
+        rows = connection.execute(
+            "SELECT token_id, count(*) AS n FROM shard_edges GROUP BY token_id ORDER BY token_id"
+        ).fetchnumpy()
     return rows["token_id"], rows["n"]
 
 
-def _ask(resources: DuckDb, storage: Storage, layer: int, inputs: Catalog, query: str) -> dict[str, Any]:
+@contextmanager
+def _opened(resources: DuckDb, storage: Storage, layer: int, inputs: Catalog) -> Iterator[Any]:
     what = f"the edges of layer {layer}"
     with open_duckdb(storage, resources) as connection, explained(what, resources, storage):
         create_views(connection, storage, inputs)
-        return cast("dict[str, Any]", connection.execute(query).fetchnumpy())
+        yield connection
 
 
 def token_ranges(

@@ -467,7 +467,6 @@ def test_views_do_not_depend_on_what_the_root_is_called(tmp_path: Path, place: s
         (400, "InvalidToken", "check the credentials first: AWS_ACCESS_KEY_ID"),
         (400, "ExpiredToken", "the credentials have expired"),
         (403, "RequestTimeTooSkewed", "clock is wrong"),
-        (301, "PermanentRedirect", "set AWS_DEFAULT_REGION"),
         (400, "AuthorizationHeaderMalformed", "set AWS_DEFAULT_REGION"),
     ],
 )
@@ -532,6 +531,7 @@ def test_status_of_a_missing_bucket_says_so(
 
 def test_errors_of_libraries_that_no_server_answers() -> None:
     from botocore.exceptions import (
+        ClientError,
         ConnectTimeoutError,
         EndpointConnectionError,
         NoCredentialsError,
@@ -551,6 +551,8 @@ def test_errors_of_libraries_that_no_server_answers() -> None:
         wrapped = OSError("s3fs")
         wrapped.__cause__ = error
         assert "the endpoint does not answer" in str(way_out(wrapped))
+    elsewhere = ClientError({"Error": {"Code": "PermanentRedirect", "Message": "use another"}}, "GetObject")
+    assert "set AWS_DEFAULT_REGION" in str(way_out(elsewhere))
     assert "check space and permissions" in str(way_out(OSError(errno.ENOSPC, "full")))
     assert way_out(ValueError("no storage's")) is None
 
