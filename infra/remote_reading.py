@@ -153,6 +153,7 @@ def read_end(fs: Any, path: str, n_bytes: int) -> tuple[bytes, int]:
 
 def _read_end_of_object(fs: Any, bucket: str, key: str, n_bytes: int) -> tuple[bytes, int]:
     from fsspec.asyn import sync
+    from s3fs.core import _error_wrapper
 
     async def read() -> tuple[bytes, int]:
         answer = await fs._call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes=-{n_bytes}")
@@ -160,7 +161,8 @@ def _read_end_of_object(fs: Any, bucket: str, key: str, n_bytes: int) -> tuple[b
         total = str(answer.get("ContentRange", "")).rpartition("/")[2]
         return bytes(content), int(total) if total.isdigit() else len(content)
 
-    content, size = sync(fs.loop, read)
+    # Again where it breaks off: s3fs itself does so around the asking alone.
+    content, size = sync(fs.loop, _error_wrapper, read, retries=fs.retries)
     return content, size
 
 

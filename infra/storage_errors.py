@@ -71,9 +71,7 @@ _BY_NAME: dict[str, str] = {
     **dict.fromkeys(("NoRegionError", "InvalidRegionError"), REGION),
 }
 _LIBRARIES = {"botocore", "aiobotocore", "aiohttp"}
-_NO_ANSWER = re.compile(
-    r"Connect|Endpoint|Timeout|HTTPClient|ServerDisconnected|ClientPayload|SSL|Proxy|gaierror"
-)
+_NO_ANSWER = re.compile(r"Connect|Endpoint|Timeout|HTTPClient|SSL|Proxy|gaierror")
 
 
 def way_out(error: BaseException) -> str | None:
