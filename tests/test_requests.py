@@ -168,10 +168,9 @@ def test_what_is_found_is_proportional_to_the_files_that_join(counted: Counted, 
         if f" {root}/tokens/" in request or f" {root}/features/" in request
     ]
     assert Counter(request.split(" ")[0] for request in shards)["PUT"] == 7
-    # Tables are of all shards. What finds, encodes and checks the shards is of the new one alone.
-    assert [
-        request for request in shards if request.endswith("manifest.json") and not request.startswith("PUT")
-    ] == []
+    # Tables are of all shards. What finds, encodes and checks the shards reads of the new one alone.
+    read = {request for request in shards if request.startswith("GET") and request.endswith("manifest.json")}
+    assert len(read) <= 2, read
 
 
 def test_faults_of_the_server_change_no_table(counted: Counted, proxy: Proxy) -> None:
