@@ -263,13 +263,14 @@ def _write_layer(
     config: Config, storage: Storage, unit: _Unit, tokens: ShardTokens, features: LayerFeatures
 ) -> Manifest:
     token_id = tokens.token_id[features.token]
+    values = round_mantissa(features.value, config.activations.mantissa_bits)
     activations = pa.table(
         [
             tokens.doc[features.token],
             tokens.position[features.token],
             token_id,
             features.feature,
-            round_mantissa(features.value, config.activations.mantissa_bits),
+            values,
         ],
         schema=SHARD_FILES["activations"],
     )
@@ -316,7 +317,7 @@ def _write_layer(
         "n_activations": len(features.value),
         "n_edges": edges.num_rows,
         "n_tokens": unit.part.n_tokens,
-        "max_activation": float(features.value.max()) if len(features.value) else None,
+        "max_activation": float(values.max()) if len(values) else None,
         **asked,
     }
     manifest = Manifest(stage="features", inputs=unit.inputs, stats=stats)
