@@ -118,7 +118,7 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
             "steps": plan.steps,
             "batch_tokens": plan.step_tokens,
             "context_size": plan.context_size,
-            "vocabulary": len(tokenizer.tokenizer),
+            "vocabulary": tokenizer.highest_id + 1,
             "parameters": count_parameters(held["model"]),
             "threads": torch.get_num_threads(),
         },

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from prefect.artifacts import create_image_artifact, create_link_artifact, create_table_artifact
@@ -21,7 +21,7 @@ from schemas.work import (
     SteeredPrompt,
     TraitFeatures,
 )
-from tasks.report_text import visible
+from tasks.report_text import label, shared_texts
 
 COVERAGE_RANKS = 10
 """The ranks of PAPER 1.2's table."""
@@ -169,9 +169,10 @@ def show_tables(config: Config, storage: Storage) -> None:
     """Tables of the function tokens and, where the graph is published, of the coverage per layer; a link."""
     published = read_catalog(storage).tables
     with connect(storage, config.duckdb) as connection:
+        shared = shared_texts(connection) if "tokens" in published else frozenset()
         if "tokens" in published:
             rows = connection.execute(
-                "SELECT rank, token, count, share, doc_share FROM tokens WHERE is_function "
+                "SELECT rank, token, token_id, count, share, doc_share FROM tokens WHERE is_function "
                 "ORDER BY rank LIMIT ?",
                 [FUNCTION_TOKENS],
             ).fetchall()
@@ -179,12 +180,12 @@ def show_tables(config: Config, storage: Storage) -> None:
                 table=[
                     {
                         "rank": rank,
-                        "token": visible(token),
+                        "token": label(token, token_id, shared),
                         "count": count,
                         "share": f"{share:.2%}",
                         "documents": f"{documents:.1%}",
                     }
-                    for rank, token, count, share, documents in rows
+                    for rank, token, token_id, count, share, documents in rows
                 ],
                 key="function-tokens",
                 description=f"Function tokens: the most frequent, up to {config.function_tokens.share:.0%} of all",
@@ -193,10 +194,11 @@ def show_tables(config: Config, storage: Storage) -> None:
             create_table_artifact(
                 table=coverage_rows(
                     connection.execute(
-                        "SELECT rank, token, layer, coverage FROM coverage "
+                        "SELECT rank, token, token_id, layer, coverage FROM coverage "
                         "QUALIFY row_number() OVER (PARTITION BY layer ORDER BY rank) <= ? ORDER BY rank, layer",
                         [COVERAGE_RANKS],
-                    ).fetchall()
+                    ).fetchall(),
+                    shared,
                 ),
                 key="coverage",
                 description="Share of the activated features that the most frequent tokens reach together",
@@ -230,11 +232,18 @@ def show_heat_maps(config: Config, storage: Storage) -> None:
             )
 
 
-def coverage_rows(found: Sequence[tuple[int, str, int, float]]) -> list[dict[str, Any]]:
-    """PAPER 1.2's table: a row for each rank, a column for each layer, from (rank, token, layer, coverage)."""
+def coverage_rows(
+    found: Sequence[tuple[int, str, int, int, float]], shared: Collection[str]
+) -> list[dict[str, Any]]:
+    """PAPER 1.2's table: a row for each rank, a column for each layer.
+
+    Args:
+        found: (rank, token, token id, layer, coverage).
+        shared: Texts that several tokens have.
+    """
     rows: dict[int, dict[str, Any]] = {}
-    for rank, token, layer, coverage in found:
-        row = rows.setdefault(rank, {"rank": rank, "token": visible(token)})
+    for rank, token, token_id, layer, coverage in found:
+        row = rows.setdefault(rank, {"rank": rank, "token": label(token, token_id, shared)})
         row[f"layer {layer}"] = f"{coverage:.2%}"
     return list(rows.values())
 

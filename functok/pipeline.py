@@ -14,7 +14,7 @@ from infra.terminal import printable
 from schemas.config import Config
 from schemas.work import Stage
 from tasks.plan import is_up_to_date, plan_run, stages_of
-from tasks.report_text import visible
+from tasks.report_text import label, shared_texts
 
 TOP_RANKS = 10
 
@@ -86,10 +86,11 @@ def coverage_table(storage: Storage) -> Any:
         row[0] for row in connection.sql("SELECT DISTINCT layer FROM coverage ORDER BY layer").fetchall()
     ]
     rows = connection.execute(
-        "SELECT rank, token, layer, coverage FROM coverage "
+        "SELECT rank, token, token_id, layer, coverage FROM coverage "
         "QUALIFY row_number() OVER (PARTITION BY layer ORDER BY rank) <= ? ORDER BY rank, layer",
         [TOP_RANKS],
     ).fetchall()
+    shared = shared_texts(connection)
     connection.close()
     table = Table(title="Coverage: share of the activated features reached by the most frequent tokens")
     table.add_column("rank", justify="right")
@@ -97,11 +98,11 @@ def coverage_table(storage: Storage) -> Any:
     for layer in layers:
         table.add_column(f"layer {layer}", justify="right")
     by_rank: dict[int, tuple[str, dict[int, float]]] = {}
-    for rank, token, layer, coverage in rows:
-        by_rank.setdefault(rank, (token, {}))[1][layer] = coverage
-    for rank, (token, shares) in by_rank.items():
+    for rank, token, token_id, layer, coverage in rows:
+        by_rank.setdefault(rank, (label(token, token_id, shared), {}))[1][layer] = coverage
+    for rank, (shown, shares) in by_rank.items():
         cells = [Text(f"{shares[layer]:.2%}") if layer in shares else Text("") for layer in layers]
-        table.add_row(str(rank), Text(visible(token)), *cells)
+        table.add_row(str(rank), Text(shown), *cells)
     return table
 
 

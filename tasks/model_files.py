@@ -15,8 +15,9 @@ from infra.hashing import file_hash, folder_hash
 from infra.manifest import Manifest, commit, content_key, load
 from infra.storage import Storage
 from schemas.config import Model
+from tasks.tokenizer_files import read_as_gguf_says
 
-CONVERSION_VERSION = 1
+CONVERSION_VERSION = 2
 IN_STORAGE = "storage:"
 """Begins the name of a model that lies in a folder of the storage, named by content: `storage:checkpoints/<key>`."""
 
@@ -128,6 +129,7 @@ def _convert(source: Path, target: Path) -> None:
 
     place = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     tokenizer = AutoTokenizer.from_pretrained(**place)
+    read_as_gguf_says(tokenizer.backend_tokenizer, source)
     module = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
     # A model that remembers being quantized refuses to be saved.
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):

@@ -29,7 +29,7 @@ def build_model(plan: TrainingPlan, tokenizer: LoadedTokenizer) -> Any:
 
     shape = plan.shape
     config = LlamaConfig(
-        vocab_size=len(tokenizer.tokenizer),
+        vocab_size=tokenizer.highest_id + 1,
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size or default_intermediate_size(shape),
         num_hidden_layers=shape.layers,

@@ -38,7 +38,7 @@ class Prompt:
     Attributes:
         text: The prompt's own text, without a chat template.
         ids: Token ids, BOS and the chat template's included.
-        tokens: Their texts, each decoded alone, as the table `tokens` has them.
+        tokens: Their texts as they stand between others, as the table `tokens` has them.
         is_special: Whether a token is in no table (`tokenizer.all_special_ids`).
         in_text: Whether a token is of the prompt's own text.
     """
@@ -78,7 +78,7 @@ def tokenized(text: str, config: Config, tokenizer: LoadedTokenizer) -> Prompt:
     return Prompt(
         text=text,
         ids=tuple(ids),
-        tokens=tuple(_decoded([i], tokenizer) for i in ids),
+        tokens=tuple(tokenizer.texts[i] for i in ids),
         is_special=tuple(i in special for i in ids),
         in_text=tuple(in_text),
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 from tasks.report_corpus import line_fit, line_sums, rank_bin
 from tasks.report_rows import CoveragePoint, DegreeBin, DegreeFit, LayerCoverage, Rarefaction, RarefiedPoint
+from tasks.report_text import label, shared_texts
 
 DEGREE_BINS = 12
 
@@ -103,13 +104,15 @@ def layer_coverage(connection: Any) -> list[LayerCoverage]:
 
 
 def top_coverage(connection: Any, ranks: int = 10) -> list[tuple[int, str, dict[int, float]]]:
-    """The paper's coverage table: rank, token, and each layer's cumulative coverage."""
+    """The paper's coverage table: rank, label of the token, and each layer's cumulative coverage."""
+    shared = shared_texts(connection)
     found: dict[int, tuple[str, dict[int, float]]] = {}
-    for rank, token, layer, coverage in connection.execute(
-        "SELECT rank, token, layer, coverage FROM coverage WHERE rank <= ? ORDER BY rank, layer", [ranks]
+    for rank, token, token_id, layer, coverage in connection.execute(
+        "SELECT rank, token, token_id, layer, coverage FROM coverage WHERE rank <= ? ORDER BY rank, layer",
+        [ranks],
     ).fetchall():
-        found.setdefault(rank, (token, {}))[1][layer] = coverage
-    return [(rank, token, by_layer) for rank, (token, by_layer) in found.items()]
+        found.setdefault(rank, (label(token, token_id, shared), {}))[1][layer] = coverage
+    return [(rank, shown, by_layer) for rank, (shown, by_layer) in found.items()]
 
 
 def rarefied_points(connection: Any) -> list[RarefiedPoint]:

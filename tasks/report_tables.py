@@ -23,8 +23,8 @@ def coverage_table(connection: Any) -> Table:
         caption="Cumulative coverage of the activated features by the ten most frequent tokens",
         columns=_coverage_columns(layers),
         rows=[
-            [integer(rank), visible(token), *(percent(by_layer.get(layer)) for layer in layers)]
-            for rank, token, by_layer in top_coverage(connection)
+            [integer(rank), shown, *(percent(by_layer.get(layer)) for layer in layers)]
+            for rank, shown, by_layer in top_coverage(connection)
         ],
     )
 

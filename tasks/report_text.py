@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
 OPEN_BOX = "␣"
 NAMED = {"\n": r"\n", "\r": r"\r", "\t": r"\t", " ": OPEN_BOX}
@@ -46,6 +47,17 @@ def _visible_character(character: str) -> str:
     if unicodedata.category(character) in {"Cc", "Cf", "Cn", "Co", "Cs", "Zs", "Zl", "Zp"}:
         return f"\\u{{{ord(character):x}}}"
     return character
+
+
+def shared_texts(connection: Any) -> frozenset[str]:
+    """The texts that several tokens of the corpus have: different ids for the same bytes."""
+    found = connection.execute("SELECT token FROM tokens GROUP BY token HAVING count(*) > 1").fetchall()
+    return frozenset(token for (token,) in found)
+
+
+def label(token: str | None, token_id: int, shared: Collection[str]) -> str:
+    """A visible token, with its id where others have its text (`shared_texts`)."""
+    return f"{visible(token)} (id {token_id})" if token in shared else visible(token)
 
 
 def quoted(token: str | None) -> str:

@@ -69,7 +69,7 @@ def _plan(config: Config, storage: Storage) -> _Plan:
                 folder=f"tokens/{key}",
                 corpus=corpus,
                 storage=storage,
-                tokenizer_folder=f"tokenizers/{tokenizer.key}",
+                tokenizer_folder=tokenizer.folder,
             )
         )
     return _Plan(
@@ -171,7 +171,7 @@ def _tokenize_in_order(config: Config, storage: Storage, plan: _Plan, progress: 
 def _assemble(
     config: Config, plan: _Plan, found: list[FileShards | None], storage: Storage
 ) -> CorpusShards | None:
-    folder = f"tokenizers/{plan.tokenizer.key}"
+    folder = plan.tokenizer.folder
     if any(file is None for file in found) or load(storage, folder) is None:
         return None
     shards: list[TokenShard] = []
@@ -230,14 +230,14 @@ def _check_usable(config: Config, storage: Storage, corpus: CorpusShards) -> Non
 
 def _write_tokenizer(storage: Storage, tokenizer: LoadedTokenizer) -> None:
     """Put the tokenizer where workers find it without transformers, and the decoded vocabulary beside it."""
-    folder = f"tokenizers/{tokenizer.key}"
+    folder = tokenizer.folder
     if load(storage, folder) is not None:
         return
-    ids, texts = tokenizer.decode_vocabulary()
+    vocabulary = pa.table([list(tokenizer.texts), list(tokenizer.texts.values())], schema=VOCABULARY)
     written = [
         storage.write_bytes(f"{folder}/tokenizer.json", tokenizer.backend.to_str().encode()),
         storage.write_json(f"{folder}/special_ids.json", list(tokenizer.special_ids)),
-        storage.write_parquet(f"{folder}/vocabulary.parquet", pa.table([ids, texts], schema=VOCABULARY)),
+        storage.write_parquet(f"{folder}/vocabulary.parquet", vocabulary),
     ]
     commit(storage, folder, Manifest(stage="tokenizer", inputs={"key": tokenizer.key}), written)
 

@@ -152,7 +152,7 @@ def test_without_a_chat_template_a_prompt_is_its_text_after_bos(
     )
     assert prompt.is_special == (True,) * prepend_bos + (False,) * (len(prompt.ids) - prepend_bos)
     assert prompt.in_text == tuple(not special for special in prompt.is_special)
-    vocabulary = dict(zip(*setup.tokenizer.decode_vocabulary(), strict=True))
+    vocabulary = setup.tokenizer.texts
     assert prompt.tokens == tuple(vocabulary[i] for i in prompt.ids)
 
 
