@@ -25,6 +25,7 @@ from schemas.consolidation import (
     Revision,
     Series,
     Shape,
+    Subfolder,
 )
 from schemas.sections import (
     Activations,
@@ -65,6 +66,7 @@ __all__ = [
     "Shape",
     "Steering",
     "StorageSection",
+    "Subfolder",
     "Train",
     "Windows",
     "consolidation_of",

@@ -46,6 +46,13 @@ class Revision(Section):
     step: NonNegativeInt = Field(description="Optimizer step that it was saved at.")
 
 
+class Subfolder(Section):
+    """One checkpoint in a folder whose name does not say its step."""
+
+    subfolder: str = Field(min_length=1, description="Its name in the series' folder.")
+    step: NonNegativeInt = Field(description="Optimizer step that it was saved at.")
+
+
 class Series(Section):
     """Checkpoints of one pre-training run: trained here (`shape`), or public (`revisions`, or a `folder`)."""
 
@@ -55,10 +62,17 @@ class Series(Section):
     revisions: list[str | Revision] | None = Field(
         None,
         min_length=1,
-        description="Revisions, such as step1000; a name without its step is given as {revision, step}.",
+        description="Revisions, such as step1000; where names do not say their steps, or differ in more than the step "
+        "(several stages, runs or seeds), they are given as {revision, step}.",
     )
     folder: str | None = Field(
-        None, description="Local folder with one subfolder a checkpoint, whose name ends in its step."
+        None,
+        description="Local folder with one subfolder a checkpoint, whose name says its step (step-1000).",
+    )
+    subfolders: list[str | Subfolder] | None = Field(
+        None,
+        min_length=1,
+        description="Those of the folder that are read, as names or as {subfolder, step}; none: all.",
     )
     layer: NonNegativeInt | None = Field(
         None, description="Block that the SAE series reads; none: consolidation.growth.layer."
@@ -70,6 +84,8 @@ class Series(Section):
             raise ValueError(f"series {self.name}: give exactly one of shape, revisions and folder")
         if self.model is not None and self.revisions is None:
             raise ValueError(f"series {self.name}: model goes with revisions")
+        if self.subfolders is not None and self.folder is None:
+            raise ValueError(f"series {self.name}: subfolders go with folder")
         return self
 
 

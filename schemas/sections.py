@@ -113,6 +113,10 @@ class Sae(Section):
     sae_id: str | None = Field(None, description="SAELens registry id inside the release.")
     path: str | None = Field(None, description="Directory (any fsspec URL) saved by SAELens.")
     train: Train | None = Field(None, description="Train one here.")
+    allow_other_model: bool = Field(
+        False,
+        description="Read it in this model though it says that it was trained on another one, such as the base model.",
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Sae:

@@ -10,21 +10,19 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from infra.addresses import without_credentials
 from infra.errors import ConfigError, FunctokError, ModelError
 from infra.progress import Progress, silent
 from infra.storage import Storage
-from schemas.config import Config, Model, Revision, Series, consolidation_of
+from schemas.config import Config, Model, Revision, Series, Subfolder, consolidation_of
 from schemas.work import Checkpoint, CorpusShards
+from tasks.checkpoint_steps import differing, step_of
 from tasks.models import is_gguf, model_key
 
-# A unit may follow: TinyLlama's checkpoints are named step-50K.
-_STEP_BY_NAME = re.compile(r"(?:step|checkpoint|ckpt|iter)[-_]?(\d+)([KkMm]?)(?![A-Za-z\d.])")
-# Without such a word, pythia-70m is a size.
-_LAST_NUMBER = re.compile(r"(?<![\d.])(\d+)()$")
+_SHOWN_NAMES = 12
 _WEIGHTS = re.compile(r".*\.safetensors|pytorch_model.*\.bin")
-_UNITS = {"": 1, "K": 1_000, "M": 1_000_000}
 
 
 def find_checkpoints(config: Config, storage: Storage, shards: CorpusShards) -> list[Checkpoint] | None:
@@ -107,7 +105,8 @@ def _find_series(
         names = [model.revision or model.name for step, model in found if step == twice[0]]
         raise ConfigError(
             f"series {series.name}: two checkpoints are at step {twice[0]}: {', '.join(names)}",
-            hint="rename or leave out one; the step is the number behind 'step', or else at a name's end",
+            hint="rename or leave out one, or give their steps: the step is the number behind 'step', or else at a "
+            "name's end",
             stage="checkpoints",
         )
     return [
@@ -133,30 +132,45 @@ def layer_of(config: Config, series: Series) -> int | None:
 
 def _revisions(config: Config, series: Series) -> list[tuple[int, Model]]:
     name = series.model or config.model.name
-    found = []
-    for entry in series.revisions or ():
-        revision, step = _named(entry, series)
-        found.append((step, _model(config, name, revision)))
-    return found
+    given = [
+        (entry.revision, entry.step) if isinstance(entry, Revision) else (entry, None)
+        for entry in series.revisions or ()
+    ]
+    return [
+        (step, _model(config, name, revision)) for revision, step in _with_steps(given, series, "revision")
+    ]
 
 
-def _named(entry: str | Revision, series: Series) -> tuple[str, int]:
-    if isinstance(entry, Revision):
-        return entry.revision, entry.step
-    step = _step_of(entry)
-    if step is None:
+def _with_steps(
+    given: Sequence[tuple[str, int | None]], series: Series, key: Literal["revision", "subfolder"]
+) -> list[tuple[str, int]]:
+    """Names of checkpoints, and their steps: as given, or else as the names say them.
+
+    Raises:
+        ConfigError: if a name does not say its step, or several differ in more than it.
+    """
+    read = [name for name, step in given if step is None]
+    for name in read:
+        if step_of(name) is None:
+            raise ConfigError(
+                f"series {series.name}: the {key} {name!r} does not say its step",
+                hint=_how_to_give(name, key),
+                stage="checkpoints",
+            )
+    if differing(read):
+        listed = sorted(read, key=lambda name: (step_of(name) or 0, name))
+        shown = ", ".join(f"{name} = step {step_of(name)}" for name in listed[:_SHOWN_NAMES])
         raise ConfigError(
-            f"series {series.name}: the revision {entry!r} does not say its step",
-            hint=f'give {{ revision = "{entry}", step = … }}',
+            f"series {series.name}: its names differ in more than the step, so their steps cannot be told from them "
+            f"(several stages, runs or seeds?); as read: {shown}{' …' * (len(listed) > _SHOWN_NAMES)}",
+            hint=f"{_how_to_give(listed[0], key)}, or make a series of each stage or run",
             stage="checkpoints",
         )
-    return entry, step
+    return [(name, (step_of(name) or 0) if step is None else step) for name, step in given]
 
 
-def _step_of(name: str) -> int | None:
-    """The step that a revision's or folder's name says: behind `step`, or else at its end."""
-    match = _STEP_BY_NAME.search(name) or _LAST_NUMBER.search(name)
-    return None if match is None else int(match[1]) * _UNITS[match[2].upper()]
+def _how_to_give(name: str, key: str) -> str:
+    return f'give {key}s = [{{ {key} = "{name}", step = … }}, …], steps counted from the start of training'
 
 
 def _in_folder(config: Config, series: Series) -> list[tuple[int, Model]]:
@@ -173,17 +187,22 @@ def _in_folder(config: Config, series: Series) -> list[tuple[int, Model]]:
             hint="give the folder above its checkpoints' own",
             stage="checkpoints",
         )
-    found = []
-    for child in sorted(folder.iterdir()):
-        if not (child / "config.json").is_file():
-            continue
-        step = _step_of(child.name)
-        if step is None:
+    children = [child for child in sorted(folder.iterdir()) if (child / "config.json").is_file()]
+    given: list[tuple[str, int | None]] = [(child.name, None) for child in children]
+    if series.subfolders is not None:
+        given = [
+            (entry.subfolder, entry.step) if isinstance(entry, Subfolder) else (entry, None)
+            for entry in series.subfolders
+        ]
+        if missing := sorted({name for name, _ in given} - {child.name for child in children}):
             raise ConfigError(
-                f"series {series.name}: the name of {child} does not say its step",
-                hint="rename it (step-1000), or move it out of the series' folder",
+                f"series {series.name}: {folder / missing[0]} has no config.json",
+                hint=f"the subfolders that have one: {', '.join(child.name for child in children) or 'none'}",
                 stage="checkpoints",
             )
+    found = []
+    for name, step in _with_steps(given, series, "subfolder"):
+        child = folder / name
         if not any(_WEIGHTS.fullmatch(path.name) for path in child.iterdir()):
             raise ConfigError(
                 f"series {series.name}: {child} has a config.json, but no weights",

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from infra.errors import DictionaryError
-from infra.manifest import Manifest, commit, content_key, load_all
+from infra.manifest import Manifest, commit, content_key, load, load_all
 from infra.progress import Progress, silent
 from infra.storage import Storage
 from schemas.config import Config, Sae, Train
@@ -34,15 +34,26 @@ from tasks.dictionary_checks import (
     check_facts,
     check_gate,
     check_layer,
+    check_model,
     facts_of,
     refusal,
     source_of,
     warn_of_differences,
 )
 from tasks.dictionary_sample import leaves_out
-from tasks.dictionary_sources import FILES, copy_saved, fetch_registered, first_line, quiet, saved_content
-from tasks.dictionary_start import load_start, start_content
+from tasks.dictionary_sources import (
+    FILES,
+    copy_saved,
+    fetch_registered,
+    first_line,
+    quiet,
+    registered_model,
+    saved_content,
+    saved_facts,
+)
+from tasks.dictionary_start import load_start, start_content, start_facts
 from tasks.graph import graph_shards
+from tasks.model_names import names_of
 from tasks.models import model_dimensions, model_key
 from tasks.residuals import forward_key, residual_folder, write_residuals
 
@@ -73,18 +84,45 @@ def prepare_dictionaries(
     missing = [entry for entry in entries if _folder(keys[entry.layer]) not in done]
     made_elsewhere = [entry for entry in missing if entry.train is None]
     for position, entry in enumerate(made_elsewhere):
-        _bring(storage, entry, keys[entry.layer], d_model, n_layers)
+        _bring(config, storage, entry, keys[entry.layer], d_model, n_layers)
         progress(position + 1, len(made_elsewhere), "dictionaries fetched")
     to_train = [entry for entry in missing if entry.train is not None]
     _train(config, storage, to_train, parts, keys, (d_model, n_layers), progress)
     done = load_all(storage, [_folder(key) for key in keys.values()])
     dictionaries = [
-        _checked(entry, keys[entry.layer], done[_folder(keys[entry.layer])], (d_model, n_layers))
+        _checked(config, entry, keys[entry.layer], done[_folder(keys[entry.layer])], (d_model, n_layers))
         for entry in entries
     ]
     for entry, dictionary in zip(entries, dictionaries, strict=True):
         warn_of_differences(_facts(done[dictionary.folder]), entry, config)
     return dictionaries
+
+
+def known_facts(config: Config, storage: Storage, entry: Sae) -> Facts | None:
+    """What can be known of a dictionary, or of the one that its training starts from, before there is a corpus.
+
+    Reads a few kilobytes of a saved one, and nothing from a network of one of the registry.
+
+    Returns:
+        None where nothing is known yet: a fresh training, or one of the registry that was never fetched.
+
+    Raises:
+        DictionaryError: if its files are missing or damaged, the registry does not have it, or it names another model.
+    """
+    names = names_of(config.model)
+    if entry.train is not None:
+        return None if entry.train.start_from is None else start_facts(entry, storage.endpoint_url)
+    if entry.path is not None:
+        facts = saved_facts(entry, storage.endpoint_url)
+        check_model(facts.model_name, entry, names)
+        return facts
+    manifest = load(storage, _folder(_key(config, storage, entry, {})))
+    if manifest is None:
+        check_model(registered_model(entry), entry, names)
+        return None
+    facts = _facts(manifest)
+    check_model(facts.model_name, entry, names)
+    return facts
 
 
 def find_dictionaries(config: Config, storage: Storage, shards: CorpusShards) -> list[Dictionary] | None:
@@ -103,7 +141,7 @@ def find_dictionaries(config: Config, storage: Storage, shards: CorpusShards) ->
         for entry in entries:
             check_layer(entry, dimensions[1], config.model.name)
         return [
-            _checked(entry, keys[entry.layer], done[_folder(keys[entry.layer])], dimensions)
+            _checked(config, entry, keys[entry.layer], done[_folder(keys[entry.layer])], dimensions)
             for entry in entries
         ]
     except DictionaryError:
@@ -144,7 +182,7 @@ def _key(config: Config, storage: Storage, entry: Sae, parts: dict[int, tuple[Gr
     )
 
 
-def _bring(storage: Storage, entry: Sae, key: str, d_model: int, n_layers: int) -> None:
+def _bring(config: Config, storage: Storage, entry: Sae, key: str, d_model: int, n_layers: int) -> None:
     """Fetch or copy a dictionary that others have made, check it, and keep it."""
     with tempfile.TemporaryDirectory() as aside:
         if entry.path is None:
@@ -153,6 +191,7 @@ def _bring(storage: Storage, entry: Sae, key: str, d_model: int, n_layers: int) 
         else:
             facts = copy_saved(entry, storage.endpoint_url, Path(aside), d_model, n_layers)
             inputs = {"content": saved_content(entry, storage.endpoint_url)}
+        check_model(facts.model_name, entry, names_of(config.model))
         inputs["sae_lens"] = version("sae-lens")
         _save(storage, Path(aside), key, inputs, facts)
 
@@ -252,9 +291,12 @@ def _facts(manifest: Manifest) -> Facts:
     return Facts(**manifest.stats["facts"])
 
 
-def _checked(entry: Sae, key: str, manifest: Manifest, dimensions: tuple[int, int]) -> Dictionary:
+def _checked(
+    config: Config, entry: Sae, key: str, manifest: Manifest, dimensions: tuple[int, int]
+) -> Dictionary:
     facts = _facts(manifest)
     check_facts(facts, entry, *dimensions)
+    check_model(facts.model_name, entry, names_of(config.model))
     quality = manifest.stats.get("quality")
     if entry.train is not None and quality is not None:
         check_gate(quality, entry.train.gate, entry)

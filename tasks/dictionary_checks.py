@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from infra.addresses import without_credentials
 from infra.errors import DictionaryError
 from schemas.config import Config, Gate, Sae
+from tasks.model_names import is_named
 
 logger = logging.getLogger(__name__)
 
 _RESIDUAL_HOOK = re.compile(r"^blocks\.(?P<block>\d+)\.hook_resid_(?P<side>pre|post)$")
 _MODULE_HOOK = re.compile(r"^(?:[\w-]+\.)*(?:layers|h|blocks)\.(?P<block>\d+)(?:\.output)?$")
+_OLDER_NAMES = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index"}
 _RUN_TIME_NORMALIZATIONS = ("none", "layer_norm", "constant_norm_rescale")
 
 
@@ -47,6 +49,7 @@ class Facts:
         model_kwargs: How the model was changed for it (`center_writing_weights` and the like).
         prepend_bos: Whether its windows began with BOS.
         context_size: Length of its windows.
+        model_name: Model that it was trained on, as its maker calls it.
     """
 
     architecture: str
@@ -61,6 +64,7 @@ class Facts:
     model_kwargs: dict[str, Any] | None = None
     prepend_bos: bool | None = None
     context_size: int | None = None
+    model_name: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The facts as they are kept in a manifest."""
@@ -68,14 +72,22 @@ class Facts:
 
 
 def facts_of(configuration: Mapping[str, Any]) -> Facts:
-    """Facts of a loaded SAELens SAE's `cfg.to_dict()`."""
-    metadata = dict(configuration.get("metadata") or {})
+    """Facts of a loaded SAELens SAE's `cfg.to_dict()`, or of a `cfg.json` of any release of SAELens.
+
+    Raises:
+        KeyError, TypeError, ValueError: if it has no width or number of latents.
+    """
+    # Before 6.0 there was no metadata: all stood side by side.
+    metadata = {**configuration, **(configuration.get("metadata") or {})}
+    metadata = {_OLDER_NAMES.get(name, name): value for name, value in metadata.items()}
+    normalization = configuration.get("normalize_activations") or "none"
+    z_hook = "hook_z" if "hook_z" in str(metadata.get("hook_name")) else "none"
     return Facts(
-        architecture=str(configuration["architecture"]),
+        architecture=str(configuration.get("architecture") or "standard"),
         d_in=int(configuration["d_in"]),
         d_sae=int(configuration["d_sae"]),
-        normalize_activations=str(configuration.get("normalize_activations") or "none"),
-        reshape_activations=str(configuration.get("reshape_activations") or "none"),
+        normalize_activations="expected_average_only_in" if normalization is True else str(normalization),
+        reshape_activations=str(configuration.get("reshape_activations") or z_hook),
         hook_name=metadata.get("hook_name"),
         hf_hook_name=metadata.get("hf_hook_name"),
         hook_name_out=metadata.get("hook_name_out"),
@@ -83,6 +95,7 @@ def facts_of(configuration: Mapping[str, Any]) -> Facts:
         model_kwargs=dict(metadata.get("model_from_pretrained_kwargs") or {}),
         prepend_bos=metadata.get("prepend_bos"),
         context_size=metadata.get("context_size"),
+        model_name=metadata.get("model_name"),
     )
 
 
@@ -113,6 +126,28 @@ def check_facts(facts: Facts, entry: Sae, d_model: int, n_layers: int) -> None:
     """
     for reason, hint in _objections(facts, entry.layer, d_model, n_layers):
         raise refusal(entry, reason, hint)
+
+
+def check_model(model_name: str | None, entry: Sae, names: Sequence[str]) -> None:
+    """Refuse a dictionary that says it was trained on another model, unless `entry.allow_other_model`.
+
+    Args:
+        model_name: What it says; None where it says nothing.
+        entry: The configuration that names it.
+        names: Of the run's model (`tasks.model_names.names_of`).
+
+    Raises:
+        DictionaryError: naming both models.
+    """
+    if entry.train is not None or entry.allow_other_model or is_named(model_name, names):
+        return
+    raise refusal(
+        entry,
+        f"was trained on the model {model_name}, not on {' = '.join(names)}",
+        "give an SAE of this model; or set allow_other_model = true in its [[sae]] entry, if this is that model under "
+        "another name, or if its features are meant to be read in a model near to its own, such as its "
+        "instruction-tuned form",
+    )
 
 
 def warn_of_differences(facts: Facts, entry: Sae, config: Config) -> None:

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from schemas.config import Sae
-from tasks.dictionary_checks import refusal
-from tasks.dictionary_sources import copy_saved, saved_content
+from tasks.dictionary_checks import Facts, refusal
+from tasks.dictionary_sources import copy_saved, saved_content, saved_facts
 
 _ARCHITECTURES = ("jumprelu", "standard", "topk")
 
@@ -51,6 +51,13 @@ def start_content(entry: Sae, endpoint_url: str | None) -> dict[str, str]:
     return saved_content(_as_saved(entry), endpoint_url)
 
 
+def start_facts(entry: Sae, endpoint_url: str | None) -> Facts:
+    """What the SAE that an entry's training starts from says of itself; raises as `load_start`, weights unread."""
+    facts = saved_facts(_as_saved(entry), endpoint_url)
+    _check_start(facts, entry)
+    return facts
+
+
 def load_start(entry: Sae, endpoint_url: str | None, d_model: int, n_layers: int) -> Start:
     """The weights that an entry's training starts from, checked.
 
@@ -62,23 +69,9 @@ def load_start(entry: Sae, endpoint_url: str | None, d_model: int, n_layers: int
     """
     from sae_lens import SAE
 
-    assert entry.train is not None
-    saved = _as_saved(entry)
     with tempfile.TemporaryDirectory() as aside:
-        facts = copy_saved(saved, endpoint_url, Path(aside), d_model, n_layers)
-        if facts.d_sae != entry.train.d_sae:
-            raise refusal(
-                saved,
-                f"has {facts.d_sae} latents: a dictionary of train.d_sae = {entry.train.d_sae} cannot start from it",
-                f"set train.d_sae = {facts.d_sae}, or leave train.start_from out",
-            )
-        if facts.architecture not in _ARCHITECTURES or facts.normalize_activations != "none":
-            raise refusal(
-                saved,
-                f"({facts.architecture}, normalize_activations = {facts.normalize_activations}) is nothing that "
-                "a BatchTopK dictionary can start from",
-                f"give one of {', '.join(_ARCHITECTURES)} without normalization, or leave train.start_from out",
-            )
+        facts = copy_saved(_as_saved(entry), endpoint_url, Path(aside), d_model, n_layers)
+        _check_start(facts, entry)
         sae: Any = SAE.load_from_disk(aside, device="cpu", dtype="float32")
     w_enc, w_dec, b_dec = sae.W_enc.detach(), sae.W_dec.detach(), sae.b_dec.detach()
     b_enc = sae.b_enc.detach()
@@ -109,6 +102,23 @@ def start_training_from(sae: Any, start: Start, mean: torch.Tensor, scale: float
     sae.W_enc[:, at] = (start.w_enc[:, told] * (decoder[told] / norm)).to(sae.W_enc)
     sae.b_enc[at] = (scale * start.b_enc[told] * (decoder[told] / norm)).to(sae.b_enc)
     sae.b_dec.copy_(scale * (start.b_dec - mean.to(start.b_dec)))
+
+
+def _check_start(facts: Facts, entry: Sae) -> None:
+    assert entry.train is not None
+    if facts.d_sae != entry.train.d_sae:
+        raise refusal(
+            _as_saved(entry),
+            f"has {facts.d_sae} latents: a dictionary of train.d_sae = {entry.train.d_sae} cannot start from it",
+            f"set train.d_sae = {facts.d_sae}, or leave train.start_from out",
+        )
+    if facts.architecture not in _ARCHITECTURES or facts.normalize_activations != "none":
+        raise refusal(
+            _as_saved(entry),
+            f"({facts.architecture}, normalize_activations = {facts.normalize_activations}) is nothing that "
+            "a BatchTopK dictionary can start from",
+            f"give one of {', '.join(_ARCHITECTURES)} without normalization, or leave train.start_from out",
+        )
 
 
 def _as_saved(entry: Sae) -> Sae:

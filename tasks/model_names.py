@@ -53,7 +53,7 @@ def is_named(name: str | None, names: Sequence[str]) -> bool:
 
 def _plain(name: str) -> str:
     last = name.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1].lower()
-    return _QUANTIZATION.sub("", last.removesuffix(".gguf")).replace("_", "-")
+    return _QUANTIZATION.sub("", last.removesuffix(".gguf")).replace("_", "-").removeprefix("meta-")
 
 
 def _official(name: str) -> str:

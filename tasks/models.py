@@ -139,6 +139,12 @@ def model_dimensions(model: Model, storage: Storage) -> tuple[int, int]:
     return int(config.hidden_size), int(config.num_hidden_layers)
 
 
+def vocabulary_rows(model: Model, storage: Storage) -> int | None:
+    """Rows of the model's embedding; None where its configuration says nothing."""
+    rows = getattr(text_config(load_config_of(model, storage)), "vocab_size", None)
+    return None if rows is None else int(rows)
+
+
 def context_length(model: Model, storage: Storage) -> int | None:
     """Positions that the model was built for; None where its configuration says nothing."""
     positions = getattr(text_config(load_config_of(model, storage)), "max_position_embeddings", None)
@@ -258,4 +264,5 @@ __all__ = [
     "require_key",
     "require_known",
     "text_config",
+    "vocabulary_rows",
 ]

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
-import fsspec
-
-from infra.addresses import storage_options
 from infra.storage import Storage
 from schemas.config import Config
 from tasks.cases import check_cases, check_clamps
-from tasks.dictionary_checks import Facts, check_facts, check_layer, facts_of
-from tasks.models import check_windows, context_length, model_dimensions
+from tasks.dictionaries import known_facts
+from tasks.dictionary_checks import Facts, check_facts, check_layer
+from tasks.models import check_windows, context_length, model_dimensions, vocabulary_rows
+from tasks.tokenizers import load_tokenizer, require_rows
 
 
 def check_model(config: Config, storage: Storage) -> None:
@@ -30,12 +27,13 @@ def check_model(config: Config, storage: Storage) -> None:
 
 
 def check_fit(config: Config, storage: Storage) -> None:
-    """Whether layers, windows, cases and the dictionaries on disk fit the model; reads no weights.
+    """Whether layers, windows, tokenizer, cases and dictionaries fit the model, as far as can be told without weights.
 
     Raises:
         ConfigError: if the file of cases cannot be used as asked.
-        ModelError: if a window does not fit, or the model's configuration cannot be read.
-        DictionaryError: if a layer does not exist, or a dictionary on disk does not fit it.
+        ModelError: if a window does not fit, the tokenizer cannot be loaded or has tokens that the model does not, or
+            the model's configuration cannot be read.
+        DictionaryError: if a layer does not exist, or a dictionary is missing, damaged, or another model's or layer's.
     """
     if not config.sae:
         return
@@ -45,16 +43,12 @@ def check_fit(config: Config, storage: Storage) -> None:
     check_windows(config, context_length(config.model, storage))
     known: dict[int, Facts] = {}
     for entry in config.sae:
-        if entry.path is None:
-            continue
-        options = storage_options(entry.path, storage.endpoint_url)
-        try:
-            with fsspec.open(f"{entry.path.rstrip('/')}/cfg.json", "rb", **options) as file:
-                facts = facts_of(json.load(file))
-        except (OSError, ValueError, KeyError, TypeError):
-            # The stage that copies it says what is missing or damaged, file by file.
+        facts = known_facts(config, storage, entry)
+        if facts is None:
             continue
         check_facts(facts, entry, d_model, n_layers)
-        known[entry.layer] = facts
+        if entry.train is None:
+            known[entry.layer] = facts
+    require_rows(load_tokenizer(config.model, storage), vocabulary_rows(config.model, storage), config)
     if config.steering is not None:
         check_clamps(config, check_cases(config, storage), known)

@@ -128,7 +128,7 @@ def subject_of(config: Config) -> tuple[str, ...]:
     ]
     return model, *sorted(
         content_key(
-            sae=entry.model_dump(exclude={"train": {"gate"}}),
+            sae=entry.model_dump(exclude={"train": {"gate"}, "allow_other_model": True}),
             residuals=residuals if entry.train is not None else [],
         )
         for entry in config.sae

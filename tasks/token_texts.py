@@ -1,8 +1,8 @@
 """What each token of a vocabulary says: its text as it stands between others.
 
-Decoded alone, a token of a SentencePiece-like vocabulary loses its leading blank, and pieces of a character all come out
-as U+FFFD. So a token is decoded between two others, which are cut off again, and bytes that are no text are shown as
-SentencePiece names them, `<0xE2>`. Two ids then have one text only where they stand for the same bytes.
+Decoded alone, a token of a SentencePiece-like vocabulary loses its leading blank, and pieces of a character all come
+out as U+FFFD. So a token is decoded between two others, which are cut off again, and bytes that are no text are shown
+as SentencePiece names them, `<0xE2>`. Two ids then have one text only where they stand for the same bytes.
 """
 
 from __future__ import annotations

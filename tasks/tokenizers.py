@@ -15,7 +15,7 @@ from typing import Any
 from infra.errors import ModelError
 from infra.manifest import content_key
 from infra.storage import Storage
-from schemas.config import Model
+from schemas.config import Config, Model
 from tasks.model_files import (
     IN_STORAGE,
     converted_gguf,
@@ -118,6 +118,33 @@ def load_tokenizer(model: Model, storage: Storage) -> LoadedTokenizer:
         bos_id=wrapped.bos_token_id,
         pad_id=next(i for i in (wrapped.pad_token_id, wrapped.eos_token_id, 0) if i is not None),
     )
+
+
+def require_rows(tokenizer: LoadedTokenizer, rows: int | None, config: Config) -> None:
+    """Whether a model has an embedding for the tokens that text is cut into, and for BOS where windows begin with it.
+
+    Ids need not be without holes, and a token that was added behind the model's own may lie beyond its embedding, as
+    `[PAD]` often does: that only matters in a text that holds it.
+
+    Args:
+        tokenizer: The corpus'.
+        rows: Of the model's embedding; None where they are unknown.
+        config: Names the model and the tokenizer, and says whether windows begin with BOS.
+
+    Raises:
+        ModelError: naming the highest id that it does not have.
+    """
+    added = tokenizer.backend.get_added_tokens_decoder()
+    own = (i for i in tokenizer.backend.get_vocab(with_added_tokens=True).values() if i not in added)
+    highest = max(own, default=0)
+    if config.windows.prepend_bos and tokenizer.bos_id is not None:
+        highest = max(highest, tokenizer.bos_id)
+    if rows is not None and highest >= rows:
+        raise ModelError(
+            f"the tokenizer of {config.model.tokenizer or config.model.name} has the id {highest}, but "
+            f"{config.model.name} has an embedding of {rows:,} tokens",
+            hint="the tokenizer is another model's; model.tokenizer names the right one",
+        )
 
 
 def _from_auto_tokenizer(name: str, revision: str | None) -> Any:

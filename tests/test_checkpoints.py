@@ -18,8 +18,9 @@ from infra.errors import ConfigError, ModelError
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.work import CorpusShards
-from tasks import checkpoints, models
+from tasks import models
 from tasks.checkpoint_jobs import open_checkpoint
+from tasks.checkpoint_steps import step_of
 from tasks.checkpoints import config_of, find_checkpoints, prepare_checkpoints
 
 SHARDS = CorpusShards(shards=(), tokenizer_key="t", vocabulary="v")
@@ -47,7 +48,7 @@ def pythia(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("name", "files", "message"),
     [
-        ("final", ("config.json", "model.safetensors"), "final does not say its step"),
+        ("final", ("config.json", "model.safetensors"), r"'final' does not say its step"),
         ("step-7-half", ("config.json",), "step-7-half has a config.json, but no weights"),
     ],
 )
@@ -148,14 +149,18 @@ def test_revisions_say_their_step_or_are_told_it(monkeypatch: pytest.MonkeyPatch
         {"name": "org/pythia"},
         {
             "name": "p",
-            "revisions": ["step512", "stage1-step1000-tokens5B", {"revision": "main", "step": 143000}],
+            "revisions": [
+                "stage1-step512-tokens2B",
+                "stage1-step1000-tokens5B",
+                {"revision": "main", "step": 143000},
+            ],
         },
         {"name": "o", "model": "org/olmo", "revisions": ["step1-tokens0B"]},
     )
     found = find_checkpoints(config, Storage(str(tmp_path)), SHARDS)
     assert found is not None
     assert [(entry.series, entry.step, entry.model.name, entry.model.revision) for entry in found] == [
-        ("p", 512, "org/pythia", "step512"),
+        ("p", 512, "org/pythia", "stage1-step512-tokens2B"),
         ("p", 1000, "org/pythia", "stage1-step1000-tokens5B"),
         ("p", 143000, "org/pythia", "main"),
         ("o", 1, "org/olmo", "step1-tokens0B"),
@@ -175,6 +180,20 @@ def test_revisions_say_their_step_or_are_told_it(monkeypatch: pytest.MonkeyPatch
         ),
         ({"revisions": ["step1000ckpt"]}, "'step1000ckpt' does not say its step"),
         ({"revisions": ["step-1.5K"]}, "'step-1.5K' does not say its step"),
+        ({"revisions": ["step1e4"]}, "'step1e4' does not say its step"),
+        ({"revisions": ["1e4"]}, "'1e4' does not say its step"),
+        (
+            # OLMo 2's stages count their steps anew: allenai/OLMo-2-1124-7B has both of these.
+            {"revisions": ["stage2-ingredient1-step11931-tokens50B", "stage1-step928646-tokens3896B"]},
+            r"as read: stage2-ingredient1-step11931-tokens50B = step 11931, stage1-step928646-tokens3896B = "
+            r"step 928646 \(give revisions = \[\{ revision = .*, step = … \}",
+        ),
+        (
+            {"revisions": ["seed1-step5", "seed2-step7"]},
+            r"as read: seed1-step5 = step 5, seed2-step7 = step 7",
+        ),
+        ({"revisions": ["step5-tokens8B", "step7-tokens2B"]}, "differ in more than the step"),
+        ({"folder": ".", "subfolders": ["step7"]}, "step7 has no config.json"),
         ({"folder": "s3://user:secret@bucket/run"}, "s3://bucket/run is no local folder"),
         ({"folder": "/nowhere/at/all"}, "no local folder"),
         ({"folder": "."}, "no subfolder"),
@@ -211,10 +230,41 @@ def test_a_checkpoint_given_as_a_series_is_told_its_folder(pythia: Path, tmp_pat
         ("pythia-70m", None),
         ("olmo-7", 7),
         ("step7half", None),
+        ("Step1000", 1_000),
+        ("TinyLlama-1.1B-intermediate-step-1431k-3T", 1_431_000),
+        ("1000", 1_000),
+        ("1e4", None),
+        ("step1e4", None),
+        ("step1,000", None),
+        ("step1_000", None),
+        ("2024-01-15", None),
+        ("8B-1000steps-2", None),
+        ("step1000-checkpoint2", None),
+        ("epoch3", None),
     ],
 )
 def test_names_say_steps(name: str, step: int | None) -> None:
-    assert checkpoints._step_of(name) == step
+    assert step_of(name) == step
+
+
+def test_subfolders_are_told_their_steps(pythia: Path, tmp_path: Path) -> None:
+    for number, name in enumerate(("warmup-final", "decay-step2"), start=1):
+        shutil.copytree(pythia / "step-16", tmp_path / "series" / name)
+        settings = tmp_path / "series" / name / "config.json"
+        settings.write_text(json.dumps({**json.loads(settings.read_bytes()), "told": number}))
+    series = {"name": "a", "folder": str(tmp_path / "series")}
+    given = [{"subfolder": "warmup-final", "step": 10}, {"subfolder": "decay-step2", "step": 12}]
+    config = _config({"tokenizer": str(pythia / "step-16")}, {**series, "subfolders": given})
+    found = find_checkpoints(config, Storage(str(tmp_path / "root")), SHARDS)
+    assert found is not None
+    assert [(entry.step, Path(entry.model.name).name) for entry in found] == [
+        (10, "warmup-final"),
+        (12, "decay-step2"),
+    ]
+    alone = _config({"tokenizer": str(pythia / "step-16")}, {**series, "subfolders": ["decay-step2"]})
+    found = find_checkpoints(alone, Storage(str(tmp_path / "root")), SHARDS)
+    assert found is not None
+    assert [entry.step for entry in found] == [2]
 
 
 def a_series(pythia: Path, folder: Path) -> tuple[Path, Config]:

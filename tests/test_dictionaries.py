@@ -19,20 +19,23 @@ from infra.manifest import MANIFEST, content_key, load
 from infra.storage import Storage
 from schemas.config import Config, Gate, Sae, Train
 from schemas.work import CorpusShards
-from tasks import dictionary_sources, dictionary_training, extraction, tokenization
+from tasks import dictionary_training, extraction, tokenization
 from tasks.dictionaries import find_dictionaries, load_dictionary, prepare_dictionaries
 from tasks.dictionary_checks import (
     DictionaryUnavailableError,
     Facts,
     check_facts,
     check_gate,
+    check_model,
     facts_of,
 )
 from tasks.dictionary_sample import ResidualSample
+from tasks.dictionary_sources import registered_model
 from tasks.dictionary_start import load_start, start_training_from
 from tasks.encoding import build_encoder
 from tasks.features import extract_features
 from tasks.graph import graph_shards
+from tasks.model_names import names_of
 from tasks.residuals import write_residuals
 from tasks.tokenization import tokenize_corpus
 
@@ -283,7 +286,13 @@ class _Directory(dict[str, Any]):
     """A registry of one release with one id."""
 
     def __init__(self) -> None:
-        super().__init__({"tiny-res": type("Release", (), {"saes_map": {"layer_1/width_96": "layer_1"}})()})
+        super().__init__(
+            {
+                "tiny-res": type(
+                    "Release", (), {"saes_map": {"layer_1/width_96": "layer_1"}, "model": "unknown"}
+                )()
+            }
+        )
 
 
 @pytest.fixture
@@ -369,7 +378,7 @@ def test_the_configurations_name_dictionaries_that_the_registry_has(name: str) -
     config = load_config(Path(__file__).parents[1] / "configs" / f"{name}.toml")
     assert config.sae
     for entry in config.sae:
-        dictionary_sources._check_registered(entry, str(entry.release), str(entry.sae_id))
+        check_model(registered_model(entry), entry, names_of(config.model))
         assert f"layer_{entry.layer}" in str(entry.sae_id).replace("/", "_").split("_width")[0]
 
 
