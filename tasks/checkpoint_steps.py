@@ -1,8 +1,8 @@
 """The optimizer steps that the names of a series' checkpoints say, or that they do not say one.
 
-A step is the number behind `step`, `checkpoint`, `ckpt` or `iter`, or else the one that a name ends in. A series is one
-run of training: its names may differ in the step, and in a count of tokens that grows with it, and in nothing else. Where
-they do (several stages, runs or seeds), the same step may stand for two places of the training, and no order of the
+A step is the number behind `step`, `checkpoint`, `ckpt` or `iter`, or else the one that a name ends in. A series is
+one run of training: its names may differ in the step, in a count of tokens that grows with it, and in nothing else.
+Where they do (several stages, runs or seeds), one step may stand for two places of the training, and no order of the
 numbers is that of the training.
 """
 

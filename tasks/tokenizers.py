@@ -33,6 +33,7 @@ VOCABULARY_VERSION = 2
 
 _LONGEST_CAUSE = 600
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_PARTS = ("normalizer", "pre_tokenizer", "decoder")
 _PROBES = (
     "in 2024, 3.14159 and 1,000,000",
     "  two blanks,\ttabs\n\nand  line ends \n",
@@ -177,17 +178,17 @@ def _without_file(loaded: Any, name: str, revision: str | None) -> Any:
 
 
 def _tell_difference(loaded: Any, backend: Any, name: str) -> None:
-    """Say in the log where transformers would read text otherwise than the file."""
+    """Say in the log where transformers would read text otherwise than the file, as others may have done."""
     other = getattr(loaded, "backend_tokenizer", None)
     if other is None:
         return
-    for text in _PROBES:
-        if _ids(other, text) != _ids(backend, text):
-            logger.warning(
-                "%s: transformers' %s reads text otherwise than its %s (%r, for instance); the file is used",
-                *(name, type(loaded).__name__, TOKENIZER_FILE, text),
-            )
-            return
+    differing = [part for part in _PARTS if str(getattr(other, part)) != str(getattr(backend, part))]
+    differing += [f"tokens of {text!r}" for text in _PROBES if _ids(other, text) != _ids(backend, text)][:1]
+    if differing:
+        logger.warning(
+            "%s: transformers' %s reads text otherwise than its %s says (%s); the file is used",
+            *(name, type(loaded).__name__, TOKENIZER_FILE, ", ".join(differing)),
+        )
 
 
 def _ids(backend: Any, text: str) -> list[int]:
