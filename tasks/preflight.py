@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from infra.storage import Storage
-from schemas.config import Config
+from schemas.config import Config, Sae
 from tasks.cases import check_cases, check_clamps
 from tasks.dictionaries import known_facts
 from tasks.dictionary_checks import Facts, check_facts, check_layer
+from tasks.dictionary_start import start_facts
 from tasks.models import check_windows, context_length, model_dimensions, vocabulary_rows
 from tasks.tokenizers import load_tokenizer, require_rows
 
@@ -35,6 +36,9 @@ def check_fit(config: Config, storage: Storage) -> None:
             the model's configuration cannot be read.
         DictionaryError: if a layer does not exist, or a dictionary is missing, damaged, or another model's or layer's.
     """
+    growth = None if config.consolidation is None else config.consolidation.growth
+    if growth is not None and growth.train.start_from is not None:
+        start_facts(Sae(layer=growth.layer, train=growth.train), storage.endpoint_url)
     if not config.sae:
         return
     d_model, n_layers = model_dimensions(config.model, storage)

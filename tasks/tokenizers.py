@@ -78,7 +78,7 @@ class LoadedTokenizer:
     @property
     def highest_id(self) -> int:
         """The highest id of the vocabulary; where it has holes, more than its size says."""
-        return max(self.backend.get_vocab(with_added_tokens=True).values())
+        return int(max(self.backend.get_vocab(with_added_tokens=True).values()))
 
 
 def load_tokenizer(model: Model, storage: Storage) -> LoadedTokenizer:
