@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from infra.errors import DictionaryError
+from infra.errors import DictionaryError, whole_message
 from infra.manifest import Manifest, commit, content_key, load, load_all
 from infra.progress import Progress, silent
 from infra.storage import Storage
@@ -34,7 +34,7 @@ from tasks.dictionary_checks import (
     check_facts,
     check_gate,
     check_layer,
-    check_model,
+    check_model_name,
     facts_of,
     refusal,
     source_of,
@@ -45,7 +45,6 @@ from tasks.dictionary_sources import (
     FILES,
     copy_saved,
     fetch_registered,
-    first_line,
     quiet,
     registered_model,
     saved_content,
@@ -114,14 +113,14 @@ def known_facts(config: Config, storage: Storage, entry: Sae) -> Facts | None:
         return None if entry.train.start_from is None else start_facts(entry, storage.endpoint_url)
     if entry.path is not None:
         facts = saved_facts(entry, storage.endpoint_url)
-        check_model(facts.model_name, entry, names)
+        check_model_name(facts.model_name, entry, names)
         return facts
     manifest = load(storage, _folder(_key(config, storage, entry, {})))
     if manifest is None:
-        check_model(registered_model(entry), entry, names)
+        check_model_name(registered_model(entry), entry, names)
         return None
     facts = _facts(manifest)
-    check_model(facts.model_name, entry, names)
+    check_model_name(facts.model_name, entry, names)
     return facts
 
 
@@ -162,7 +161,7 @@ def load_dictionary(storage: Storage, dictionary: Dictionary, device: str | torc
             return SAE.load_from_disk(folder, device=str(device), dtype="float32")
     except Exception as error:
         raise DictionaryError(
-            f"dictionary of layer {dictionary.layer} in {folder} does not load: {first_line(error)}",
+            f"dictionary of layer {dictionary.layer} in {folder} does not load: {whole_message(error, with_type=True)}",
             hint="delete that folder and run again",
         ) from error
 
@@ -191,7 +190,7 @@ def _bring(config: Config, storage: Storage, entry: Sae, key: str, d_model: int,
         else:
             facts = copy_saved(entry, storage.endpoint_url, Path(aside), d_model, n_layers)
             inputs = {"content": saved_content(entry, storage.endpoint_url)}
-        check_model(facts.model_name, entry, names_of(config.model))
+        check_model_name(facts.model_name, entry, names_of(config.model))
         inputs["sae_lens"] = version("sae-lens")
         _save(storage, Path(aside), key, inputs, facts)
 
@@ -296,7 +295,7 @@ def _checked(
 ) -> Dictionary:
     facts = _facts(manifest)
     check_facts(facts, entry, *dimensions)
-    check_model(facts.model_name, entry, names_of(config.model))
+    check_model_name(facts.model_name, entry, names_of(config.model))
     quality = manifest.stats.get("quality")
     if entry.train is not None and quality is not None:
         check_gate(quality, entry.train.gate, entry)

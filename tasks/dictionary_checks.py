@@ -128,7 +128,7 @@ def check_facts(facts: Facts, entry: Sae, d_model: int, n_layers: int) -> None:
         raise refusal(entry, reason, hint)
 
 
-def check_model(model_name: str | None, entry: Sae, names: Sequence[str]) -> None:
+def check_model_name(model_name: str | None, entry: Sae, names: Sequence[str]) -> None:
     """Refuse a dictionary that says it was trained on another model, unless `entry.allow_other_model`.
 
     Args:

@@ -20,7 +20,7 @@ import fsspec
 import torch
 
 from infra.addresses import storage_options, without_credentials
-from infra.errors import DictionaryError
+from infra.errors import DictionaryError, whole_message
 from infra.hashing import content_hash
 from schemas.config import Sae
 from tasks.dictionary_checks import (
@@ -57,7 +57,7 @@ def fetch_registered(entry: Sae, folder: Path, d_model: int, n_layers: int) -> F
             sae: Any = SAE.from_pretrained(str(entry.release), str(entry.sae_id), device="cpu")
     except Exception as error:
         raise DictionaryUnavailableError(
-            f"sae layer {entry.layer} ({source_of(entry)}) cannot be fetched: {first_line(error)}",
+            f"sae layer {entry.layer} ({source_of(entry)}) cannot be fetched: {whole_message(error, with_type=True)}",
             hint="check the network, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE, or give {layer, path} of a copy",
         ) from error
     facts = facts_of(sae.cfg.to_dict())
@@ -114,7 +114,9 @@ def saved_content(entry: Sae, endpoint_url: str | None) -> dict[str, str]:
             place = without_credentials(path)
             raise refusal(entry, f"cannot be read: there is no {name} in {place}", _HOW_TO_SAVE) from error
         except Exception as error:
-            raise refusal(entry, f"cannot be read: {first_line(error)}", _HOW_TO_SAVE) from error
+            raise refusal(
+                entry, f"cannot be read: {whole_message(error, with_type=True)}", _HOW_TO_SAVE
+            ) from error
     return hashes
 
 
@@ -133,14 +135,18 @@ def saved_facts(entry: Sae, endpoint_url: str | None) -> Facts:
     except DictionaryError:
         raise
     except Exception as error:
-        raise refusal(entry, f"cannot be read: {first_line(error)}", _HOW_TO_SAVE) from error
+        raise refusal(
+            entry, f"cannot be read: {whole_message(error, with_type=True)}", _HOW_TO_SAVE
+        ) from error
     values = _configuration(entry, configuration)
     _check_architecture(entry, values.get("architecture", "standard"))
     try:
         facts = facts_of(values)
     except (KeyError, TypeError, ValueError) as error:
         raise refusal(
-            entry, f"has a {FILES[0]} that does not say d_in and d_sae: {first_line(error)}", _HOW_TO_SAVE
+            entry,
+            f"has a {FILES[0]} that does not say d_in and d_sae: {whole_message(error, with_type=True)}",
+            _HOW_TO_SAVE,
         ) from error
     if shapes is None:
         raise refusal(entry, f"does not load; {FILES[1]} is damaged or half copied", _HOW_TO_SAVE)
@@ -200,7 +206,9 @@ def copy_saved(entry: Sae, endpoint_url: str | None, folder: Path, d_model: int,
             filesystem, inside = fsspec.core.url_to_fs(address, **storage_options(address, endpoint_url))
             filesystem.get_file(inside, str(folder / name))
         except Exception as error:
-            raise refusal(entry, f"cannot be copied: {first_line(error)}", _HOW_TO_SAVE) from error
+            raise refusal(
+                entry, f"cannot be copied: {whole_message(error, with_type=True)}", _HOW_TO_SAVE
+            ) from error
     _check_architecture(
         entry, _configuration(entry, (folder / FILES[0]).read_bytes()).get("architecture", "standard")
     )
@@ -210,7 +218,8 @@ def copy_saved(entry: Sae, endpoint_url: str | None, folder: Path, d_model: int,
     except Exception as error:
         raise refusal(
             entry,
-            f"does not load; {FILES[1]} is damaged, or not what {FILES[0]} says: {first_line(error)}",
+            f"does not load; {FILES[1]} is damaged, or not what {FILES[0]} says: "
+            f"{whole_message(error, with_type=True)}",
             _HOW_TO_SAVE,
         ) from error
     if not all(bool(torch.isfinite(tensor).all()) for tensor in sae.state_dict().values()):
@@ -227,7 +236,9 @@ def _configuration(entry: Sae, content: bytes) -> dict[str, Any]:
         values = json.loads(content)
     except ValueError as error:
         raise refusal(
-            entry, f"has a {FILES[0]} that is no JSON object: {first_line(error)}", _HOW_TO_SAVE
+            entry,
+            f"has a {FILES[0]} that is no JSON object: {whole_message(error, with_type=True)}",
+            _HOW_TO_SAVE,
         ) from error
     if not isinstance(values, dict):
         raise refusal(entry, f"has a {FILES[0]} that is no JSON object", _HOW_TO_SAVE)
@@ -252,12 +263,6 @@ def _check_architecture(entry: Sae, architecture: Any) -> None:
         f"has the architecture {architecture}, which SAELens {version('sae-lens')} does not know",
         f"known: {', '.join(sorted(SAE_CLASS_REGISTRY))}",
     )
-
-
-def first_line(error: BaseException) -> str:
-    """An error of a library in one line, with its type."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from infra.errors import ModelError
+from infra.errors import ModelError, whole_message
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def own_backend(file: Path, stated: dict[str, dict[str, Any]]) -> Any:
         if isinstance(error, ModelError):
             raise
         raise ModelError(
-            f"{file} cannot be read by tokenizers: {' '.join(str(error).split())}",
+            f"{file} cannot be read by tokenizers: {whole_message(error)}",
             hint="it is damaged, half copied, or of a newer release of tokenizers: copy it again, or "
             + _HOW_TO_MEND,
         ) from error

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from infra.errors import ModelError
+from infra.errors import ModelError, whole_message
 from infra.manifest import content_key
 from infra.storage import Storage
 from schemas.config import Config, Model
@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 VOCABULARY_VERSION = 2
 """Raised when the texts of tokens change, not the tokens."""
 
-_LONGEST_CAUSE = 600
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _PARTS = ("normalizer", "pre_tokenizer", "decoder")
 _PROBES = (
@@ -223,9 +222,7 @@ def _explained(name: str, key: str) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:
-        cause = " ".join(str(error).split()) or type(error).__name__
-        if len(cause) > _LONGEST_CAUSE:
-            cause = f"{cause[:_LONGEST_CAUSE]} …"
+        cause = whole_message(error)
         raise ModelError(
             f"cannot load the tokenizer of {name} ({key}): {cause}", hint=_way_out(error, cause)
         ) from error

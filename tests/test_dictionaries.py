@@ -26,7 +26,7 @@ from tasks.dictionary_checks import (
     Facts,
     check_facts,
     check_gate,
-    check_model,
+    check_model_name,
     facts_of,
 )
 from tasks.dictionary_sample import ResidualSample
@@ -378,7 +378,7 @@ def test_the_configurations_name_dictionaries_that_the_registry_has(name: str) -
     config = load_config(Path(__file__).parents[1] / "configs" / f"{name}.toml")
     assert config.sae
     for entry in config.sae:
-        check_model(registered_model(entry), entry, names_of(config.model))
+        check_model_name(registered_model(entry), entry, names_of(config.model))
         assert f"layer_{entry.layer}" in str(entry.sae_id).replace("/", "_").split("_width")[0]
 
 

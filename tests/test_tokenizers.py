@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import save_tokenizer, texts
+from plain import InThisProcess
+from tiny import save_tokenizer, texts, write_jsonl
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from infra.errors import ModelError
 from infra.storage import Storage
 from schemas.config import Config, Model
+from tasks import tokenization
 from tasks.tokenizer_files import read_as_gguf_says
 from tasks.tokenizers import LoadedTokenizer, load_tokenizer, require_rows
 
@@ -137,6 +139,31 @@ def test_tokens_that_a_class_adds_behind_the_vocabulary_are_none(tmp_path: Path)
     assert set(tokenizer.special_ids) == {tokenizer.backend.token_to_id(name) for name in ("<unk>", "</s>")}
     assert tokenizer.tokenizer.all_special_ids
     assert max(tokenizer.tokenizer.get_vocab().values()) == tokenizer.highest_id
+
+
+def test_the_corpus_is_counted_as_the_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenization, "_Watched", InThisProcess)
+    folder = saved(tmp_path / "model", own(BYTE_LEVEL), model_type="qwen2", tokenizer_class="Qwen2Tokenizer")
+    with_holes(folder)
+    corpus = write_jsonl(tmp_path / "a.jsonl", ["in 2024", "the last tokens: moon naïve 2039 1039"])
+    config = Config.model_validate(
+        {
+            "corpus": {"urls": [str(corpus)]},
+            "model": {"name": str(folder)},
+            "storage": {"root": str(tmp_path / "root")},
+        }
+    )
+    storage = Storage(config.storage.root)
+    shards = tokenization.tokenize_corpus(config, storage)
+    expected = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    occurrences = storage.read_parquet(f"{shards.shards[0].folder}/occurrences.parquet").to_pylist()
+    first = [row["token_id"] for row in occurrences if row["doc"] == 0]
+    assert first == ids_of(expected, "in 2024")
+    assert len(first) < len("in 2024") - 1  # digits are merged
+    text_of = {row["token_id"]: row["token"] for row in storage.read_parquet(shards.vocabulary).to_pylist()}
+    assert max(row["token_id"] for row in occurrences) >= expected.get_vocab_size()  # beyond the hole
+    assert "".join(text_of[token_id] for token_id in first) == "in 2024"
+    assert all(row["token_id"] in text_of for row in occurrences)
 
 
 def with_holes(folder: Path) -> dict[str, int]:
