@@ -2,22 +2,28 @@
 
 `prefect deploy --all` writes every deployment anew: a schedule that was added in the UI is gone after a restart,
 one that was switched off is on again. `functok up` therefore asks Prefect to deploy only what is missing. What is
-there keeps its schedules, parameters, tags, limits and pause; where its code lies is brought up to date, and a
-schedule that a newer `prefect.yaml` brings for the first time is added. What `functok up` itself has filled in is
-remembered in a variable of the server (`functok_filled`), so that parameters which nobody has touched follow
-`--config` and `--root`.
+there keeps its schedules, tags, limits and pause; where its code lies and what its form asks is brought up to date,
+and a schedule that a newer `prefect.yaml` brings for the first time is added.
+
+Parameters are settled value by value: one that nobody has touched follows `--config` and `--root`, one that was set
+in the UI is kept, so that a changed share in the UI does not hold a deployment back at an old root. To tell the two
+apart, fingerprints of what `functok up` has filled in are kept in a variable of the server (`functok_filled`), with
+the `--config` and `--root` that it was told last.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
+from infra.addresses import without_credentials
 from infra.errors import ConfigError, FunctokError
 from infra.manifest import content_key
 
@@ -27,8 +33,11 @@ if TYPE_CHECKING:
     from prefect.client.schemas.responses import DeploymentResponse
 
 FILLED = "functok_filled"
-"""The variable: deployment name to the key of its parameters and the slugs of its schedules, as they came from
-`prefect.yaml`."""
+"""The variable: `values`, fingerprints of what was filled in; `schedules`, deployment name to the slugs that
+`prefect.yaml` has brought; `told`, environment variable to what `functok up` was told last."""
+
+_VALUE_DIGITS = 12
+"""Digits of a fingerprint: a variable holds 5,000 characters, a large configuration has 100 values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +91,11 @@ def read_deployments(file: Path, parameters: Mapping[str, Any]) -> list[Wanted]:
 
 
 def fill(
-    api_url: str, wanted: Sequence[Wanted], directory: Path, deploy: Callable[[Sequence[str]], None]
+    api_url: str,
+    wanted: Sequence[Wanted],
+    directory: Path,
+    deploy: Callable[[Sequence[str]], None],
+    told: Mapping[str, str] | None = None,
 ) -> list[str]:
     """Deploy what is missing, and bring up to date what is there.
 
@@ -91,6 +104,7 @@ def fill(
         wanted: The deployments.
         directory: Where the flows' code lies.
         deploy: Has Prefect deploy these names of `prefect.yaml` anew.
+        told: What `told_before` shall find at the next start.
 
     Returns:
         A line for people about each thing that was done or kept.
@@ -101,7 +115,19 @@ def fill(
     missing = asyncio.run(_missing(api_url, wanted))
     if missing:
         deploy(missing)
-    return asyncio.run(_settle(api_url, wanted, missing, directory))
+    return asyncio.run(_settle(api_url, wanted, missing, directory, dict(told or {})))
+
+
+def told_before(api_url: str) -> dict[str, str]:
+    """The `$FUNCTOK_CONFIG` and `$FUNCTOK_ROOT` of the last start, where there were any."""
+
+    async def read() -> dict[str, str]:
+        from prefect.client.orchestration import PrefectClient
+
+        async with PrefectClient(api_url) as client:
+            return dict((await _read_filled(client)).get("told", {}))
+
+    return asyncio.run(read())
 
 
 async def _missing(api_url: str, wanted: Sequence[Wanted]) -> list[str]:
@@ -120,14 +146,17 @@ async def _read(client: PrefectClient, name: str) -> DeploymentResponse | None:
         return None
 
 
-async def _settle(api_url: str, wanted: Sequence[Wanted], made: Sequence[str], directory: Path) -> list[str]:
+async def _settle(
+    api_url: str, wanted: Sequence[Wanted], made: Sequence[str], directory: Path, told: Mapping[str, str]
+) -> list[str]:
     from prefect.client.orchestration import PrefectClient
 
     lines = [f"deployed {', '.join(made)}"] if made else []
-    follows: list[str] = []
-    keeps: list[str] = []
+    # a line about values: the deployments that it is true of
+    changes: defaultdict[str, list[str]] = defaultdict(list)
     async with PrefectClient(api_url) as client:
         filled = await _read_filled(client)
+        before, brought = set(filled.get("values", [])), dict(filled.get("schedules", {}))
         for entry in wanted:
             found = await _read(client, entry.name)
             if found is None:
@@ -135,38 +164,128 @@ async def _settle(api_url: str, wanted: Sequence[Wanted], made: Sequence[str], d
                     f"the deployment {entry.name} is not there after it was deployed",
                     hint="run `functok up` again; the log of the server says more",
                 )
-            key, known = content_key(parameters=entry.parameters), filled.get(entry.name, {})
-            is_current = content_key(parameters=found.parameters) == key
             if entry.name not in made:
-                # What was there before anybody kept a record may have been changed since: it is kept.
-                is_untouched = known.get("parameters") == content_key(parameters=found.parameters)
-                await _refresh(
-                    client, found, entry, directory, set_parameters=is_untouched and not is_current
-                )
-                added = await _add_schedules(client, found, entry, known.get("schedules"))
+                settled = settle_values(values_of(found), values_of(entry), before)
+                refused = await _refresh(client, found, entry, directory, settled.values)
+                lines += [_misfit(api_url, found, refused)] if refused else []
+                for change in settled.said:
+                    changes[change].append(entry.name)
+                added = await _add_schedules(client, found, entry, brought.get(entry.name))
                 lines += [f"added the schedule {slug} to {entry.name}" for slug in added]
-                if not is_current:
-                    (follows if is_untouched else keeps).append(entry.name)
-            kept = entry.name in keeps
-            filled[entry.name] = {
-                "parameters": known.get("parameters", "") if kept else key,
-                "schedules": sorted({*known.get("schedules", []), *entry.schedules}),
-            }
-        await _write_filled(client, filled)
-    if follows:
-        lines.append(f"set the parameters of {', '.join(follows)}")
-    if keeps:
-        lines.append(
-            f"kept the parameters that were set in the UI: {', '.join(keeps)} "
-            "(a deployment that is deleted there is made anew at the next start)"
-        )
-    return lines
+            brought[entry.name] = sorted({*brought.get(entry.name, []), *entry.schedules})
+        values = sorted({value for entry in wanted for value in fingerprints(values_of(entry))})
+        await _write_filled(client, {"values": values, "schedules": brought, "told": dict(told)})
+    return lines + [f"{change} ({', '.join(names)})" for change, names in changes.items()]
+
+
+class Settled(NamedTuple):
+    """The values of a deployment that shall hold, and a line about each that changes or is kept."""
+
+    values: dict[str, Any]
+    said: list[str]
+
+
+def values_of(deployment: Wanted | DeploymentResponse) -> dict[str, Any]:
+    """What both `prefect.yaml` and people in the UI may set of a deployment, and a restart may change."""
+    return {
+        "parameters": deployment.parameters,
+        "description": {deployment.name: deployment.description or ""},
+    }
+
+
+def settle_values(found: Mapping[str, Any], wanted: Mapping[str, Any], filled: AbstractSet[str]) -> Settled:
+    """Settle value by value what a deployment has, and what it would have if it were made now.
+
+    Args:
+        found: What it has: a tree of dictionaries; anything else is a value.
+        wanted: What it would have.
+        filled: Fingerprints of what `functok up` has filled in before: what else is there, people have set.
+
+    Returns:
+        The tree that shall hold, and what of it changes or is kept, for people.
+    """
+    there, new = dict(_leaves(found)), dict(_leaves(wanted))
+    settled, said = dict(there), []
+    for path in sorted({*there, *new}):
+        name = ".".join(path[1:])
+        if path not in there:
+            if _fingerprint(path, new[path]) in filled:
+                said.append(f"kept {name} unset, as it was set in the UI, where {_shown(new[path])} was told")
+            else:
+                settled[path] = new[path]
+                said.append(f"set {name} to {_shown(new[path])}")
+        elif path in new and there[path] == new[path]:
+            continue
+        elif _fingerprint(path, there[path]) in filled:
+            if path in new:
+                settled[path] = new[path]
+                said.append(f"set {name} to {_shown(new[path])} where it was {_shown(there[path])}")
+            else:
+                del settled[path]
+                said.append(f"unset {name}, which was {_shown(there[path])}")
+        elif path in new:
+            said.append(
+                f"kept {name} at {_shown(there[path])}, which people set, where {_shown(new[path])} was told"
+            )
+    return Settled(_tree(settled), said)
+
+
+def fingerprints(tree: Mapping[str, Any]) -> set[str]:
+    """A fingerprint of each value of a tree and its place."""
+    return {_fingerprint(*leaf) for leaf in _leaves(tree)}
+
+
+def _shown(value: Any, length: int = 120) -> str:
+    text = repr(_without_secrets(value))
+    return text if len(text) <= length else f"{text[:length]}…"
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, str):
+        return without_credentials(value)
+    if isinstance(value, Mapping):
+        return {name: _without_secrets(inner) for name, inner in value.items()}
+    return [_without_secrets(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _leaves(tree: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, (*above, name))
+        else:
+            yield (*above, name), value
+
+
+def _tree(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for (*above, name), value in leaves.items():
+        place = tree
+        for folder in above:
+            inner = place.get(folder)
+            if not isinstance(inner, dict):
+                # an empty section that has been filled since
+                inner = place[folder] = {}
+            place = inner
+        place.setdefault(name, value)
+    return tree
+
+
+def _fingerprint(path: Sequence[str], value: Any) -> str:
+    return content_key(path=list(path), value=value)[:_VALUE_DIGITS]
 
 
 async def _refresh(
-    client: PrefectClient, found: DeploymentResponse, entry: Wanted, directory: Path, *, set_parameters: bool
-) -> None:
-    """Bring up to date where a deployment's code lies and what its parameters mean, and no more."""
+    client: PrefectClient,
+    found: DeploymentResponse,
+    entry: Wanted,
+    directory: Path,
+    settled: Mapping[str, Any],
+) -> str:
+    """Bring up to date where a deployment's code lies, what its form asks, and the settled values; no more.
+
+    Returns:
+        Why its parameters do not fit this version of functok, if they don't.
+    """
     from prefect.client.schemas.actions import DeploymentUpdate
     from prefect.exceptions import PrefectHTTPStatusError
     from prefect.flows import load_flow_from_entrypoint
@@ -175,27 +294,34 @@ async def _refresh(
     flow: Flow[Any, Any] = load_flow_from_entrypoint(entry.entrypoint)
     values: dict[str, Any] = {
         "entrypoint": entry.entrypoint,
-        "description": entry.description,
+        "description": settled["description"][entry.name],
         "pull_steps": [
             {"prefect.deployments.steps.set_working_directory": {"directory": str(directory)}},
         ],
         "parameter_openapi_schema": parameter_schema(flow).model_dump_for_openapi(),
+        "parameters": settled.get("parameters", {}),
+        "enforce_parameter_schema": True,
     }
-    if set_parameters:
-        values["parameters"] = entry.parameters
     if all(getattr(found, name, None) == value for name, value in values.items()):
         # An update, even of nothing, deletes the runs that are already scheduled.
-        return
+        return ""
     try:
         await client.update_deployment(found.id, DeploymentUpdate(**values))
     except PrefectHTTPStatusError as error:
         if error.response.status_code != 409:
             raise
-        raise FunctokError(
-            f"the parameters that were set for the deployment {entry.name} do not fit this version of functok: "
-            f"{error.response.json().get('detail', error)}",
-            hint="change them in the UI of the version that they were set with, or delete the deployment there",
-        ) from error
+        # Without the check they can be mended in the form of this version; a run refuses them before any work.
+        values["enforce_parameter_schema"] = False
+        await client.update_deployment(found.id, DeploymentUpdate(**values))
+        return str(error.response.json().get("detail", error))
+    return ""
+
+
+def _misfit(api_url: str, found: DeploymentResponse, why: str) -> str:
+    return (
+        f"the parameters of {found.name} do not fit this version of functok, and its runs will fail: {why}; "
+        f"change them at {api_url.removesuffix('/api')}/deployments/deployment/{found.id}/edit"
+    )
 
 
 async def _add_schedules(
@@ -224,15 +350,15 @@ async def _add_schedules(
     return new
 
 
-async def _read_filled(client: PrefectClient) -> dict[str, dict[str, Any]]:
+async def _read_filled(client: PrefectClient) -> dict[str, Any]:
     variable = await client.read_variable_by_name(FILLED)
     return dict(variable.value) if variable is not None and isinstance(variable.value, dict) else {}
 
 
-async def _write_filled(client: PrefectClient, filled: Mapping[str, Any]) -> None:
+async def _write_filled(client: PrefectClient, filled: dict[str, Any]) -> None:
     from prefect.client.schemas.actions import VariableCreate, VariableUpdate
 
     if await client.read_variable_by_name(FILLED) is None:
-        await client.create_variable(VariableCreate(name=FILLED, value=dict(filled)))
+        await client.create_variable(VariableCreate(name=FILLED, value=filled))
     else:
-        await client.update_variable(VariableUpdate(name=FILLED, value=dict(filled)))
+        await client.update_variable(VariableUpdate(name=FILLED, value=filled))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from prefect import Flow
     from prefect.client.orchestration import PrefectClient
     from prefect.client.schemas.objects import FlowRun, State
+    from prefect.client.schemas.schedules import SCHEDULE_TYPES
     from prefect.events.schemas.automations import AutomationCore
 
 AUTOMATION = "functok: crash runs whose heartbeat stopped"
@@ -30,6 +31,9 @@ MISSED_SECONDS = 90
 
 PENDING_SECONDS = 300
 """A run that a worker took and that did not start within this time died on the way."""
+
+SCHEDULING = timedelta(minutes=3)
+"""How long an active schedule may have no planned run: Prefect's scheduler looks once a minute."""
 
 PROCESS = "functok.process"
 """The label of a run that names its machine and process."""
@@ -87,6 +91,27 @@ def crash_dead_runs(
             return await _crash_dead_runs(client, reason, gone_workers, taken_by)
 
     return asyncio.run(settle())
+
+
+def silent_schedules(api_url: str, since: datetime, grace: timedelta = SCHEDULING) -> list[str]:
+    """The active schedules of which Prefect's scheduler has planned no run, though one is due.
+
+    Args:
+        api_url: Prefect's API.
+        since: When the server was started.
+        grace: How long the scheduler may take after that, and after a change.
+
+    Returns:
+        A line for people about each.
+    """
+
+    async def look() -> list[str]:
+        from prefect.client.orchestration import PrefectClient
+
+        async with PrefectClient(api_url) as client:
+            return await _silent_schedules(client, since, grace)
+
+    return asyncio.run(look())
 
 
 def note_process(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
@@ -171,9 +196,15 @@ async def _crash_dead_runs(
     from prefect.states import Crashed
 
     unfinished = await _runs_in(client, [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING])
-    untold = {run.work_pool_name for run in unfinished if run.work_pool_name and WORKER not in run.labels}
-    ours = {pool for pool in untold if await _is_served_by(client, pool, {*gone_workers, *taken_by})}
-    dead = {run.id: run for run in unfinished if _died_here(run, gone_workers, taken_by, ours)}
+    gone, alive, ours = set(gone_workers), set(taken_by), set[str]()
+    for pool in {run.work_pool_name for run in unfinished if run.work_pool_name}:
+        workers = await client.read_workers_for_work_pool(pool)
+        online = {worker.name for worker in workers if worker.status == "ONLINE"}
+        # Those of a `functok up` that was killed and began again at another port.
+        gone |= {worker.name for worker in workers if _is_here(worker.name)} - online - alive
+        if online <= gone | alive:
+            ours.add(pool)
+    dead = {run.id: run for run in unfinished if _died_here(run, gone, alive, ours)}
     grown = True
     while grown:
         parents = await _parents(client, [run for run in unfinished if run.id not in dead])
@@ -185,12 +216,64 @@ async def _crash_dead_runs(
     return [run.name for run in dead.values()]
 
 
-async def _runs_in(client: PrefectClient, states: Iterable[str]) -> list[FlowRun]:
-    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
+async def _silent_schedules(client: PrefectClient, since: datetime, grace: timedelta) -> list[str]:
+    from prefect.client.schemas.objects import StateType
+
+    begun = datetime.now(UTC) - grace
+    silent = []
+    offset = 0
+    while page := await client.read_deployments(limit=200, offset=offset):
+        offset += len(page)
+        for deployment in page:
+            # An update of the deployment deletes what was planned.
+            settled = not deployment.paused and max(since, deployment.updated or since) <= begun
+            active = [
+                schedule
+                for schedule in deployment.schedules
+                if settled and schedule.active and (schedule.updated or since) <= begun
+            ]
+            if not active:
+                continue
+            planned = {
+                run.created_by.id
+                for run in await _runs_in(client, [StateType.SCHEDULED], deployment=deployment.id)
+                if run.created_by is not None
+            }
+            silent += [
+                f"the schedule {schedule.slug or schedule.id} of {deployment.name} is active, and Prefect's "
+                "scheduler has planned no run of it"
+                for schedule in active
+                if schedule.id not in planned and await _has_a_next_date(schedule.schedule)
+            ]
+    return silent
+
+
+async def _has_a_next_date(schedule: SCHEDULE_TYPES) -> bool:
+    """Whether a schedule goes on, as Prefect's scheduler reckons."""
+    from prefect.server.schemas.schedules import SCHEDULE_TYPES as SCHEDULES
+    from pydantic import TypeAdapter
+
+    its = TypeAdapter[Any](SCHEDULES).validate_python(schedule.model_dump())
+    return bool(await its.get_dates(n=1, start=datetime.now(UTC)))
+
+
+async def _runs_in(
+    client: PrefectClient, states: Iterable[str], deployment: UUID | None = None
+) -> list[FlowRun]:
+    from prefect.client.schemas.filters import (
+        DeploymentFilter,
+        DeploymentFilterId,
+        FlowRunFilter,
+        FlowRunFilterState,
+        FlowRunFilterStateType,
+    )
 
     wanted = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(states))))
+    of = None if deployment is None else DeploymentFilter(id=DeploymentFilterId(any_=[deployment]))
     found: list[FlowRun] = []
-    while page := await client.read_flow_runs(flow_run_filter=wanted, limit=200, offset=len(found)):
+    while page := await client.read_flow_runs(
+        flow_run_filter=wanted, deployment_filter=of, limit=200, offset=len(found)
+    ):
         found += page
     return found
 
@@ -206,32 +289,45 @@ async def _parents(client: PrefectClient, runs: Sequence[FlowRun]) -> dict[UUID,
     return parents
 
 
-async def _is_served_by(client: PrefectClient, pool: str, workers: set[str]) -> bool:
-    """Whether nobody but these workers can have taken a run from the pool."""
-    found = await client.read_workers_for_work_pool(pool)
-    return all(worker.name in workers for worker in found if worker.status == "ONLINE")
+def worker_name(pool: str, port: int) -> str:
+    """The name of the worker that `functok up` has for a pool: it says on which machine the worker is."""
+    return f"{pool} of {socket.gethostname()}:{port}"
 
 
-def _died_here(
-    run: FlowRun, gone_workers: Sequence[str], taken_by: Sequence[str], ours: Collection[str]
-) -> bool:
+def _is_here(worker: str) -> bool:
+    _, separator, place = worker.rpartition(" of ")
+    return bool(separator) and place.rpartition(":")[0] == socket.gethostname()
+
+
+def _died_here(run: FlowRun, gone: Collection[str], alive: Collection[str], ours: Collection[str]) -> bool:
     """Whether the run's process was on this machine and is gone, or never came to life.
 
-    A worker takes a run before it puts its name on it: a run without a name is ours where nobody else serves its pool.
+    Args:
+        run: An unfinished run.
+        gone: Names of this machine's workers that do not run any more.
+        alive: Names of this machine's workers that do run.
+        ours: Pools that no other worker serves. A worker takes a run before it puts its name on it, so a run
+            without a name is ours where nobody else can have taken it.
     """
     host, separator, process = str(run.labels.get(PROCESS, "")).rpartition(":")
     if separator:
         return host == socket.gethostname() and not _lives(int(process), run)
-    if run.state is None or not run.state.is_pending():
+    if run.state is None or run.parent_task_run_id is not None:
+        # A subflow shares its caller's fate.
         return False
-    pid, worker = run.infrastructure_pid or "", run.labels.get(WORKER)
+    worker = run.labels.get(WORKER)
+    if not (run.work_pool_name in ours if worker is None else worker in gone or worker in alive):
+        # The number of a process of another machine says nothing here.
+        return False
+    pid = run.infrastructure_pid or ""
     if pid.isdigit() and _lives(int(pid), run):
         return False
-    is_taken_here = run.work_pool_name in ours if worker is None else worker in {*gone_workers, *taken_by}
-    if is_taken_here and not taken_by:
+    if worker in gone or not alive:
         return True
-    is_overdue = (datetime.now(UTC) - run.state.timestamp).total_seconds() > PENDING_SECONDS
-    return is_overdue and (is_taken_here or pid.isdigit())
+    if not run.state.is_pending():
+        # Running with no process noted yet, or Cancelling before there was one.
+        return pid.isdigit()
+    return (datetime.now(UTC) - run.state.timestamp).total_seconds() > PENDING_SECONDS
 
 
 def _lives(pid: int, run: FlowRun) -> bool:

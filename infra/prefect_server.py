@@ -8,9 +8,9 @@ it is waited for.
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ POOLS = ("functok-cpu", "functok-gpu")
 """The work pools that `prefect.yaml` deploys to; a worker of `functok up` serves each."""
 
 SWEEP_SECONDS = 30.0
-"""How often runs whose process is gone are looked for while the server runs."""
+"""How often dead runs and schedules that never fire are looked for while the server runs."""
 
 HEARTBEAT_SECONDS = 30
 """How often a run under `functok up` says that it is alive."""
@@ -202,7 +202,7 @@ def server_environment(
     environment.pop("PREFECT_SERVER_UI_API_URL", None)
     if root is not None:
         environment["FUNCTOK_ROOT"] = root if "://" in root else str(Path(root).resolve())
-    if config is not None:
+    if config := config or environment.get("FUNCTOK_CONFIG"):
         environment["FUNCTOK_CONFIG"] = str(Path(config).resolve())
     if database_url is not None:
         if not database_url.startswith(("postgresql+asyncpg://", "sqlite+aiosqlite://")):
@@ -252,42 +252,71 @@ def up(
         require_free_port(host, port)
         say(f"what the server and the workers print is in {children.logs}")
         workers = _start(children, host, port, say)
-        children.wait(say, lambda: _sweep(environment["PREFECT_API_URL"], workers, say), SWEEP_SECONDS)
+        watch = _Watch(environment["PREFECT_API_URL"], workers, say)
+        children.wait(say, watch.look, SWEEP_SECONDS)
         say("stopping …")
     say("stopped")
 
 
 def require_working_scheduler() -> None:
-    """Whether the libraries here let Prefect's scheduler work.
+    """Do nothing where the libraries and settings here let Prefect's scheduler work.
 
     With SQLAlchemy 2.1 each of its loops ends in an error: runs, retries and the UI work, and no schedule fires.
 
     Raises:
         ConfigError: if they do not.
     """
+    from packaging.version import Version
+    from prefect.settings import get_current_settings
+
     found = version("sqlalchemy")
-    if tuple(int(part) for part in found.split(".")[:2]) >= (2, 1):
+    if Version(found).release >= (2, 1):
         raise ConfigError(
             f"with SQLAlchemy {found} Prefect {version('prefect')} never starts a scheduled run",
             hint='pip install "sqlalchemy<2.1"',
         )
+    if not get_current_settings().server.services.scheduler.enabled:
+        raise ConfigError(
+            "Prefect's settings switch its scheduler off, and no schedule would ever start a run",
+            hint="unset PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED, in the environment or in Prefect's profile",
+        )
 
 
-def _sweep(api_url: str, workers: Sequence[str], say: Callable[[str], None]) -> None:
-    from infra.prefect_api import crash_dead_runs
+class _Watch:
+    """What is looked for again and again while the server runs.
 
-    for name in crash_dead_runs(api_url, "its process is gone", taken_by=workers):
-        say(f"marked as crashed: {name}, whose process is gone")
+    Args:
+        api_url: Prefect's API.
+        workers: Names of the workers that run here.
+        say: Takes lines for people.
+    """
+
+    def __init__(self, api_url: str, workers: Sequence[str], say: Callable[[str], None]) -> None:
+        self._api_url, self._workers, self._say = api_url, workers, say
+        self._since = datetime.now(UTC)
+        self._silent: set[str] = set()
+
+    def look(self) -> None:
+        """Mark dead runs as crashed, and tell once of each schedule that has fallen silent."""
+        from infra.prefect_api import crash_dead_runs, silent_schedules
+
+        for name in crash_dead_runs(self._api_url, "its process is gone", taken_by=self._workers):
+            self._say(f"marked as crashed: {name}, whose process is gone")
+        silent = silent_schedules(self._api_url, self._since)
+        for line in silent:
+            if line not in self._silent:
+                self._say(f"{line}: see the server's log, and start `functok up` again")
+        self._silent = set(silent)
 
 
 def _start(children: Any, host: str, port: int, say: Callable[[str], None]) -> list[str]:
     """Start everything; returns the workers' names."""
     from infra.children import Stopped
     from infra.deployments import fill, read_deployments
-    from infra.prefect_api import crash_dead_runs, health, prepare
+    from infra.prefect_api import crash_dead_runs, health, prepare, worker_name
 
     api_url = children.environment["PREFECT_API_URL"]
-    workers = {pool: f"{pool} of {socket.gethostname()}:{port}" for pool in POOLS}
+    workers = {pool: worker_name(pool, port) for pool in POOLS}
     names = list(workers.values())
     try:
         say("starting Prefect's server …")
@@ -296,6 +325,7 @@ def _start(children: Any, host: str, port: int, say: Callable[[str], None]) -> l
         children.before_stop(lambda: crash_dead_runs(api_url, "functok up was stopped", gone_workers=names))
         for line in prepare(api_url, POOLS, gone_workers=names):
             say(line)
+        told = _take_up_what_was_told(children.environment, say)
         say("deploying prefect.yaml …")
         parameters = deployment_parameters(_default_config(), environment=children.environment)
 
@@ -303,7 +333,8 @@ def _start(children: Any, host: str, port: int, say: Callable[[str], None]) -> l
             chosen = [argument for name in missing for argument in ("--name", name)]
             children.run("deploy", "prefect", "--no-prompt", "deploy", *chosen, timeout=180)
 
-        for line in fill(api_url, read_deployments(PROJECT / "prefect.yaml", parameters), PROJECT, deploy):
+        wanted = read_deployments(PROJECT / "prefect.yaml", parameters)
+        for line in fill(api_url, wanted, PROJECT, deploy, told):
             say(line)
         for pool, name in workers.items():
             arguments = ("--pool", pool, "--type", "process", "--name", name)
@@ -312,6 +343,34 @@ def _start(children: Any, host: str, port: int, say: Callable[[str], None]) -> l
     except Stopped:
         pass
     return names
+
+
+def _take_up_what_was_told(environment: dict[str, str], say: Callable[[str], None]) -> dict[str, str]:
+    """Fill in the `--config` and `--root` that are not given now from the last start on this server.
+
+    Otherwise a start without them would lead every deployment back to the demo.
+
+    Returns:
+        Those that hold, by the variable that carries them.
+
+    Raises:
+        ConfigError: if the configuration file of the last start is not here.
+    """
+    from infra.deployments import told_before
+
+    before = told_before(environment["PREFECT_API_URL"])
+    options = {"FUNCTOK_CONFIG": "--config", "FUNCTOK_ROOT": "--root"}
+    for name, option in options.items():
+        if environment.get(name) or not before.get(name):
+            continue
+        environment[name] = before[name]
+        if name == "FUNCTOK_CONFIG" and not Path(before[name]).is_file():
+            raise ConfigError(
+                f"{before[name]}, the configuration that `functok up` was started with last, is not here",
+                hint="name another one: functok up --config FILE",
+            )
+        say(f"goes on with {option} {without_credentials(before[name])}, as it was started with last")
+    return {name: environment[name] for name in options if environment.get(name)}
 
 
 def _default_config() -> str:

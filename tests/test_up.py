@@ -11,6 +11,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +109,7 @@ def test_up_serves_deployments_runs_them_and_leaves_nothing(
 
             create = f"/deployments/{deployments['tokenize']['id']}/create_flow_run"
             wrong = deployments["tokenize"]["parameters"]["config"] | {"function_tokens": {"share": 4}}
-            refused = answer(api, create, {"parameters": {"config": wrong}})
+            refused = answer(api, "POST", create, {"parameters": {"config": wrong}})
             assert refused.status_code == 409
             assert "share" in refused.text
 
@@ -152,26 +154,42 @@ def deployments_of(api: httpx.Client) -> dict[str, dict[str, Any]]:
     return {entry["name"]: entry for entry in post(api, "/deployments/filter", {})}
 
 
-def runs_of(api: httpx.Client, deployment: dict[str, Any]) -> list[dict[str, Any]]:
-    wanted = {"deployments": {"id": {"any_": [deployment["id"]]}}, "sort": "EXPECTED_START_TIME_ASC"}
-    return list(post(api, "/flow_runs/filter", wanted))
+def runs_of(api: httpx.Client, schedule: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs that Prefect's scheduler has planned for a schedule, by itself."""
+    wanted = {"deployments": {"id": {"any_": [schedule["deployment_id"]]}}, "sort": "EXPECTED_START_TIME_ASC"}
+    runs = post(api, "/flow_runs/filter", wanted)
+    return [run for run in runs if run["auto_scheduled"] and run["created_by"]["id"] == schedule["id"]]
 
 
-def by_itself(api: httpx.Client, deployment: dict[str, Any], schedule: str) -> dict[str, Any] | None:
-    """A run that a schedule has started."""
-    for run in runs_of(api, deployment):
-        if run["auto_scheduled"] and run["start_time"] and run["created_by"]["id"] == schedule:
-            return run
-    return None
+def taken(api: httpx.Client, deployment: dict[str, Any], worker: str) -> dict[str, Any]:
+    """A run that a worker has taken, with its deployment's one place, and that never begins."""
+    later = {"type": "SCHEDULED", "state_details": {"scheduled_time": "2100-01-01T00:00:00Z"}}
+    run = post(api, f"/deployments/{deployment['id']}/create_flow_run", {"state": later})
+    for name in ("Pending", "Submitting"):
+        state = {"state": {"type": "PENDING", "name": name}}
+        assert post(api, f"/flow_runs/{run['id']}/set_state", state)["status"] == "ACCEPT"
+    call(api, "PATCH", f"/flow_runs/{run['id']}/labels", {"prefect.worker.name": worker})
+    return dict(run)
+
+
+def places(home: str) -> dict[str, int]:
+    """Deployment to how many of its runs hold a place."""
+    with sqlite3.connect(Path(home) / "prefect.db", timeout=60) as connection:
+        found = connection.execute(
+            "SELECT deployment.name, active_slots FROM deployment "
+            "JOIN concurrency_limit_v2 AS l ON l.id = concurrency_limit_id"
+        )
+        return dict(found.fetchall())
 
 
 @pytest.mark.server
 def test_schedules_fire_and_what_people_set_outlives_kill_9_and_dead_runs_are_seen(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
-    port, log = free_port(), tmp_path / "up.log"
+    port, log, home = free_port(), tmp_path / "up.log", environment["PREFECT_HOME"]
     gone = subprocess.Popen(["true"])
     gone.wait()
+    worker = f"functok-cpu of {socket.gethostname()}:{port}"
 
     def is_up(process: subprocess.Popen[bytes]) -> None:
         eventually(lambda: "functok is up" in log.read_text() or process.poll() is not None, 300, "`up`")
@@ -181,72 +199,108 @@ def test_schedules_fire_and_what_people_set_outlives_kill_9_and_dead_runs_are_se
     with brought_up(environment, port, log) as process:
         is_up(process)
         found = deployments_of(api)
-        tokenize, report = found["tokenize"], found["report"]
-        # As the UI makes them.
-        [each_minute] = post(
-            api,
-            f"/deployments/{report['id']}/schedules",
-            [{"active": True, "schedule": {"cron": "* * * * *", "timezone": "UTC", "day_or": True}}],
-        )
-        [often] = post(
-            api,
-            f"/deployments/{tokenize['id']}/schedules",
-            [{"active": True, "schedule": {"interval": 5, "anchor_date": "2026-01-01T00:00:00Z"}}],
-        )
+        tokenize, report, reproduce = found["tokenize"], found["report"], found["reproduce"]
+
+        def schedule(deployment: dict[str, Any], when: dict[str, Any]) -> dict[str, Any]:
+            """As the UI makes one."""
+            body = [{"active": True, "schedule": when}]
+            [made] = post(api, f"/deployments/{deployment['id']}/schedules", body)
+            return dict(made)
+
+        minutes = schedule(report, {"cron": "* * * * *", "timezone": "UTC", "day_or": True})
+        seconds = schedule(tokenize, {"interval": 5, "anchor_date": "2026-01-01T00:00:00Z"})
         dead = post(api, "/flow_runs/", {"flow_id": tokenize["flow_id"], "state": {"type": "RUNNING"}})
         label = {"functok.process": f"{socket.gethostname()}:{gone.pid}"}
-        api.patch(f"/flow_runs/{dead['id']}/labels", json=label).raise_for_status()
-        assert eventually(lambda: by_itself(api, tokenize, often["id"]), 120, "a run of the interval")
-        assert eventually(lambda: by_itself(api, report, each_minute["id"]), 180, "a run of the cron")
+        call(api, "PATCH", f"/flow_runs/{dead['id']}/labels", label)
+
+        planned = eventually(lambda: runs_of(api, minutes), 60, "runs that the cron has planned")
+        times = [datetime.fromisoformat(run["expected_start_time"]) for run in planned[:3]]
+        assert [time.second for time in times] == [0, 0, 0]
+        assert {after - before for before, after in pairwise(times)} == {timedelta(minutes=1)}
         eventually(
-            lambda: api.get(f"/flow_runs/{dead['id']}").json().get("state_name") == "Crashed",
+            lambda: any(run["start_time"] for run in runs_of(api, seconds)), 120, "a run of the interval"
+        )
+        call(api, "PATCH", f"/deployments/{tokenize['id']}/schedules/{seconds['id']}", {"active": False})
+        eventually(
+            lambda: any(run["state_type"] != "SCHEDULED" for run in runs_of(api, minutes)),
+            180,
+            "a run of the cron",
+        )
+        eventually(
+            lambda: call(api, "GET", f"/flow_runs/{dead['id']}").json().get("state_name") == "Crashed",
             60,
             "a dead run's state while the server runs",
         )
         assert f"marked as crashed: {dead['name']}" in log.read_text()
 
-        reproduce = found["reproduce"]
         [nightly] = reproduce["schedules"]
-        api.patch(f"/deployments/{reproduce['id']}/schedules/{nightly['id']}", json={"active": True})
+        call(api, "PATCH", f"/deployments/{reproduce['id']}/schedules/{nightly['id']}", {"active": True})
         [hourly] = tokenize["schedules"]
-        api.delete(f"/deployments/{tokenize['id']}/schedules/{hourly['id']}").raise_for_status()
+        call(api, "DELETE", f"/deployments/{tokenize['id']}/schedules/{hourly['id']}")
         changed = tokenize["parameters"]["config"] | {"function_tokens": {"share": 0.3}}
-        own = {"parameters": {"config": changed}, "tags": ["mine"], "paused": True, "concurrency_limit": 3}
-        api.patch(f"/deployments/{tokenize['id']}", json=own).raise_for_status()
-        api.delete(f"/deployments/{found['growth']['id']}").raise_for_status()
+        own = {
+            "parameters": {"config": changed},
+            "description": "ours",
+            "tags": ["mine"],
+            "paused": True,
+            "concurrency_limit": 3,
+        }
+        call(api, "PATCH", f"/deployments/{tokenize['id']}", own)
+        moved = {"entrypoint": "flows.old.losses", "pull_steps": []}
+        call(api, "PATCH", f"/deployments/{found['losses']['id']}", moved)
+        call(api, "DELETE", f"/deployments/{found['growth']['id']}")
+        lost = taken(api, found["losses"], worker)
+        assert places(home)["losses"] == 1
         process.kill()
         process.wait()
 
     elsewhere = environment | {"FUNCTOK_TEST_ROOT": f"{environment['FUNCTOK_TEST_ROOT']}2"}
     with brought_up(elsewhere, port, log) as process:
         is_up(process)
-        assert "kept the parameters that were set in the UI: tokenize" in log.read_text()
+        root = elsewhere["FUNCTOK_TEST_ROOT"]
+        assert f"set config.storage.root to '{root}'" in log.read_text()
         assert "deployed growth" in log.read_text()
         found = deployments_of(api)
         assert found.keys() == FLOWS
-        assert found["tokenize"]["parameters"]["config"] == changed
+        assert {entry["parameters"]["config"]["storage"]["root"] for entry in found.values()} == {root}
+        assert found["tokenize"]["parameters"]["config"] == changed | {"storage": {"root": root}}
+        assert found["tokenize"]["description"] == "ours"
         assert found["tokenize"]["tags"] == ["mine"]
         assert found["tokenize"]["paused"] is True
         assert found["tokenize"]["global_concurrency_limit"]["limit"] == 3
-        assert [schedule["id"] for schedule in found["tokenize"]["schedules"]] == [often["id"]]
-        assert [schedule["id"] for schedule in found["report"]["schedules"]] == [each_minute["id"]]
+        kept = [(schedule["id"], schedule["active"]) for schedule in found["tokenize"]["schedules"]]
+        assert kept == [(seconds["id"], False)]
+        assert [schedule["id"] for schedule in found["report"]["schedules"]] == [minutes["id"]]
         assert [schedule["active"] for schedule in found["reproduce"]["schedules"]] == [True]
-        for name in ("report", "growth"):
-            root = found[name]["parameters"]["config"]["storage"]["root"]
-            assert root == elsewhere["FUNCTOK_TEST_ROOT"], "what nobody touched follows --root"
+        assert found["losses"]["entrypoint"] == "flows.losses.losses"
+        [step] = found["losses"]["pull_steps"]
+        assert step["prefect.deployments.steps.set_working_directory"]["directory"] == str(PROJECT)
+        assert call(api, "GET", f"/flow_runs/{lost['id']}").json()["state_name"] == "Crashed"
+        assert places(home)["losses"] == 0
 
-        api.delete(f"/deployments/{found['report']['id']}/schedules/{each_minute['id']}").raise_for_status()
-        pending = post(api, "/flow_runs/", {"flow_id": tokenize["flow_id"], "state": {"type": "PENDING"}})
-        taken_by = {"prefect.worker.name": f"functok-cpu of {socket.gethostname()}:{port}"}
-        api.patch(f"/flow_runs/{pending['id']}/labels", json=taken_by).raise_for_status()
+        call(api, "DELETE", f"/deployments/{found['report']['id']}/schedules/{minutes['id']}")
+        pending = taken(api, found["features"], worker)
+        assert places(home)["features"] == 1
+        # A loop of the server that dies in earnest, and is told.
+        with sqlite3.connect(Path(home) / "prefect.db", timeout=60) as connection:
+            connection.execute("ALTER TABLE deployment_schedule RENAME TO away")
+        connection.close()
+        eventually(
+            lambda: "no such table: deployment_schedule" in log.read_text(), 60, "the scheduler's error"
+        )
+        [line, *_] = [line for line in log.read_text().splitlines() if "no such table" in line]
+        assert line.startswith("the server reports: ")
+        with sqlite3.connect(Path(home) / "prefect.db", timeout=60) as connection:
+            connection.execute("ALTER TABLE away RENAME TO deployment_schedule")
+        connection.close()
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0, log.read_text()
-    database = Path(environment["PREFECT_HOME"]) / "prefect.db"
-    with sqlite3.connect(database) as connection:
+    with sqlite3.connect(Path(home) / "prefect.db") as connection:
         [state] = connection.execute(
             "SELECT state_name FROM flow_run WHERE id = ?", [pending["id"]]
         ).fetchall()
     assert state == ("Crashed",)
+    assert places(home)["features"] == 0
 
 
 def test_a_version_with_which_no_schedule_fires_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,6 +308,18 @@ def test_a_version_with_which_no_schedule_fires_is_refused(monkeypatch: pytest.M
     monkeypatch.setattr("infra.prefect_server.version", versions.__getitem__)
     with pytest.raises(
         ConfigError, match=r"SQLAlchemy 2\.1\.0 .*never starts a scheduled run.*sqlalchemy<2\.1"
+    ):
+        up(port=free_port())
+
+
+def test_a_scheduler_that_is_switched_off_is_refused() -> None:
+    from prefect.settings import PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED, temporary_settings
+
+    with (
+        temporary_settings({PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED: False}),
+        pytest.raises(
+            ConfigError, match=r"switch its scheduler off.*PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED"
+        ),
     ):
         up(port=free_port())
 
@@ -288,17 +354,21 @@ def test_errors_of_children_are_told_once_and_kept(tmp_path: Path) -> None:
     assert (tmp_path / "functok-test-logs" / "server.log").read_text().splitlines() == list(trouble)
 
 
-def answer(api: httpx.Client, path: str, body: Any) -> httpx.Response:
+def answer(api: httpx.Client, method: str, path: str, body: Any = None) -> httpx.Response:
     """What the server answers once its SQLite is not locked: with 503 it asks its clients to come again."""
     return eventually(
-        lambda: (answered := api.post(path, json=body)).status_code != 503 and answered,
+        lambda: (answered := api.request(method, path, json=body)).status_code != 503 and answered,
         60,
         f"an answer to {path} other than 503",
     )
 
 
+def call(api: httpx.Client, method: str, path: str, body: Any = None) -> httpx.Response:
+    return answer(api, method, path, body).raise_for_status()
+
+
 def post(api: httpx.Client, path: str, body: Any) -> Any:
-    return answer(api, path, body).raise_for_status().json()
+    return call(api, "POST", path, body).json()
 
 
 @pytest.mark.server
