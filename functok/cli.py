@@ -188,6 +188,9 @@ def up(
 ) -> None:
     """Start Prefect's server, work pools, workers and all deployments, ready to schedule in the UI.
 
+    What is set in the UI outlives restarts. `--config` and `--root` reach the parameters that nobody has changed
+    there, and hold at later starts until others are given.
+
     Teams: set `PREFECT_API_DATABASE_CONNECTION_URL` to a PostgreSQL database first.
     """
     from infra.prefect_server import up as bring_up

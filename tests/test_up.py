@@ -10,7 +10,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -80,74 +81,88 @@ def brought_up(environment: dict[str, str], port: int, log: Path) -> Iterator[su
             process.wait()
 
 
+@dataclass(frozen=True)
+class Up:
+    """A running `functok up`, what it has printed, and its API."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    log: Path
+    api: httpx.Client
+
+    @property
+    def told(self) -> str:
+        return self.log.read_text()
+
+    @property
+    def worker(self) -> str:
+        return f"functok-cpu of {socket.gethostname()}:{self.port}"
+
+
+@contextmanager
+def served(environment: dict[str, str], port: int, log: Path) -> Iterator[Up]:
+    with (
+        brought_up(environment, port, log) as process,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}/api", timeout=60) as api,
+    ):
+        up = Up(process, port, log, api)
+        eventually(lambda: "functok is up" in up.told or process.poll() is not None, 300, "`functok up`")
+        assert process.poll() is None, up.told
+        yield up
+
+
+@pytest.fixture(scope="module")
+def first(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """The `functok up` of the tests that follow; the last of them kills it."""
+    with served(environment, free_port(), tmp_path_factory.mktemp("first") / "up.log") as up:
+        yield up
+
+
 @pytest.mark.server
-def test_up_serves_deployments_runs_them_and_leaves_nothing(
-    environment: dict[str, str], tmp_path: Path
-) -> None:
-    port, log = free_port(), tmp_path / "up.log"
-    with brought_up(environment, port, log) as process:
-        eventually(
-            lambda: "functok is up" in log.read_text() or process.poll() is not None, 300, "`functok up`"
-        )
-        assert process.poll() is None, log.read_text()
-        assert f"http://127.0.0.1:{port}" in log.read_text()
+def test_up_serves_deployments_and_runs_them(environment: dict[str, str], first: Up) -> None:
+    assert f"http://127.0.0.1:{first.port}" in first.told
+    deployments = deployments_of(first.api)
+    assert deployments.keys() == FLOWS
+    root = environment["FUNCTOK_TEST_ROOT"]
+    for deployment in deployments.values():
+        assert deployment["parameters"]["config"]["storage"]["root"] == root
+        assert deployment["concurrency_options"]["collision_strategy"] == "ENQUEUE"
+        assert not any(schedule["active"] for schedule in deployment["schedules"])
+        assert "corpus" in deployment["parameter_openapi_schema"]["definitions"]["Config"]["properties"]
+    [automation] = post(first.api, "/automations/filter", {})
+    assert automation["trigger"]["posture"] == "Proactive"
+    assert automation["trigger"]["within"] == 90
 
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}/api", timeout=60) as api:
-            deployments = {entry["name"]: entry for entry in post(api, "/deployments/filter", {})}
-            assert deployments.keys() == FLOWS
-            root = environment["FUNCTOK_TEST_ROOT"]
-            for deployment in deployments.values():
-                assert deployment["parameters"]["config"]["storage"]["root"] == root
-                assert deployment["concurrency_options"]["collision_strategy"] == "ENQUEUE"
-                assert not any(schedule["active"] for schedule in deployment["schedules"])
-                assert (
-                    "corpus" in deployment["parameter_openapi_schema"]["definitions"]["Config"]["properties"]
-                )
-            [automation] = post(api, "/automations/filter", {})
-            assert automation["trigger"]["posture"] == "Proactive"
-            assert automation["trigger"]["within"] == 90
+    create = f"/deployments/{deployments['tokenize']['id']}/create_flow_run"
+    wrong = deployments["tokenize"]["parameters"]["config"] | {"function_tokens": {"share": 4}}
+    refused = answer(first.api, "POST", create, {"parameters": {"config": wrong}})
+    assert refused.status_code == 409
+    assert "share" in refused.text
 
-            create = f"/deployments/{deployments['tokenize']['id']}/create_flow_run"
-            wrong = deployments["tokenize"]["parameters"]["config"] | {"function_tokens": {"share": 4}}
-            refused = answer(api, "POST", create, {"parameters": {"config": wrong}})
-            assert refused.status_code == 409
-            assert "share" in refused.text
+    run = post(first.api, create, {})
 
-            run = post(api, create, {})
-            ended = eventually(
-                lambda: (
-                    # 503, while SQLite is locked, has no state
-                    (state := api.get(f"/flow_runs/{run['id']}").json()).get("state_type")
-                    in {"COMPLETED", "FAILED", "CRASHED"}
-                    and state
-                ),
-                300,
-                "the run's end",
-            )
-            logs = post(api, "/logs/filter", {"logs": {"flow_run_id": {"any_": [run["id"]]}}})
-            assert ended["state_type"] == "COMPLETED", [entry["message"] for entry in logs]
-        assert list(Path(root, "tokens").rglob("manifest.json"))
-        [named] = [line for line in log.read_text().splitlines() if line.startswith("what the server")]
-        logs_folder = Path(named.split(" is in ")[1])
-        assert "tokenize" in (logs_folder / "worker-of-functok-cpu.log").read_text()
+    def ended() -> dict[str, Any] | None:
+        state = call(first.api, "GET", f"/flow_runs/{run['id']}").json()
+        return state if state["state_type"] in {"COMPLETED", "FAILED", "CRASHED"} else None
 
-        second = subprocess.run(
-            [sys.executable, "-m", "functok", "up", "--port", str(port)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=180,
-        )
-        assert second.returncode == 1
-        assert "already running" in second.stderr
-        assert "Traceback" not in second.stderr
+    state = eventually(ended, 300, "the run's end")
+    logs = post(first.api, "/logs/filter", {"logs": {"flow_run_id": {"any_": [run["id"]]}}})
+    assert state["state_type"] == "COMPLETED", [entry["message"] for entry in logs]
+    assert list(Path(root, "tokens").rglob("manifest.json"))
+    [named] = [line for line in first.told.splitlines() if line.startswith("what the server")]
+    logs_folder = Path(named.split(" is in ")[1])
+    assert "tokenize" in (logs_folder / "worker-of-functok-cpu.log").read_text()
 
-        family = psutil.Process(process.pid).children(recursive=True)
-        assert len(family) >= 3
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0, log.read_text()
-        assert not psutil.wait_procs(family, timeout=10)[1]
-        assert "stopped" in log.read_text()
+    second = subprocess.run(
+        [sys.executable, "-m", "functok", "up", "--port", str(first.port)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert second.returncode == 1
+    assert "already running" in second.stderr
+    assert "Traceback" not in second.stderr
 
 
 def deployments_of(api: httpx.Client) -> dict[str, dict[str, Any]]:
@@ -159,6 +174,12 @@ def runs_of(api: httpx.Client, schedule: dict[str, Any]) -> list[dict[str, Any]]
     wanted = {"deployments": {"id": {"any_": [schedule["deployment_id"]]}}, "sort": "EXPECTED_START_TIME_ASC"}
     runs = post(api, "/flow_runs/filter", wanted)
     return [run for run in runs if run["auto_scheduled"] and run["created_by"]["id"] == schedule["id"]]
+
+
+def schedule(api: httpx.Client, deployment: dict[str, Any], when: dict[str, Any]) -> dict[str, Any]:
+    """Make an active schedule, as the UI does it."""
+    [made] = post(api, f"/deployments/{deployment['id']}/schedules", [{"active": True, "schedule": when}])
+    return dict(made)
 
 
 def taken(api: httpx.Client, deployment: dict[str, Any], worker: str) -> dict[str, Any]:
@@ -174,7 +195,7 @@ def taken(api: httpx.Client, deployment: dict[str, Any], worker: str) -> dict[st
 
 def places(home: str) -> dict[str, int]:
     """Deployment to how many of its runs hold a place."""
-    with sqlite3.connect(Path(home) / "prefect.db", timeout=60) as connection:
+    with closing(sqlite3.connect(Path(home) / "prefect.db", timeout=60)) as connection:
         found = connection.execute(
             "SELECT deployment.name, active_slots FROM deployment "
             "JOIN concurrency_limit_v2 AS l ON l.id = concurrency_limit_id"
@@ -182,120 +203,110 @@ def places(home: str) -> dict[str, int]:
         return dict(found.fetchall())
 
 
+def change_database(home: str, sql: str) -> None:
+    with closing(sqlite3.connect(Path(home) / "prefect.db", timeout=60)) as connection:
+        connection.execute(sql)
+        connection.commit()
+
+
 @pytest.mark.server
-def test_schedules_fire_and_what_people_set_outlives_kill_9_and_dead_runs_are_seen(
-    environment: dict[str, str], tmp_path: Path
-) -> None:
-    port, log, home = free_port(), tmp_path / "up.log", environment["PREFECT_HOME"]
+def test_schedules_fire_and_dead_runs_are_seen_while_the_server_runs(first: Up) -> None:
+    """Of flows that end at once: their tables are missing."""
+    api, found = first.api, deployments_of(first.api)
     gone = subprocess.Popen(["true"])
     gone.wait()
-    worker = f"functok-cpu of {socket.gethostname()}:{port}"
+    dead = post(api, "/flow_runs/", {"flow_id": found["growth"]["flow_id"], "state": {"type": "RUNNING"}})
+    label = {"functok.process": f"{socket.gethostname()}:{gone.pid}"}
+    call(api, "PATCH", f"/flow_runs/{dead['id']}/labels", label)
 
-    def is_up(process: subprocess.Popen[bytes]) -> None:
-        eventually(lambda: "functok is up" in log.read_text() or process.poll() is not None, 300, "`up`")
-        assert process.poll() is None, log.read_text()
+    minutes = schedule(api, found["tables"], {"cron": "* * * * *", "timezone": "UTC", "day_or": True})
+    seconds = schedule(api, found["report"], {"interval": 5, "anchor_date": "2026-01-01T00:00:00Z"})
+    planned = eventually(lambda: runs_of(api, minutes), 60, "runs that the cron has planned")
+    times = [datetime.fromisoformat(run["expected_start_time"]) for run in planned[:3]]
+    assert [time.second for time in times] == [0, 0, 0]
+    assert {after - before for before, after in pairwise(times)} == {timedelta(minutes=1)}
+    eventually(lambda: any(run["start_time"] for run in runs_of(api, seconds)), 120, "a run of the interval")
+    call(api, "DELETE", f"/deployments/{found['report']['id']}/schedules/{seconds['id']}")
+    eventually(
+        lambda: any(run["state_type"] != "SCHEDULED" for run in runs_of(api, minutes)),
+        180,
+        "a run of the cron",
+    )
+    call(api, "DELETE", f"/deployments/{found['tables']['id']}/schedules/{minutes['id']}")
+    eventually(
+        lambda: call(api, "GET", f"/flow_runs/{dead['id']}").json()["state_name"] == "Crashed",
+        60,
+        "a dead run's state while the server runs",
+    )
+    assert f"marked as crashed: {dead['name']}" in first.told
 
-    api = httpx.Client(base_url=f"http://127.0.0.1:{port}/api", timeout=60)
-    with brought_up(environment, port, log) as process:
-        is_up(process)
-        found = deployments_of(api)
-        tokenize, report, reproduce = found["tokenize"], found["report"], found["reproduce"]
 
-        def schedule(deployment: dict[str, Any], when: dict[str, Any]) -> dict[str, Any]:
-            """As the UI makes one."""
-            body = [{"active": True, "schedule": when}]
-            [made] = post(api, f"/deployments/{deployment['id']}/schedules", body)
-            return dict(made)
-
-        minutes = schedule(report, {"cron": "* * * * *", "timezone": "UTC", "day_or": True})
-        seconds = schedule(tokenize, {"interval": 5, "anchor_date": "2026-01-01T00:00:00Z"})
-        dead = post(api, "/flow_runs/", {"flow_id": tokenize["flow_id"], "state": {"type": "RUNNING"}})
-        label = {"functok.process": f"{socket.gethostname()}:{gone.pid}"}
-        call(api, "PATCH", f"/flow_runs/{dead['id']}/labels", label)
-
-        planned = eventually(lambda: runs_of(api, minutes), 60, "runs that the cron has planned")
-        times = [datetime.fromisoformat(run["expected_start_time"]) for run in planned[:3]]
-        assert [time.second for time in times] == [0, 0, 0]
-        assert {after - before for before, after in pairwise(times)} == {timedelta(minutes=1)}
-        eventually(
-            lambda: any(run["start_time"] for run in runs_of(api, seconds)), 120, "a run of the interval"
-        )
-        call(api, "PATCH", f"/deployments/{tokenize['id']}/schedules/{seconds['id']}", {"active": False})
-        eventually(
-            lambda: any(run["state_type"] != "SCHEDULED" for run in runs_of(api, minutes)),
-            180,
-            "a run of the cron",
-        )
-        eventually(
-            lambda: call(api, "GET", f"/flow_runs/{dead['id']}").json().get("state_name") == "Crashed",
-            60,
-            "a dead run's state while the server runs",
-        )
-        assert f"marked as crashed: {dead['name']}" in log.read_text()
-
-        [nightly] = reproduce["schedules"]
-        call(api, "PATCH", f"/deployments/{reproduce['id']}/schedules/{nightly['id']}", {"active": True})
-        [hourly] = tokenize["schedules"]
-        call(api, "DELETE", f"/deployments/{tokenize['id']}/schedules/{hourly['id']}")
-        changed = tokenize["parameters"]["config"] | {"function_tokens": {"share": 0.3}}
-        own = {
-            "parameters": {"config": changed},
-            "description": "ours",
-            "tags": ["mine"],
-            "paused": True,
-            "concurrency_limit": 3,
-        }
-        call(api, "PATCH", f"/deployments/{tokenize['id']}", own)
-        moved = {"entrypoint": "flows.old.losses", "pull_steps": []}
-        call(api, "PATCH", f"/deployments/{found['losses']['id']}", moved)
-        call(api, "DELETE", f"/deployments/{found['growth']['id']}")
-        lost = taken(api, found["losses"], worker)
-        assert places(home)["losses"] == 1
-        process.kill()
-        process.wait()
+@pytest.mark.server
+def test_what_people_set_outlives_kill_9_and_a_stop_leaves_nothing(
+    environment: dict[str, str], first: Up, tmp_path: Path
+) -> None:
+    api, found, home = first.api, deployments_of(first.api), environment["PREFECT_HOME"]
+    tokenize, reproduce = found["tokenize"], found["reproduce"]
+    often = schedule(api, tokenize, {"interval": 3600, "anchor_date": "2026-01-01T00:00:00Z"})
+    call(api, "PATCH", f"/deployments/{tokenize['id']}/schedules/{often['id']}", {"active": False})
+    [nightly] = reproduce["schedules"]
+    call(api, "PATCH", f"/deployments/{reproduce['id']}/schedules/{nightly['id']}", {"active": True})
+    [hourly] = tokenize["schedules"]
+    call(api, "DELETE", f"/deployments/{tokenize['id']}/schedules/{hourly['id']}")
+    changed = tokenize["parameters"]["config"] | {"function_tokens": {"share": 0.3}}
+    own = {
+        "parameters": {"config": changed},
+        "description": "ours",
+        "tags": ["mine"],
+        "paused": True,
+        "concurrency_limit": 3,
+    }
+    call(api, "PATCH", f"/deployments/{tokenize['id']}", own)
+    moved = {"entrypoint": "flows.old.losses", "pull_steps": []}
+    call(api, "PATCH", f"/deployments/{found['losses']['id']}", moved)
+    call(api, "DELETE", f"/deployments/{found['growth']['id']}")
+    lost = taken(api, found["losses"], first.worker)
+    assert places(home)["losses"] == 1
+    first.process.kill()
+    first.process.wait()
 
     elsewhere = environment | {"FUNCTOK_TEST_ROOT": f"{environment['FUNCTOK_TEST_ROOT']}2"}
-    with brought_up(elsewhere, port, log) as process:
-        is_up(process)
-        root = elsewhere["FUNCTOK_TEST_ROOT"]
-        assert f"set config.storage.root to '{root}'" in log.read_text()
-        assert "deployed growth" in log.read_text()
-        found = deployments_of(api)
+    with served(elsewhere, first.port, tmp_path / "up.log") as again:
+        root, found = elsewhere["FUNCTOK_TEST_ROOT"], deployments_of(again.api)
+        assert f"set config.storage.root to '{root}'" in again.told
+        assert "deployed growth" in again.told
         assert found.keys() == FLOWS
         assert {entry["parameters"]["config"]["storage"]["root"] for entry in found.values()} == {root}
-        assert found["tokenize"]["parameters"]["config"] == changed | {"storage": {"root": root}}
-        assert found["tokenize"]["description"] == "ours"
-        assert found["tokenize"]["tags"] == ["mine"]
-        assert found["tokenize"]["paused"] is True
-        assert found["tokenize"]["global_concurrency_limit"]["limit"] == 3
-        kept = [(schedule["id"], schedule["active"]) for schedule in found["tokenize"]["schedules"]]
-        assert kept == [(seconds["id"], False)]
-        assert [schedule["id"] for schedule in found["report"]["schedules"]] == [minutes["id"]]
-        assert [schedule["active"] for schedule in found["reproduce"]["schedules"]] == [True]
+        tokenize = found["tokenize"]
+        assert tokenize["parameters"]["config"] == changed | {"storage": {"root": root}}
+        assert tokenize["description"] == "ours"
+        assert tokenize["tags"] == ["mine"]
+        assert tokenize["paused"] is True
+        assert tokenize["global_concurrency_limit"]["limit"] == 3
+        assert [(entry["id"], entry["active"]) for entry in tokenize["schedules"]] == [(often["id"], False)]
+        assert [entry["active"] for entry in found["reproduce"]["schedules"]] == [True]
         assert found["losses"]["entrypoint"] == "flows.losses.losses"
         [step] = found["losses"]["pull_steps"]
         assert step["prefect.deployments.steps.set_working_directory"]["directory"] == str(PROJECT)
-        assert call(api, "GET", f"/flow_runs/{lost['id']}").json()["state_name"] == "Crashed"
+        assert call(again.api, "GET", f"/flow_runs/{lost['id']}").json()["state_name"] == "Crashed"
         assert places(home)["losses"] == 0
 
-        call(api, "DELETE", f"/deployments/{found['report']['id']}/schedules/{minutes['id']}")
-        pending = taken(api, found["features"], worker)
+        pending = taken(again.api, found["features"], again.worker)
         assert places(home)["features"] == 1
         # A loop of the server that dies in earnest, and is told.
-        with sqlite3.connect(Path(home) / "prefect.db", timeout=60) as connection:
-            connection.execute("ALTER TABLE deployment_schedule RENAME TO away")
-        connection.close()
-        eventually(
-            lambda: "no such table: deployment_schedule" in log.read_text(), 60, "the scheduler's error"
-        )
-        [line, *_] = [line for line in log.read_text().splitlines() if "no such table" in line]
+        change_database(home, "ALTER TABLE deployment_schedule RENAME TO away")
+        eventually(lambda: "no such table: deployment_schedule" in again.told, 60, "the scheduler's error")
+        [line, *_] = [line for line in again.told.splitlines() if "no such table" in line]
         assert line.startswith("the server reports: ")
-        with sqlite3.connect(Path(home) / "prefect.db", timeout=60) as connection:
-            connection.execute("ALTER TABLE away RENAME TO deployment_schedule")
-        connection.close()
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0, log.read_text()
-    with sqlite3.connect(Path(home) / "prefect.db") as connection:
+        change_database(home, "ALTER TABLE away RENAME TO deployment_schedule")
+
+        family = psutil.Process(again.process.pid).children(recursive=True)
+        assert len(family) >= 3
+        again.process.send_signal(signal.SIGTERM)
+        assert again.process.wait(60) == 0, again.told
+        assert not psutil.wait_procs(family, timeout=10)[1]
+        assert "stopped" in again.told
+    with closing(sqlite3.connect(Path(home) / "prefect.db")) as connection:
         [state] = connection.execute(
             "SELECT state_name FROM flow_run WHERE id = ?", [pending["id"]]
         ).fetchall()
