@@ -103,7 +103,8 @@ class Up:
 def served(environment: dict[str, str], port: int, log: Path) -> Iterator[Up]:
     with (
         brought_up(environment, port, log) as process,
-        httpx.Client(base_url=f"http://127.0.0.1:{port}/api", timeout=60) as api,
+        # The server waits 60 s for a lock of SQLite before it says 503.
+        httpx.Client(base_url=f"http://127.0.0.1:{port}/api", timeout=180) as api,
     ):
         up = Up(process, port, log, api)
         eventually(lambda: "functok is up" in up.told or process.poll() is not None, 300, "`functok up`")
@@ -369,7 +370,7 @@ def answer(api: httpx.Client, method: str, path: str, body: Any = None) -> httpx
     """What the server answers once its SQLite is not locked: with 503 it asks its clients to come again."""
     return eventually(
         lambda: (answered := api.request(method, path, json=body)).status_code != 503 and answered,
-        60,
+        300,
         f"an answer to {path} other than 503",
     )
 
