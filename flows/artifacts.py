@@ -1,14 +1,27 @@
-"""What a finished stage shows in Prefect: small tables and links, read from the published tables."""
+"""What a finished stage shows in Prefect: small tables and links, read from the published tables.
+
+Artifacts' keys are global to a server, so each has the root's name in it (`infra.addresses.root_name`), and its
+description the whole address.
+"""
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from prefect.artifacts import create_image_artifact, create_link_artifact, create_table_artifact
+from prefect import get_run_logger
+from prefect.artifacts import (
+    create_image_artifact,
+    create_link_artifact,
+    create_markdown_artifact,
+    create_table_artifact,
+)
 
 from infra.addresses import without_credentials
 from infra.duck import CATALOG, connect, read_catalog
+from infra.published import REPORT, browser_address, note_root, report_page
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.work import (
@@ -48,24 +61,24 @@ def show_corpus(storage: Storage, shards: CorpusShards) -> None:
         dict(zip(("source", "shards", "documents", "tokens", "rejects"), (source, *counts), strict=True))
         for source, counts in sources.items()
     ]
-    create_table_artifact(
-        table=rows[:1000],
-        key="corpus",
-        description=f"{shards.n_documents:,} documents, {shards.n_tokens:,} tokens and {shards.n_rejects:,} "
-        f"rejects in {storage.root}",
+    _show_table(
+        storage,
+        "corpus",
+        rows[:1000],
+        f"{shards.n_documents:,} documents, {shards.n_tokens:,} tokens and {shards.n_rejects:,} rejects",
     )
 
 
-def show_dictionaries(dictionaries: Sequence[Dictionary]) -> None:
+def show_dictionaries(storage: Storage, dictionaries: Sequence[Dictionary]) -> None:
     """A table of the dictionaries, with the gate's figures where they were trained here."""
     rows = [
         {"layer": entry.layer, "latents": entry.d_sae, "source": entry.source, **(entry.quality or {})}
         for entry in dictionaries
     ]
-    create_table_artifact(table=rows, key="dictionaries", description="The dictionary of each layer")
+    _show_table(storage, "dictionaries", rows, "The dictionary of each layer")
 
 
-def show_features(features: Sequence[FeatureShard]) -> None:
+def show_features(storage: Storage, features: Sequence[FeatureShard]) -> None:
     """A table of how much was extracted per layer."""
     rows: dict[int, dict[str, Any]] = {}
     for shard in features:
@@ -73,20 +86,14 @@ def show_features(features: Sequence[FeatureShard]) -> None:
         row["shards"] += 1
         row["tokens"] += shard.part.n_tokens
         row["activations"] += shard.n_activations
-    create_table_artifact(
-        table=[rows[layer] for layer in sorted(rows)], key="features", description="Activated features"
-    )
+    _show_table(storage, "features", [rows[layer] for layer in sorted(rows)], "Activated features")
 
 
-def show_checkpoints(checkpoints: Sequence[Checkpoint]) -> None:
+def show_checkpoints(storage: Storage, checkpoints: Sequence[Checkpoint]) -> None:
     """A table of the checkpoints of every series."""
     from tasks.consolidation_plan import checkpoint_rows
 
-    create_table_artifact(
-        table=checkpoint_rows(checkpoints),
-        key="checkpoints",
-        description="The checkpoints of every series",
-    )
+    _show_table(storage, "checkpoints", checkpoint_rows(checkpoints), "The checkpoints of every series")
 
 
 def show_growth(storage: Storage, grown: Sequence[GrownSae]) -> None:
@@ -99,7 +106,7 @@ def show_growth(storage: Storage, grown: Sequence[GrownSae]) -> None:
         }
         for entry in grown
     ]
-    create_table_artifact(table=rows, key="learned-features", description="Learned features by checkpoint")
+    _show_table(storage, "learned-features", rows, "Learned features by checkpoint")
 
 
 def show_reactivation(storage: Storage, read: Sequence[CaseFeatures]) -> None:
@@ -114,24 +121,26 @@ def show_reactivation(storage: Storage, read: Sequence[CaseFeatures]) -> None:
                 "tokens": case.n_tokens,
             }
         )
-    create_table_artifact(table=rows, key="cases", description="Prompts that differ in one place")
+    _show_table(storage, "cases", rows, "Prompts that differ in one place")
 
 
 def show_steering(
     storage: Storage, traits: Sequence[TraitFeatures], steered: Sequence[SteeredPrompt]
 ) -> None:
     """Tables of each trait's strongest features, and of what each experiment answers at each strength."""
-    create_table_artifact(
-        table=[row for trait in traits for row in _trait_rows(storage, trait)],
-        key="traits",
-        description="Each trait's strongest features at its most informative layer",
+    _show_table(
+        storage,
+        "traits",
+        [row for trait in traits for row in _trait_rows(storage, trait)],
+        "Each trait's strongest features at its most informative layer",
     )
     rows = [row for made in steered for row in _steered_rows(storage, made)]
     places = ", ".join(dict.fromkeys(row["place"] for row in rows))
-    create_table_artifact(
-        table=rows[:STEERED_TEXTS],
-        key="steered-texts",
-        description=f"Answers before and after the trait's features are set (place: {places or 'none'})",
+    _show_table(
+        storage,
+        "steered-texts",
+        rows[:STEERED_TEXTS],
+        f"Answers before and after the trait's features are set (place: {places or 'none'})",
     )
 
 
@@ -176,8 +185,10 @@ def show_tables(config: Config, storage: Storage) -> None:
                 "ORDER BY rank LIMIT ?",
                 [FUNCTION_TOKENS],
             ).fetchall()
-            create_table_artifact(
-                table=[
+            _show_table(
+                storage,
+                "function-tokens",
+                [
                     {
                         "rank": rank,
                         "token": label(token, token_id, shared),
@@ -187,12 +198,13 @@ def show_tables(config: Config, storage: Storage) -> None:
                     }
                     for rank, token, token_id, count, share, documents in rows
                 ],
-                key="function-tokens",
-                description=f"Function tokens: the most frequent, up to {config.function_tokens.share:.0%} of all",
+                f"Function tokens: the most frequent, up to {config.function_tokens.share:.0%} of all",
             )
         if "coverage" in published:
-            create_table_artifact(
-                table=coverage_rows(
+            _show_table(
+                storage,
+                "coverage",
+                coverage_rows(
                     connection.execute(
                         "SELECT rank, token, token_id, layer, coverage FROM coverage "
                         "QUALIFY row_number() OVER (PARTITION BY layer ORDER BY rank) <= ? ORDER BY rank, layer",
@@ -200,10 +212,16 @@ def show_tables(config: Config, storage: Storage) -> None:
                     ).fetchall(),
                     shared,
                 ),
-                key="coverage",
-                description="Share of the activated features that the most frequent tokens reach together",
+                "Share of the activated features that the most frequent tokens reach together",
             )
-    show_link("catalogue", link_of(storage.url(CATALOG)), f"The tables of {storage.root}")
+    address = storage.url(CATALOG)
+    question = f'functok query --root {shlex.quote(storage.root)} "SHOW TABLES"'
+    _show_text(
+        storage,
+        "catalogue",
+        f"{_code(address)}\n\n{_code(question)}",
+        "The published tables, and how to ask them",
+    )
 
 
 def show_heat_maps(config: Config, storage: Storage) -> None:
@@ -219,16 +237,17 @@ def show_heat_maps(config: Config, storage: Storage) -> None:
                 "log_perplexity_delta, changed FROM steering_effects ORDER BY ALL"
             )
             names = [column[0] for column in found.description]
-            create_table_artifact(
-                table=[dict(zip(names, row, strict=True)) for row in found.fetchall()],
-                key="steering-effects",
-                description="What steering does to the answers, on average over the experiments, beside its controls",
+            _show_table(
+                storage,
+                "steering-effects",
+                [dict(zip(names, row, strict=True)) for row in found.fetchall()],
+                "What steering does to the answers, on average over the experiments, beside its controls",
             )
         for place, drawn in enumerate(heat_maps(connection, HEAT_MAPS), 1):
             create_image_artifact(
                 image_url=png_uri(heat_map(drawn)),
-                key=f"heat-map-{place}",
-                description=f"{heat_map_alt(drawn)} {RULE}",
+                key=f"heat-map-{place}-{storage.name}",
+                description=f"{heat_map_alt(drawn)} {RULE} Root: {storage.root}",
             )
 
 
@@ -248,11 +267,46 @@ def coverage_rows(
     return list(rows.values())
 
 
-def show_link(key: str, address: str, description: str) -> None:
-    """A link to something that a stage made."""
-    create_link_artifact(link=address, link_text=address, key=key, description=description)
+def show_report(storage: Storage) -> None:
+    """A link to the report where the server is one of `functok up`; elsewhere its address, which no page may open."""
+    try:
+        link = browser_address(report_page(storage.name))
+        if link is not None:
+            note_root(storage)
+    except Exception as error:
+        # The report is written; only the way to it is not.
+        get_run_logger().warning("The report cannot be linked in Prefect: %s", error)
+        return
+    description = "The figures and tables of the paper"
+    if link is None:
+        how = "A browser opens a file on its own machine; `functok up` serves the reports of its runs."
+        _show_text(storage, "report", f"{_code(storage.url(REPORT))}\n\n{how}", description)
+    else:
+        create_link_artifact(
+            link=link,
+            link_text=f"Report of {storage.name}",
+            key=f"report-{storage.name}",
+            description=_of_root(description, storage),
+        )
 
 
-def link_of(address: str) -> str:
-    """A URL that a browser takes: local paths become `file://`."""
-    return f"file://{address}" if address.startswith("/") else address
+def _show_table(storage: Storage, what: str, rows: list[dict[str, Any]], description: str) -> None:
+    create_table_artifact(
+        table=rows, key=f"{what}-{storage.name}", description=_of_root(description, storage)
+    )
+
+
+def _show_text(storage: Storage, what: str, markdown: str, description: str) -> None:
+    create_markdown_artifact(
+        markdown=markdown, key=f"{what}-{storage.name}", description=_of_root(description, storage)
+    )
+
+
+def _of_root(description: str, storage: Storage) -> str:
+    return f"{description} (root: {storage.root})"
+
+
+def _code(text: str) -> str:
+    """A block of code in Markdown, whatever backticks the text has."""
+    fence = "`" * (3 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}\n{text}\n{fence}"

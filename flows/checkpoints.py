@@ -10,7 +10,7 @@ from schemas.config import Config, consolidation_of
 from schemas.work import Checkpoint, CorpusShards
 
 
-@stage_flow("checkpoints", "checkpoints of {config.subject}")
+@stage_flow("checkpoints", "checkpoints of {config.title}")
 def checkpoints(config: Config) -> None:
     """Train the models that are trained here, and find the checkpoints of all others.
 
@@ -22,7 +22,7 @@ def checkpoints(config: Config) -> None:
     config, shards = needed(finished_tokens(config, storage), "tokenize", storage)
     found = train_or_find(config, storage, shards)
     check_series(config, storage, found)
-    show_checkpoints(found)
+    show_checkpoints(storage, found)
 
 
 @step("checkpoints", "{series}")

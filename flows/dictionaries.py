@@ -10,7 +10,7 @@ from schemas.config import Config
 from schemas.work import CorpusShards, Dictionary
 
 
-@stage_flow("dictionaries", "dictionaries for {config.subject}")
+@stage_flow("dictionaries", "dictionaries for {config.title}")
 def dictionaries(config: Config) -> None:
     """Make the dictionary of every layer ready, and check that it fits the model's residual stream.
 
@@ -22,7 +22,7 @@ def dictionaries(config: Config) -> None:
     config, shards = needed(finished_tokens(config, storage), "tokenize", storage)
     ready = fetch_or_train(config, storage, shards)
     check_quality(config, storage, ready)
-    show_dictionaries(ready)
+    show_dictionaries(storage, ready)
 
 
 @step("dictionaries", "layer {layers}")

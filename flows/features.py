@@ -11,7 +11,7 @@ from schemas.config import Config
 from schemas.work import CorpusShards, Dictionary, FeatureShard
 
 
-@stage_flow("features", "features of {config.subject}")
+@stage_flow("features", "features of {config.title}")
 def features(config: Config) -> None:
     """Read the residual stream after each layer and encode it with that layer's dictionary.
 
@@ -24,7 +24,7 @@ def features(config: Config) -> None:
     dictionaries = needed(finished_dictionaries(config, storage, shards), "dictionaries", storage)
     activated = extract_and_encode(config, storage, shards, dictionaries)
     check_activations(config, storage, activated, dictionaries)
-    show_features(activated)
+    show_features(storage, activated)
 
 
 @step("features", "layer {layers}")

@@ -11,7 +11,7 @@ from schemas.config import Config, consolidation_of
 from schemas.work import Checkpoint, GeneratedTexts
 
 
-@stage_flow("generations", "texts of {config.subject}")
+@stage_flow("generations", "texts of {config.title}")
 def generations(config: Config) -> None:
     """Continue the prompts with every checkpoint, greedily and sampled with a fixed seed.
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from flows.artifacts import link_of, show_link
+from flows.artifacts import show_report
 from flows.support import needed, open_storage, reported_progress, stage_flow, step
 from infra.duck import CATALOG
 from infra.storage import Storage
 from schemas.config import Config
 
 
-@stage_flow("report", "report on {config.subject}")
+@stage_flow("report", "report on {config.title}")
 def report(config: Config) -> None:
     """Write `report.html`: the paper's figures and tables in one file.
 
@@ -18,8 +18,8 @@ def report(config: Config) -> None:
     """
     storage = open_storage(config)
     needed(published(config, storage), "tables", storage)
-    address = write_report(config, storage)
-    show_link("report", link_of(address), "The figures and tables of the paper, for this run")
+    write_report(config, storage)
+    show_report(storage)
 
 
 @step("report", "write")

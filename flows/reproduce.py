@@ -21,12 +21,13 @@ from flows.tokenize import tokenize
 from infra.addresses import refuse_secrets
 from infra.errors import ConfigError
 from infra.prefect_server import run_api
+from infra.run_log import tracebacks
 from infra.terminal import terminal_progress
 from schemas.config import Config
 from schemas.work import Stage
 
 
-@stage_flow("reproduce", "reproduce with {config.subject}")
+@stage_flow("reproduce", "reproduce with {config.title}")
 def reproduce(config: Config, only: Stage | None = None, start_from: Stage | None = None) -> None:
     """Run every stage that the configuration asks for; each does what is missing.
 
@@ -104,7 +105,7 @@ def run(
         config: The configuration.
         only: Run this stage alone.
         start_from: Run this stage and those after it.
-        debug: Show Prefect's own log, and progress as lines.
+        debug: Show Prefect's own log with tracebacks, and progress as lines.
 
     Raises:
         FunctokError: what a stage raised, itself; also if Prefect's API cannot be reached.
@@ -112,6 +113,7 @@ def run(
     refuse_secrets(config)
     stages = stages_to_run(config, only, start_from)
     with (
+        tracebacks(wanted=debug),
         run_api(debug=debug, meanwhile=imports(stages)),
         terminal_progress(plain=debug) as progress,
         watching(progress),

@@ -20,7 +20,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.tasks import exponential_backoff
 
 from flows.retry import worth_retrying
-from infra.addresses import refuse_secrets
+from infra.addresses import refuse_secrets, root_name, short_name
 from infra.errors import ConfigError, FunctokError
 from infra.prefect_api import note_process
 from infra.progress import Progress
@@ -99,8 +99,13 @@ def step(
     return decorate
 
 
+def _config() -> Config:
+    """The configuration that the running step was given."""
+    return cast("Config", runtime.task_run.parameters["config"])
+
+
 def _run_name(stage: Stage, what: str) -> str:
-    config: Config = runtime.task_run.parameters["config"]
+    config = _config()
     layers = ", ".join(str(entry.layer) for entry in config.sae)
     files = [url.rstrip("/").rsplit("/", 1)[-1] for url in config.corpus.urls]
     corpus = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
@@ -108,7 +113,9 @@ def _run_name(stage: Stage, what: str) -> str:
         "" if config.consolidation is None else ", ".join(entry.name for entry in config.consolidation.series)
     )
     cases = "" if config.steering is None else config.steering.cases.rsplit("/", 1)[-1]
-    filled = what.format(layers=layers, model=config.subject, corpus=corpus, series=series, cases=cases)
+    filled = what.format(
+        layers=layers, model=short_name(config.subject), corpus=corpus, series=series, cases=cases
+    )
     return f"{stage}: {filled}"
 
 
@@ -169,7 +176,8 @@ def reported_progress(stage: Stage) -> Iterator[Progress]:
     """The progress of one step: to the terminal that watches or else to the log, and to an artifact."""
     logger = get_run_logger()
     watcher = _watcher.get() or PlainLines(logger.info, every=LOG_SECONDS)
-    artifact = ProgressArtifact(stage)
+    storage = _config().storage
+    artifact = ProgressArtifact(stage, root_name(storage.root, storage.endpoint_url))
 
     def report(done: int, total: int, what: str) -> None:
         watcher(done, total, what)
@@ -180,17 +188,18 @@ def reported_progress(stage: Stage) -> Iterator[Progress]:
 
 
 class ProgressArtifact:
-    """Progress as a Prefect artifact, `progress-<stage>`: made on the first report, then at most once a second.
+    """Progress as a Prefect artifact, `progress-<stage>-<root>`: made on the first report, then at most once a second.
 
     Reports may come from any thread. An artifact that cannot be written is given up, not the stage.
 
     Args:
         stage: The stage that reports.
+        root: Name of the root that it writes to (`infra.addresses.root_name`).
         clock: Seconds that only grow.
     """
 
-    def __init__(self, stage: Stage, clock: Callable[[], float] = time.monotonic) -> None:
-        self._stage, self._clock = stage, clock
+    def __init__(self, stage: Stage, root: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stage, self._root, self._clock = stage, root, clock
         self._id: UUID | None = None
         self._last, self._shown = 0.0, -1.0
         self._given_up = False
@@ -203,13 +212,13 @@ class ProgressArtifact:
         percent = round(100 * done / total, 1) if total else 100.0
         with self._lock:
             if self._id is None or self._clock() - self._last >= ARTIFACT_SECONDS:
-                self._show(percent, f"{self._stage}: {what}")
+                self._show(percent, f"{self._stage} in {self._root}: {what}")
 
     def finish(self) -> None:
         """Show that the step is complete, if it reported anything."""
         with self._lock:
             if self._id is not None:
-                self._show(100.0, f"{self._stage}: complete")
+                self._show(100.0, f"{self._stage} in {self._root}: complete")
 
     def _show(self, percent: float, description: str) -> None:
         if percent == self._shown or self._given_up:
@@ -223,7 +232,7 @@ class ProgressArtifact:
 
     def _write(self, percent: float, description: str) -> None:
         if self._id is None:
-            key = f"progress-{self._stage}"
+            key = f"progress-{self._stage}-{self._root}"
             made = create_progress_artifact(progress=percent, key=key, description=description)
             self._id = cast("UUID", made)  # typed for async callers, too
         else:

@@ -195,7 +195,7 @@ def up(
     """
     from infra.prefect_server import up as bring_up
 
-    bring_up(root, host=host, port=port, config=None if config is None else str(config))
+    bring_up(root, host=host, port=port, config=None if config is None else str(config), debug=debug)
 
 
 def _open(path: Path, assignments: list[str] | None, root: str | None) -> tuple[Any, Storage]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from infra.duck import connect, read_catalog
 from infra.errors import FunctokError
+from infra.published import REPORT
 from infra.storage import Storage
 from infra.terminal import printable
 from schemas.config import Config
@@ -64,8 +65,8 @@ def show_results(config: Config, storage: Storage, seconds: float) -> None:
     console.print(
         f"\nfinished in {seconds:.1f} s; everything is under {storage.root}", markup=False, highlight=False
     )
-    if storage.exists("report.html"):
-        console.print(f"report:  {storage.url('report.html')}", markup=False, highlight=False)
+    if storage.exists(REPORT):
+        console.print(f"report:  {storage.url(REPORT)}", markup=False, highlight=False)
     if catalog.tables:
         shown = next(table for table in ("coverage", "loss_buckets", "tokens") if table in catalog.tables)
         example = f"SELECT * FROM {shown} LIMIT 10"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,29 @@ def storage_options(url: str, endpoint_url: str | None) -> dict[str, Any]:
     if url.startswith("s3://"):
         return {"endpoint_url": endpoint_url}
     return {"s3": {"endpoint_url": endpoint_url}} if "::s3://" in url else {}
+
+
+def root_name(root: str, endpoint_url: str | None = None) -> str:
+    """A root's short name, for keys and titles: the last part of its path, and six digits of the whole address.
+
+    Lowercase letters, digits and dashes only, as Prefect's keys want it; the same on every machine for an address on
+    S3, and two roots whose paths end alike have two names.
+
+    Args:
+        root: A local path, relative or not, or a URL.
+        endpoint_url: S3 endpoint, if not AWS.
+    """
+    local = root.removeprefix("file://").removeprefix("local://")
+    address = root.rstrip("/") if "://" in local else os.path.abspath(os.path.expanduser(local))
+    last = re.sub(r"[^a-z0-9]+", "-", address.rsplit("/", 1)[-1].lower())[:24].strip("-")
+    digits = hashlib.sha256(f"{address} {endpoint_url or ''}".encode()).hexdigest()[:6]
+    return f"{last}-{digits}" if last else digits
+
+
+def short_name(model: str) -> str:
+    """A model as people call it: a hub id as it is, of a path or an address the last part."""
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not os.path.exists(model)
+    return model if is_hub_id else model.rstrip("/").rsplit("/", 1)[-1]
 
 
 def without_credentials(url: str) -> str:

@@ -19,6 +19,7 @@ import yaml
 
 from infra.addresses import without_credentials
 from infra.errors import ConfigError, FunctokError
+from infra.web_server import is_loopback, own_origins
 
 PROJECT = Path(__file__).resolve().parent.parent
 """Where `prefect.yaml` lies."""
@@ -174,7 +175,13 @@ def deployment_parameters(config: str, environment: Mapping[str, str] | None = N
 
 
 def server_environment(
-    host: str, port: int, *, root: str | None, config: str | None, database_url: str | None
+    host: str,
+    port: int,
+    *,
+    root: str | None,
+    config: str | None,
+    database_url: str | None,
+    debug: bool = False,
 ) -> dict[str, str]:
     """The environment of the server, its workers and the runs that they start.
 
@@ -184,6 +191,7 @@ def server_environment(
         root: Default storage root of the deployments.
         config: Configuration file that the deployments start from.
         database_url: `postgresql+asyncpg://…`; None leaves Prefect's own (SQLite in PREFECT_HOME).
+        debug: Whether runs log what Prefect calls DEBUG, and the tracebacks of failures.
 
     Raises:
         ConfigError: if the database URL is not one that Prefect takes.
@@ -200,6 +208,11 @@ def server_environment(
     }
     # an interface address that the caller had set for another server would mislead this one's pages
     environment.pop("PREFECT_SERVER_UI_API_URL", None)
+    if is_loopback(host):
+        # Prefect lets any web page that a browser has open read and call the API.
+        environment.setdefault("PREFECT_SERVER_CORS_ALLOWED_ORIGINS", ",".join(own_origins(port)))
+    if debug:
+        environment["PREFECT_LOGGING_LEVEL"] = "DEBUG"
     if root is not None:
         environment["FUNCTOK_ROOT"] = root if "://" in root else str(Path(root).resolve())
     if config := config or environment.get("FUNCTOK_CONFIG"):
@@ -221,6 +234,7 @@ def up(
     port: int = 4200,
     config: str | None = None,
     database_url: str | None = None,
+    debug: bool = False,
     say: Callable[[str], None] = print,
 ) -> None:
     """Bring up server, work pools, workers and every deployment of `prefect.yaml`, and wait.
@@ -236,6 +250,7 @@ def up(
         port: Port to listen on.
         config: TOML file that the deployments' parameters start from (default: `configs/demo.toml`).
         database_url: A PostgreSQL URL for teams; also read from PREFECT_API_DATABASE_CONNECTION_URL.
+        debug: Show the tracebacks of failed runs in their logs.
         say: Takes lines for people.
 
     Raises:
@@ -245,7 +260,9 @@ def up(
     from infra.children import Children, require_free_port
 
     require_working_scheduler()
-    environment = server_environment(host, port, root=root, config=config, database_url=database_url)
+    environment = server_environment(
+        host, port, root=root, config=config, database_url=database_url, debug=debug
+    )
     if not (PROJECT / "prefect.yaml").is_file():
         raise ConfigError(f"{PROJECT} has no prefect.yaml", hint="run `functok up` from a source checkout")
     with Children(name=f"up-{port}", environment=environment, directory=PROJECT) as children:
@@ -314,13 +331,15 @@ def _start(children: Any, host: str, port: int, say: Callable[[str], None]) -> l
     from infra.children import Stopped
     from infra.deployments import fill, read_deployments
     from infra.prefect_api import crash_dead_runs, health, prepare, worker_name
+    from infra.published import absolute, note_root
+    from infra.storage import Storage
 
     api_url = children.environment["PREFECT_API_URL"]
     workers = {pool: worker_name(pool, port) for pool in POOLS}
     names = list(workers.values())
     try:
         say("starting Prefect's server …")
-        children.start("server", "prefect", "server", "start", "--host", host, "--port", str(port))
+        children.start("server", "infra.web_server", "--host", host, "--port", str(port))
         children.until(lambda: health(api_url), "Prefect's server to answer", timeout=180)
         children.before_stop(lambda: crash_dead_runs(api_url, "functok up was stopped", gone_workers=names))
         for line in prepare(api_url, POOLS, gone_workers=names):
@@ -336,6 +355,9 @@ def _start(children: Any, host: str, port: int, say: Callable[[str], None]) -> l
         wanted = read_deployments(PROJECT / "prefect.yaml", parameters)
         for line in fill(api_url, wanted, PROJECT, deploy, told):
             say(line)
+        written = parameters["config"].get("storage", {})
+        if "root" in written:
+            note_root(Storage(absolute(written["root"], PROJECT), written.get("endpoint_url")), api_url)
         for pool, name in workers.items():
             arguments = ("--pool", pool, "--type", "process", "--name", name)
             children.start(f"worker of {pool}", "prefect", "worker", "start", *arguments)

@@ -26,6 +26,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from infra.addresses import root_name
 from infra.errors import ConfigError, StorageError
 from infra.remote_reading import ReadingFileSystem, RemoteFile
 from infra.storage_errors import told, way_out
@@ -149,6 +150,11 @@ class Storage:
             raise ConfigError(
                 f"the storage {self.root} would be read as a pattern", hint="use a place without *, ? and ["
             )
+
+    @property
+    def name(self) -> str:
+        """Short and stable: see `infra.addresses.root_name`."""
+        return root_name(self.root, self.endpoint_url)
 
     def __reduce__(self) -> tuple[type[Storage], tuple[str, str | None]]:
         return Storage, (self.root, self.endpoint_url)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
-from infra.addresses import refuse_secrets
+from infra.addresses import refuse_secrets, root_name, short_name
 from infra.errors import ConfigError
 from schemas.consolidation import (
     Consolidation,
@@ -120,8 +120,13 @@ class Config(Section):
         return self
 
     @property
+    def title(self) -> str:
+        """What a run is about and where it writes, for its name: `SmolLM2-135M in demo-3f9a1c`."""
+        return f"{short_name(self.subject)} in {root_name(self.storage.root, self.storage.endpoint_url)}"
+
+    @property
     def subject(self) -> str:
-        """What a run is about, for its name: the model, or the series that are trained."""
+        """What a run is about: the model, or the series that are trained."""
         if self.model.name or self.consolidation is None:
             return self.model.name
         return ", ".join(series.name for series in self.consolidation.series)

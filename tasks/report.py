@@ -15,6 +15,7 @@ from infra.duck import CATALOG, connect
 from infra.errors import ConfigError
 from infra.manifest import content_key
 from infra.progress import Progress, silent
+from infra.published import REPORT
 from infra.storage import Storage
 from schemas.config import DuckDb
 from tasks import figures, report_findings, report_tables
@@ -34,7 +35,6 @@ from tasks.report_steering import steering_facts, steering_sections
 from tasks.report_text import integer, percent, quoted, signed
 
 VERSION = 3
-REPORT = "report.html"
 RECEIPT = "report.json"
 CORPUS_TABLES = {"documents", "rejects", "tokens"}
 GRAPH_TABLES = {"token_degree", "coverage", "graph_summary"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -13,7 +14,14 @@ import pytest
 from s3 import S3Root, free_port
 
 from flows.retry import is_transient
-from infra.addresses import is_unreachable, refuse_secrets, storage_options, without_credentials
+from infra.addresses import (
+    is_unreachable,
+    refuse_secrets,
+    root_name,
+    short_name,
+    storage_options,
+    without_credentials,
+)
 from infra.errors import ConfigError, CorpusError, StorageError
 from infra.storage import Storage
 from schemas.config import Config, Sae
@@ -239,3 +247,38 @@ def test_only_what_lies_on_s3_has_its_endpoint() -> None:
     assert storage_options("zip://a::s3://b/a.zip", endpoint) == {"s3": {"endpoint_url": endpoint}}
     assert storage_options("https://host/a", endpoint) == {}
     assert storage_options("s3://b/a", None) == {}
+
+
+def test_a_roots_name_is_short_legal_and_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    roots = (
+        f"{tmp_path}/a/demo",
+        f"{tmp_path}/b/demo",
+        "s3://bucket/a/demo",
+        "s3://bucket/b/demo",
+        "s3://bucket",
+        "/",
+        f"{tmp_path}/Ünïcode and spaces_{'x' * 80}",
+        "s3://bucket/日本",
+    )
+    names = [root_name(root) for root in roots]
+    assert len(set(names)) == len(roots)
+    assert all(re.fullmatch(r"[a-z0-9](?:[a-z0-9-]{0,29}[a-z0-9])", name) for name in names), names
+    assert names[0].startswith("demo-")
+    assert root_name("s3://bucket/a/demo") != root_name("s3://bucket/a/demo", "http://127.0.0.1:9000")
+    # However it is written, as the storage itself sees it.
+    monkeypatch.chdir(tmp_path)
+    spellings = ("a/demo", "./a/demo/", f"file://{tmp_path}/a/demo", f"{tmp_path}/b/../a/demo")
+    assert {root_name(root) for root in spellings} == {names[0]}
+    assert {Storage(root).name for root in spellings} == {names[0]}
+    assert Storage("s3://bucket/a/demo/").name == names[2]
+
+
+def test_models_are_named_as_people_call_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "assets" / "SmolLM2").mkdir(parents=True)
+    assert short_name("HuggingFaceTB/SmolLM2-135M") == "HuggingFaceTB/SmolLM2-135M"
+    assert short_name("gpt2") == "gpt2"
+    assert short_name("assets/SmolLM2") == "SmolLM2"
+    assert short_name(f"{tmp_path}/assets/SmolLM2/") == "SmolLM2"
+    assert short_name("/models/x.Q8_0.gguf") == "x.Q8_0.gguf"
+    assert short_name("small, large") == "small, large"

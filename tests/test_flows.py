@@ -398,12 +398,16 @@ WHOLE = [
 ]
 
 
-def artifacts() -> dict[str, Any]:
+def artifacts(config: Config) -> dict[str, Any]:
+    """What one root shows, by key without the root's name."""
     from prefect.client.orchestration import get_client
+
+    ending = f"-{Storage(config.storage.root).name}"
 
     with get_client(sync_client=True) as client:
         response = client._client.post("/artifacts/latest/filter", json={"sort": "UPDATED_DESC"})
-    return {entry["key"]: entry for entry in response.raise_for_status().json()}
+    found = response.raise_for_status().json()
+    return {entry["key"].removesuffix(ending): entry for entry in found if entry["key"].endswith(ending)}
 
 
 def last_runs(kind: str) -> list[dict[str, Any]]:
@@ -421,18 +425,42 @@ def test_reproduce_runs_every_stage_in_order_and_shows_results(config: Config, s
     reproduce(config)
 
     assert stages.journal == WHOLE
-    shown = artifacts()
+    shown = artifacts(config)
     coverage = json.loads(shown["coverage"]["data"])
     assert coverage == [{"rank": 1, "token": r"\n", "layer 7": "23.19%", "layer 15": "23.19%"}]
     [function_token] = json.loads(shown["function-tokens"]["data"])
     assert function_token["token"] == r"\n"
     assert function_token["share"] == "75.00%"
     assert "report.html" in shown["report"]["data"]
+    assert "](" not in shown["report"]["data"], "the server of a run alone serves no report to link to"
+    assert all(
+        config.storage.root in shown[key]["description"] for key in ("coverage", "report", "catalogue")
+    )
+    assert any(
+        run["name"] == f"tables of tiny in {Storage(config.storage.root).name}"
+        for run in last_runs("flow_runs")
+    )
     assert CATALOG in shown["catalogue"]["data"]
     for stage in ("tokenize", "dictionaries", "features", "tables", "report"):
         assert shown[f"progress-{stage}"]["data"] == 100.0
     names = {run["name"] for run in last_runs("task_runs")}
     assert {"tokenize: a.txt", "features: layer 7, 15", "tables: publish"} <= names
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_two_roots_do_not_overwrite_each_others_artifacts(config: Config, stages: StandIn) -> None:
+    from flows.tables import tables
+
+    root = config.storage.root
+    other = config.model_copy(
+        update={"storage": config.storage.model_copy(update={"root": f"{root}/other/root"})}
+    )
+    tables(config)
+    tables(other)
+    first, second = artifacts(config), artifacts(other)
+    assert first.keys() == second.keys() >= {"coverage", "function-tokens", "catalogue", "progress-tables"}
+    assert root in first["coverage"]["description"]
+    assert f"{root}/other/root" in second["coverage"]["description"]
 
 
 @pytest.mark.usefixtures("prefect_api")
@@ -491,7 +519,7 @@ def test_checkpoints_of_pre_training_have_stages_of_their_own(pretraining: Confi
     reproduce(pretraining)
 
     assert stages.journal == CONSOLIDATION
-    [row] = json.loads(artifacts()["checkpoints"]["data"])
+    [row] = json.loads(artifacts(pretraining)["checkpoints"]["data"])
     assert (row["model"], row["step"], row["source"]) == ("small", 7, "storage:checkpoints/k")
     assert {"checkpoints: small", "losses: check small"} <= {run["name"] for run in last_runs("task_runs")}
     stages.journal.clear()
@@ -571,7 +599,7 @@ def test_reactivation_and_steering_have_stages_of_their_own(
     reproduce(steering)
 
     assert stages.journal == STEERING
-    shown = artifacts()
+    shown = artifacts(steering)
     [case] = json.loads(shown["cases"]["data"])
     assert case == {"case": "c", "prompts": "of A / of B", "tokens": 8}
     traits = json.loads(shown["traits"]["data"])
@@ -584,7 +612,7 @@ def test_reactivation_and_steering_have_stages_of_their_own(
         (0.0, "Japan", "日本 0.0"),
         (2.0, "Japan", "日本 2.0"),
     ]
-    assert shown["steered-texts"]["description"].endswith("(place: last function token)")
+    assert "(place: last function token)" in shown["steered-texts"]["description"]
     [effect] = json.loads(shown["steering-effects"]["data"])
     assert (effect["strength"], effect["kl"], effect["advantage"]) == (2.0, 0.5, None)
     for place in (1, 2):
@@ -607,7 +635,7 @@ def test_steered_texts_name_their_place(tmp_path: Path, monkeypatch: pytest.Monk
     said: dict[str, str] = {}
 
     def note(key: str, description: str, **_: Any) -> None:
-        said[key] = description
+        said[key.removesuffix(f"-{storage.name}")] = description
 
     monkeypatch.setattr("flows.artifacts.create_table_artifact", note)
     show_steering(storage, [], [EXPERIMENT])
@@ -818,7 +846,9 @@ def test_steps_are_retried_by_type(
 
 
 @pytest.mark.usefixtures("prefect_api")
-def test_progress_artifact_is_updated_at_most_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_artifact_is_updated_at_most_once_a_second(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from prefect import flow
 
     from flows import support
@@ -833,9 +863,11 @@ def test_progress_artifact_is_updated_at_most_once_a_second(monkeypatch: pytest.
 
     monkeypatch.setattr(support, "update_progress_artifact", counted)
 
+    root = Storage(config.storage.root).name
+
     @flow
     def reporting() -> None:
-        artifact = support.ProgressArtifact("features", clock=lambda: now[0])
+        artifact = support.ProgressArtifact("features", root, clock=lambda: now[0])
         for done in range(50):
             artifact(done, 50, "tokens")
             now[0] += 0.25
@@ -844,7 +876,7 @@ def test_progress_artifact_is_updated_at_most_once_a_second(monkeypatch: pytest.
     reporting()
     assert len(written) == 13
     assert written == sorted(written)
-    assert artifacts()["progress-features"]["data"] == 100.0
+    assert artifacts(config)["progress-features"]["data"] == 100.0
 
 
 @pytest.mark.usefixtures("prefect_api")

@@ -1,0 +1,280 @@
+"""The server of `functok up`: Prefect's API and UI, and functok's own pages, on one port of this machine.
+
+Prefect's app is taken as it is, with three things around it. No page may call out: the interface that does (V2, which
+loads an analytics script) is not mounted, so there is no switch to it, and a Content-Security-Policy holds the rest to
+this server. Only names of this machine are answered, as a web page elsewhere may have its own name lead here (DNS
+rebinding). Under `/functok` are pages of ours: reports of the roots that the server knows (`infra.published`), whose
+own policy allows no script and gives them no rights on this origin.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import html
+import ipaddress
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from infra.errors import FunctokError
+from infra.published import GREETING, PAGES, REPORT, KnownRoot, known_root, known_roots, report_page
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+ANSWER_SECONDS = 30.0
+"""How long a storage may take to answer before the page says that it does not."""
+
+REPORT_POLICY = (
+    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; frame-ancestors 'none'; sandbox"
+)
+"""The report is one file without a script; `sandbox` gives it an origin of its own."""
+
+CDN_PAGES = ("/docs", "/redoc", "/api/docs", "/api/redoc")
+"""Pages of FastAPI that load their script from a CDN."""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address leads to this machine alone."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def own_origins(port: int) -> list[str]:
+    """The origins under which a browser on this machine sees the server."""
+    return [f"http://{name}:{port}" for name in ("127.0.0.1", "localhost", "[::1]")]
+
+
+def build_app(host: str) -> ASGIApp:
+    """Prefect's app and our pages.
+
+    Args:
+        host: The address that is listened on; where others can reach it, any name of it is answered.
+    """
+    import prefect
+    from prefect.server.api.server import create_app
+    from prefect.settings import PREFECT_UI_API_URL
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    # Where a bundle is not there, Prefect offers no switch to it and takes no cookie for it.
+    prefect.__ui_v2_static_path__ = Path(prefect.__ui_v2_static_path__) / "not-served"
+    prefect_app: ASGIApp = create_app(final=True)
+    ours = _pages()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "")
+        is_ours = scope["type"] == "http" and (f"{path}/".startswith(f"{PAGES}/") or path in CDN_PAGES)
+        await (ours if is_ours else prefect_app)(scope, receive, send)
+
+    names = ["127.0.0.1", "localhost", "[::1]", host] if is_loopback(host) else ["*"]
+    policy = ui_policy(PREFECT_UI_API_URL.value() or "")
+    return TrustedHostMiddleware(_WithPolicy(app, policy), allowed_hosts=names, www_redirect=False)
+
+
+def ui_policy(api_url: str) -> str:
+    """The Content-Security-Policy of Prefect's UI: nothing outside this server.
+
+    Args:
+        api_url: Where the UI finds the API; another name of this machine is another origin.
+    """
+    parts = urlsplit(api_url)
+    origins = "".join(
+        f" {scheme}://{parts.netloc}" for scheme in ("http", "https", "ws", "wss") if parts.netloc
+    )
+    return "; ".join(
+        (
+            "default-src 'self'",
+            f"connect-src 'self' data: blob:{origins}",
+            # PixiJS, which draws a run's graph, makes functions from text.
+            "script-src 'self' 'unsafe-eval'",
+            "worker-src 'self' blob:",
+            "style-src 'self' 'unsafe-inline'",
+            "img-src 'self' data: blob:",
+            "font-src 'self' data:",
+            "object-src 'none'",
+            "base-uri 'self'",
+            "form-action 'self'",
+            "frame-ancestors 'self'",
+        )
+    )
+
+
+class _WithPolicy:
+    """An app whose answers carry a Content-Security-Policy where they have none of their own."""
+
+    def __init__(self, app: ASGIApp, policy: str) -> None:
+        self._app, self._policy = app, policy
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        from starlette.datastructures import MutableHeaders
+
+        async def send_with_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).setdefault("content-security-policy", self._policy)
+            await send(message)
+
+        await self._app(scope, receive, send_with_policy)
+
+
+def _pages() -> ASGIApp:
+    from starlette.applications import Starlette
+    from starlette.responses import PlainTextResponse
+    from starlette.routing import Route
+
+    async def health(_: Request) -> Response:
+        return PlainTextResponse(GREETING)
+
+    return Starlette(
+        routes=[
+            Route(f"{PAGES}/health", health),
+            Route(PAGES, _guarded(_index)),
+            Route(f"{PAGES}/", _guarded(_index)),
+            Route(report_page("{name}"), _guarded(_report)),
+            *(Route(path, _guarded(_cdn_page)) for path in CDN_PAGES),
+        ],
+        exception_handlers={404: _not_found},
+    )
+
+
+def _guarded(page: Any) -> Any:
+    """A page that asks for what the API asks for, and says in words what fails."""
+
+    async def guarded(request: Request) -> Response:
+        if not _is_let_in(request):
+            response = _page(401, "Log in", "This server asks for the user and password of its API.")
+            response.headers["www-authenticate"] = 'Basic realm="functok"'
+            return response
+        try:
+            answer: Response = await asyncio.wait_for(asyncio.to_thread(page, request), ANSWER_SECONDS)
+            return answer
+        except TimeoutError:
+            return _page(
+                504, "No answer", f"The storage has not answered within {ANSWER_SECONDS:.0f} s.", "try again"
+            )
+        except FunctokError as error:
+            return _page(502, "This page cannot be shown", error.message, error.hint)
+
+    return guarded
+
+
+def _is_let_in(request: Request) -> bool:
+    from prefect.settings import PREFECT_SERVER_API_AUTH_STRING
+
+    wanted = PREFECT_SERVER_API_AUTH_STRING.value()
+    if not wanted:
+        return True
+    given = request.headers.get("authorization", "")
+    expected = base64.b64encode(wanted.get_secret_value().encode()).decode()
+    return secrets.compare_digest(given.encode(), f"Basic {expected}".encode())
+
+
+def _report(request: Request) -> Response:
+    from starlette.responses import HTMLResponse
+
+    name = request.path_params["name"]
+    root = known_root(name)
+    if root is None:
+        return _page(
+            404,
+            "Unknown root",
+            f"No run of this server has written a report under the name {name}.",
+            "run the deployment report (or reproduce); the link is among its artifacts",
+        )
+    try:
+        content = root.open().read_bytes(REPORT)
+    except FileNotFoundError:
+        return _page(
+            404,
+            "No report yet",
+            f"There is no {REPORT} in {root.root}, as this machine sees it.",
+            "run the deployment report (or reproduce) for this root",
+        )
+    return HTMLResponse(content, headers=_headers(REPORT_POLICY))
+
+
+def _index(_: Request) -> Response:
+    roots = known_roots()
+    if not roots:
+        return _page(
+            200, "Reports", "No run of this server has written a report yet.", "run the deployment reproduce"
+        )
+    return _page(200, "Reports", "Each root has the report that was last written there.", links=roots)
+
+
+def _cdn_page(_: Request) -> Response:
+    return _page(
+        404,
+        "Not served here",
+        "This page would load its script from another host, and no page of this server calls out.",
+        "the API's description is at /api/openapi.json",
+    )
+
+
+async def _not_found(_: Request, __: Exception) -> Response:
+    return _page(404, "Not found", "There is no such page.", f"{PAGES} lists the reports")
+
+
+def _page(
+    status: int, title: str, text: str, way_out: str = "", links: list[KnownRoot] | None = None
+) -> Response:
+    from starlette.responses import HTMLResponse
+
+    items = "".join(
+        f'<li><a href="{report_page(html.escape(root.name))}">{html.escape(root.name)}</a>'
+        f"<br><small>{html.escape(root.root)}</small></li>"
+        for root in links or ()
+    )
+    body = (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
+        f"<title>functok: {html.escape(title)}</title>"
+        "<style>body{font:1rem/1.55 system-ui,sans-serif;max-width:46rem;margin:3rem auto;padding:0 1.5rem;"
+        "overflow-wrap:anywhere}</style></head><body>"
+        f"<h1>{html.escape(title)}</h1><p>{html.escape(text)}</p>"
+        + (f"<p>Way out: {html.escape(way_out)}</p>" if way_out else "")
+        + (f"<ul>{items}</ul>" if items else "")
+        + '<p><a href="/">Prefect’s UI</a></p></body></html>'
+    )
+    # Links of a sandboxed page would lead the whole tab, which the reports' policy does not need to allow.
+    return HTMLResponse(body, status, headers=_headers(REPORT_POLICY.removesuffix("; sandbox")))
+
+
+def _headers(policy: str) -> dict[str, str]:
+    return {
+        "content-security-policy": policy,
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "cache-control": "no-store",
+    }
+
+
+def main() -> None:
+    """Serve until told to stop."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=4200)
+    arguments = parser.parse_args()
+    from infra.prefect_server import prefect_environment
+
+    prefect_environment()
+    import uvicorn
+    from prefect.settings import get_current_settings
+
+    server = get_current_settings().server
+    uvicorn.run(
+        build_app(arguments.host),
+        host=arguments.host,
+        port=arguments.port,
+        log_level=server.logging_level.lower(),
+        timeout_keep_alive=server.api.keepalive_timeout,
+    )
+
+
+if __name__ == "__main__":
+    main()
