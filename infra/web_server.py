@@ -171,7 +171,7 @@ def _is_let_in(request: Request) -> bool:
     if not wanted:
         return True
     given = request.headers.get("authorization", "")
-    expected = base64.b64encode(wanted.get_secret_value().encode()).decode()
+    expected = base64.b64encode(wanted.encode()).decode()
     return secrets.compare_digest(given.encode(), f"Basic {expected}".encode())
 
 

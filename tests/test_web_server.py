@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import time
 from pathlib import Path
 from typing import Any
 
@@ -97,15 +98,9 @@ def test_names_are_escaped_in_the_list_of_reports(pages: TestClient) -> None:
 def test_a_storage_that_does_not_answer_is_said(
     pages: TestClient, known: dict[str, KnownRoot], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import threading
-
-    answered = threading.Event()
-    monkeypatch.setattr(web_server, "ANSWER_SECONDS", 0.1)
-    monkeypatch.setattr(Storage, "read_bytes", lambda self, name: answered.wait(60))
-    try:
-        answer = pages.get("/functok/whole/report")
-    finally:
-        answered.set()
+    monkeypatch.setattr(web_server, "ANSWER_SECONDS", 0.05)
+    monkeypatch.setattr(Storage, "read_bytes", lambda self, name: time.sleep(1))
+    answer = pages.get("/functok/whole/report")
     assert answer.status_code == 504
     assert "has not answered" in answer.text
 
@@ -125,7 +120,6 @@ def test_prefects_pages_may_load_from_this_server_alone(pages: TestClient) -> No
     policy = pages.get("/dashboard").headers["content-security-policy"]
     assert "default-src 'self'" in policy
     assert "*" not in policy
-    assert "connect-src 'self' data: blob: http://127.0.0.1:9/" not in policy
     assert " ws://127.0.0.1:9 " in f"{web_server.ui_policy('http://127.0.0.1:9/api')} ".replace(";", " ")
     for path in web_server.CDN_PAGES:
         assert "another host" in pages.get(path).text
