@@ -282,11 +282,13 @@ def show_report(storage: Storage) -> None:
         how = "A browser opens a file on its own machine; `functok up` serves the reports of its runs."
         _show_text(storage, "report", f"{_code(storage.url(REPORT))}\n\n{how}", description)
     else:
+        text = f"Report of {storage.name}"
         create_link_artifact(
             link=link,
-            link_text=f"Report of {storage.name}",
+            link_text=text,
             key=f"report-{storage.name}",
-            description=_of_root(description, storage),
+            # The page of a key shows its description alone.
+            description=_of_root(f"[{text}]({link}): {description[0].lower()}{description[1:]}", storage),
         )
 
 

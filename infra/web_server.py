@@ -1,8 +1,8 @@
 """The server of `functok up`: Prefect's API and UI, and functok's own pages, on one port of this machine.
 
 Prefect's app is taken as it is, with three things around it. No page may call out: the interface that does (V2, which
-loads an analytics script) is not mounted, so there is no switch to it, and a Content-Security-Policy holds the rest to
-this server. Only names of this machine are answered, as a web page elsewhere may have its own name lead here (DNS
+loads an analytics script) is not mounted, so there is no switch to it, logos that lie on a CDN are left out, and a
+Content-Security-Policy holds the rest to this server. Only names of this machine are answered, as a web page elsewhere may have its own name lead here (DNS
 rebinding). Under `/functok` are pages of ours: reports of the roots that the server knows (`infra.published`), whose
 own policy allows no script and gives them no rights on this origin.
 """
@@ -14,6 +14,7 @@ import asyncio
 import base64
 import html
 import ipaddress
+import re
 import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,12 @@ CDN_PAGES = ("/docs", "/redoc", "/api/docs", "/api/redoc")
 """Pages of FastAPI that load their script from a CDN."""
 
 
+LOGO_PATHS = ("/api/block", "/api/collections/", "/api/work_pools")
+"""Where Prefect's API gives addresses of logos: block types, schemas and documents, and kinds of work pools."""
+
+_LOGO = re.compile(rb'("logo_url":\s*)"https?:[^"]*"')
+
+
 def is_loopback(host: str) -> bool:
     """Whether an address leads to this machine alone."""
     try:
@@ -59,13 +66,17 @@ def build_app(host: str) -> ASGIApp:
         host: The address that is listened on; where others can reach it, any name of it is answered.
     """
     import prefect
+    from prefect.server.api import collections
     from prefect.server.api.server import create_app
     from prefect.settings import PREFECT_UI_API_URL
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+    # The server itself asks a registry for the kinds of work pools; with no address it takes the list that it ships.
+    for view in collections.KNOWN_VIEWS:
+        collections.KNOWN_VIEWS[view] = ""
     # Where a bundle is not there, Prefect offers no switch to it and takes no cookie for it.
     prefect.__ui_v2_static_path__ = Path(prefect.__ui_v2_static_path__) / "not-served"
-    prefect_app: ASGIApp = create_app(final=True)
+    prefect_app: ASGIApp = _WithoutLogos(create_app(final=True))
     ours = _pages()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -104,6 +115,36 @@ def ui_policy(api_url: str) -> str:
             "frame-ancestors 'self'",
         )
     )
+
+
+class _WithoutLogos:
+    """Prefect's API without the addresses of logos, which the UI's pages of blocks and work pools load from a CDN."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith(LOGO_PATHS):
+            await self._app(scope, receive, send)
+            return
+        from starlette.datastructures import MutableHeaders
+
+        start: Message = {}
+        body = b""
+
+        async def send_without_logos(message: Message) -> None:
+            nonlocal start, body
+            if message["type"] == "http.response.start":
+                start = message
+                return
+            body += message.get("body", b"")
+            if not message.get("more_body"):
+                body = _LOGO.sub(rb"\1null", body)
+                MutableHeaders(scope=start)["content-length"] = str(len(body))
+                await send(start)
+                await send({"type": "http.response.body", "body": body})
+
+        await self._app(scope, receive, send_without_logos)
 
 
 class _WithPolicy:

@@ -186,14 +186,17 @@ def walked(served: Served) -> dict[str, str]:
         "a deployment's form": f"{deployment}/run",
         "a deployment's settings": f"{deployment}/edit",
         "work pools": "/work-pools",
+        "a new work pool": "/work-pools/create",
         "a work pool": "/work-pools/work-pool/functok-cpu",
         "blocks": "/blocks/catalog",
+        "a new block": "/blocks/catalog/secret/create",
         "variables": "/variables",
         "automations": "/automations/create",
         "events": "/events",
         "concurrency limits": "/concurrency-limits",
         "artifacts": "/artifacts",
-        "the report's artifact": f"/artifacts/key/{report}",
+        "an artifact's key": f"/artifacts/key/{report}",
+        "an artifact": f"/artifacts/artifact/{served.artifacts[report]['id']}",
         "settings": "/settings",
         "the other interface": "/v2/dashboard",
         "the API's documentation": "/docs",
@@ -213,9 +216,9 @@ def test_no_page_calls_out_and_the_report_is_reached_by_its_link(served: Served,
             assert page.get_by_text("Switch to V2").count() == 0, f"{name}: the switch to the other interface"
             for text in SHOWN.get(name, ()):
                 page.get_by_text(text).first.wait_for()
-        assert not errors
+        assert not errors, "\n".join(errors)
 
-        visit(page, served.url + walked(served)["the report's artifact"])
+        visit(page, served.url + walked(served)["an artifact's key"])
         asked["the report"] = []
         with page.expect_popup() as opened:
             page.get_by_role("link", name=f"Report of {served.roots[0].name}").first.click()

@@ -11,7 +11,7 @@ import pytest
 from s3 import S3Root
 from starlette.applications import Starlette
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.responses import HTMLResponse
+from starlette.responses import HTMLResponse, JSONResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
@@ -44,7 +44,12 @@ def pages(known: dict[str, KnownRoot], monkeypatch: pytest.MonkeyPatch) -> TestC
     async def anything(_: Any) -> HTMLResponse:
         return HTMLResponse("Prefect")
 
-    ui = Starlette(routes=[Route("/{path:path}", anything)])
+    async def block_types(_: Any) -> JSONResponse:
+        return JSONResponse(
+            [{"name": "Secret", "logo_url": "https://cdn.example/ü.png?w=1", "slug": "secret"}]
+        )
+
+    ui = Starlette(routes=[Route("/api/block_types/filter", block_types), Route("/{path:path}", anything)])
     monkeypatch.setattr("prefect.server.api.server.create_app", lambda **_: ui)
     monkeypatch.setattr("prefect.__ui_v2_static_path__", Path("v2"))
     return TestClient(web_server.build_app("127.0.0.1"), base_url="http://127.0.0.1:4200")
@@ -121,6 +126,9 @@ def test_prefects_pages_may_load_from_this_server_alone(pages: TestClient) -> No
     assert "default-src 'self'" in policy
     assert "*" not in policy
     assert " ws://127.0.0.1:9 " in f"{web_server.ui_policy('http://127.0.0.1:9/api')} ".replace(";", " ")
+    assert pages.get("/api/block_types/filter").json() == [
+        {"name": "Secret", "logo_url": None, "slug": "secret"}
+    ]
     for path in web_server.CDN_PAGES:
         assert "another host" in pages.get(path).text
 
