@@ -2,9 +2,9 @@
 
 Prefect's app is taken as it is, with three things around it. No page may call out: the interface that does (V2, which
 loads an analytics script) is not mounted, so there is no switch to it, logos that lie on a CDN are left out, and a
-Content-Security-Policy holds the rest to this server. Only names of this machine are answered, as a web page elsewhere may have its own name lead here (DNS
-rebinding). Under `/functok` are pages of ours: reports of the roots that the server knows (`infra.published`), whose
-own policy allows no script and gives them no rights on this origin.
+Content-Security-Policy holds the rest to this server. Only names of this machine are answered, as a web page elsewhere
+may have its own name lead here (DNS rebinding). Under `/functok` are pages of ours: reports of the roots that the
+server knows (`infra.published`), whose own policy allows no script and gives them no rights on this origin.
 """
 
 from __future__ import annotations
