@@ -125,6 +125,7 @@ def test_up_serves_deployments_and_runs_them(environment: dict[str, str], first:
     deployments = deployments_of(first.api)
     assert deployments.keys() == FLOWS
     root = environment["FUNCTOK_TEST_ROOT"]
+    assert root in httpx.get(f"http://127.0.0.1:{first.port}/functok", timeout=60).text
     for deployment in deployments.values():
         assert deployment["parameters"]["config"]["storage"]["root"] == root
         assert deployment["concurrency_options"]["collision_strategy"] == "ENQUEUE"
