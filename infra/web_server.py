@@ -144,7 +144,9 @@ class _WithoutLogos:
                 await send(start)
                 await send({"type": "http.response.body", "body": body})
 
-        await self._app(scope, receive, send_without_logos)
+        # Compressed answers could not be read here.
+        plain = [(name, value) for name, value in scope["headers"] if name != b"accept-encoding"]
+        await self._app({**scope, "headers": plain}, receive, send_without_logos)
 
 
 class _WithPolicy:

@@ -449,14 +449,14 @@ def test_reproduce_runs_every_stage_in_order_and_shows_results(config: Config, s
 
 @pytest.mark.usefixtures("prefect_api")
 def test_two_roots_do_not_overwrite_each_others_artifacts(config: Config, stages: StandIn) -> None:
-    from flows.tables import tables
+    from flows.reproduce import reproduce
 
     root = config.storage.root
     other = config.model_copy(
         update={"storage": config.storage.model_copy(update={"root": f"{root}/other/root"})}
     )
-    tables(config)
-    tables(other)
+    reproduce(config)
+    reproduce(other)
     first, second = artifacts(config), artifacts(other)
     assert first.keys() == second.keys() >= {"coverage", "function-tokens", "catalogue", "progress-tables"}
     assert root in first["coverage"]["description"]
@@ -764,8 +764,8 @@ def test_a_failure_reaches_the_caller_as_itself_and_stops_the_run(config: Config
     assert stages.journal[-1] == "check features"
     assert stages.journal.count("check features") == 1
     states = {run["name"]: run["state_type"] for run in last_runs("flow_runs")[:4]}
-    assert states["reproduce with tiny"] == "FAILED"
-    assert states["features of tiny"] == "FAILED"
+    assert states[f"reproduce with {config.title}"] == "FAILED"
+    assert states[f"features of {config.title}"] == "FAILED"
 
 
 def client_error(status: int) -> ClientError:
@@ -1012,7 +1012,7 @@ def test_a_run_says_where_it_lives(counting: Config, stages: StandIn) -> None:
     from infra.prefect_api import PROCESS
 
     reproduce(counting)
-    [run, *_] = [run for run in last_runs("flow_runs") if run["name"] == "reproduce with tiny"]
+    [run, *_] = [run for run in last_runs("flow_runs") if run["name"] == f"reproduce with {counting.title}"]
     assert run["labels"][PROCESS] == f"{socket.gethostname()}:{os.getpid()}"
 
 

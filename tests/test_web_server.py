@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from s3 import S3Root
 from starlette.applications import Starlette
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import HTMLResponse, JSONResponse
 from starlette.routing import Route
@@ -50,6 +51,7 @@ def pages(known: dict[str, KnownRoot], monkeypatch: pytest.MonkeyPatch) -> TestC
         )
 
     ui = Starlette(routes=[Route("/api/block_types/filter", block_types), Route("/{path:path}", anything)])
+    ui.add_middleware(GZipMiddleware, minimum_size=1)
     monkeypatch.setattr("prefect.server.api.server.create_app", lambda **_: ui)
     monkeypatch.setattr("prefect.__ui_v2_static_path__", Path("v2"))
     return TestClient(web_server.build_app("127.0.0.1"), base_url="http://127.0.0.1:4200")
