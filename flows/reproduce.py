@@ -20,7 +20,7 @@ from flows.tables import tables
 from flows.tokenize import tokenize
 from infra.addresses import refuse_secrets
 from infra.errors import ConfigError
-from infra.prefect_server import run_api
+from infra.run_api import ChosenApi, run_api
 from infra.run_log import tracebacks
 from infra.terminal import terminal_progress
 from schemas.config import Config
@@ -97,7 +97,12 @@ def stages_to_run(config: Config, only: Stage | None, start_from: Stage | None) 
 
 
 def run(
-    config: Config, *, only: Stage | None = None, start_from: Stage | None = None, debug: bool = False
+    config: Config,
+    *,
+    only: Stage | None = None,
+    start_from: Stage | None = None,
+    debug: bool = False,
+    api: ChosenApi | None = None,
 ) -> None:
     """Run `reproduce` from a terminal, with a progress bar, on a running Prefect server or a temporary one.
 
@@ -106,6 +111,7 @@ def run(
         only: Run this stage alone.
         start_from: Run this stage and those after it.
         debug: Show Prefect's own log with tracebacks, and progress as lines.
+        api: The API to use, perhaps still starting; chosen here if None.
 
     Raises:
         FunctokError: what a stage raised, itself; also if Prefect's API cannot be reached.
@@ -114,7 +120,7 @@ def run(
     stages = stages_to_run(config, only, start_from)
     with (
         tracebacks(wanted=debug),
-        run_api(debug=debug, meanwhile=imports(stages)),
+        run_api(debug=debug, meanwhile=imports(stages), chosen=api),
         terminal_progress(plain=debug) as progress,
         watching(progress),
     ):

@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from infra.errors import FunctokError
+from infra.interrupt import was_interrupted
 
 if TYPE_CHECKING:
     from prefect import Task
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 def worth_retrying(_task: Task[Any, Any], _run: TaskRun, state: State[Any]) -> bool:
     """Prefect's retry condition: whether the failure is one that another try can mend."""
+    if was_interrupted():
+        return False
     error = state.data if isinstance(state.data, BaseException) else state.result(raise_on_failure=False)
     return isinstance(error, BaseException) and is_transient(error)
 

@@ -22,6 +22,7 @@ from prefect.tasks import exponential_backoff
 from flows.retry import worth_retrying
 from infra.addresses import refuse_secrets, root_name, short_name
 from infra.errors import ConfigError, FunctokError
+from infra.interrupt import require_uninterrupted
 from infra.prefect_api import note_process
 from infra.progress import Progress
 from infra.storage import Storage
@@ -80,6 +81,7 @@ def step(
     def decorate(function: Callable[P, R]) -> Task[P, R]:
         @functools.wraps(function)
         def staged(*args: P.args, **kwargs: P.kwargs) -> R:
+            require_uninterrupted()
             try:
                 return function(*args, **kwargs)
             except FunctokError as error:
@@ -180,6 +182,8 @@ def reported_progress(stage: Stage) -> Iterator[Progress]:
     artifact = ProgressArtifact(stage, root_name(storage.root, storage.endpoint_url))
 
     def report(done: int, total: int, what: str) -> None:
+        if threading.current_thread() is threading.main_thread():
+            require_uninterrupted()
         watcher(done, total, what)
         artifact(done, total, what)
 

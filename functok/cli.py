@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from infra.errors import ConfigError, FunctokError
+from infra.interrupt import end_interrupted, interruptible
 from schemas.work import Stage
 
 if TYPE_CHECKING:
@@ -233,7 +234,8 @@ def main(arguments: list[str] | None = None) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        app(arguments, standalone_mode=True)
+        with interruptible():
+            app(arguments, standalone_mode=True)
     except FunctokError as error:
         if debug:
             raise
@@ -244,9 +246,8 @@ def main(arguments: list[str] | None = None) -> None:
             error.hint,
         )
     except (KeyboardInterrupt, typer.Abort):
-        _complain(
-            "", "interrupted", "run the same command again to continue: finished work is kept", status=130
-        )
+        is_run = arguments[:1] == ["run"]
+        end_interrupted("finished work is kept; run the same command again to continue" if is_run else "")
     except Exception as error:
         if debug:
             raise
@@ -256,8 +257,8 @@ def main(arguments: list[str] | None = None) -> None:
         )
 
 
-def _complain(stage: str, message: str, hint: str, status: int = 1) -> None:
+def _complain(stage: str, message: str, hint: str) -> None:
     print(f"error{f' in {stage}' if stage else ''}: {message}", file=sys.stderr)
     if hint:
         print(f"  way out: {hint}", file=sys.stderr)
-    raise SystemExit(status)
+    raise SystemExit(1)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
-from infra.duck import connect, read_catalog
+from infra.addresses import refuse_secrets
+from infra.duck import CATALOG, connect, read_catalog
 from infra.errors import FunctokError
 from infra.published import REPORT
+from infra.run_api import chosen_api
 from infra.storage import Storage
 from infra.terminal import printable
 from schemas.config import Config
@@ -41,12 +44,17 @@ def run_pipeline(
             f"the stage {only or start_from} does not apply to this configuration",
             hint=f"it has the stages {', '.join(stages_of(config))}",
         )
-    if is_up_to_date(plan_run(config, storage, verify=verify), stages):
-        print("nothing to do: everything asked for is up to date")
-    else:
-        from flows.reproduce import run
+    refuse_secrets(config)
+    with ExitStack() as stack:
+        # Without a catalogue there is something to do: Prefect starts beside the planning.
+        is_new = "tables" in stages and not storage.exists(CATALOG)
+        api = stack.enter_context(chosen_api(debug=debug)) if is_new else None
+        if is_up_to_date(plan_run(config, storage, verify=verify), stages):
+            print("nothing to do: everything asked for is up to date")
+        else:
+            from flows.reproduce import run
 
-        run(config, only=only, start_from=start_from, debug=debug)
+            run(config, only=only, start_from=start_from, debug=debug, api=api)
     show_results(config, storage, time.monotonic() - started)
 
 

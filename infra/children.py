@@ -230,12 +230,9 @@ class Children:
         aside.replace(self._record)
 
     def _clean_up_after_crash(self) -> None:
-        try:
-            entries = json.loads(self._record.read_text())
-        except (OSError, ValueError):
-            return
+        entries = _entries(self._record)
         alive = [pid for pid, born in entries if born is not None and _birth(pid) == born]
-        if entries and entries[0][0] in alive:
+        if _owner_lives(entries):
             raise ConfigError(
                 f"`functok up` is already running here (process {entries[0][0]})",
                 hint="use it, stop it with Ctrl-C, or choose another --port",
@@ -278,6 +275,28 @@ class ErrorLines:
 
 def _without_time(line: str) -> str:
     return re.sub(r"^[\d:.]+ \| (?:ERROR|CRITICAL)\s*\| ", "", line)
+
+
+def ports_in_use(home: Path) -> list[int]:
+    """Ports of the `functok up` that run with this Prefect home, lowest first."""
+    ports = []
+    for record in home.glob("functok-up-*.json"):
+        port = record.stem.rpartition("-")[2]
+        if port.isdigit() and _owner_lives(_entries(record)):
+            ports.append(int(port))
+    return sorted(ports)
+
+
+def _entries(record: Path) -> list[tuple[int, float | None]]:
+    """Numbers and births of the processes in a record, the parent first."""
+    try:
+        return [(int(pid), born) for pid, born in json.loads(record.read_text())]
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+def _owner_lives(entries: list[tuple[int, float | None]]) -> bool:
+    return bool(entries) and entries[0][1] is not None and _birth(entries[0][0]) == entries[0][1]
 
 
 def _birth(pid: int) -> float | None:

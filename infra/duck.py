@@ -17,6 +17,7 @@ import duckdb
 
 from infra.cluster import available_cores
 from infra.errors import ConfigError
+from infra.interrupt import ends_on_interrupt
 from infra.storage import Storage
 from schemas.config import DuckDb
 from schemas.tables import TABLES
@@ -106,6 +107,7 @@ def open_duckdb(storage: Storage, resources: DuckDb | None = None, database: str
     """A DuckDB connection with limits set and the storage's filesystem registered; no views."""
     resources = resources or DuckDb()
     connection = duckdb.connect(database)
+    ends_on_interrupt(connection)
     spill = resources.temp_directory or os.path.join(tempfile.gettempdir(), "functok-duckdb")
     try:
         # Processes may share it: DuckDB names its files by process, and removes those of dead ones.

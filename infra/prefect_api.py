@@ -52,6 +52,17 @@ def health(api_url: str, seconds: float = 2.0) -> bool:
         return False
 
 
+def server_version(api_url: str, seconds: float = 2.0) -> str | None:
+    """The version of Prefect that answers there within some seconds, if one does."""
+    import httpx
+
+    try:
+        answer = httpx.get(f"{api_url}/admin/version", timeout=seconds)
+        return str(answer.json()) if answer.status_code == 200 else None
+    except (httpx.HTTPError, ValueError):
+        return None
+
+
 def prepare(api_url: str, pools: Sequence[str], gone_workers: Sequence[str] = ()) -> list[str]:
     """Create the work pools and the automation where they are not there, and settle runs that died.
 

@@ -1,15 +1,9 @@
-"""Prefect, private and on this machine: its settings, the API of a single run, and `functok up`.
-
-A run without a server (`functok run`) has a temporary one (`infra.temporary_server`), which needs 5 s to start
-on two cores, 15 s the first time. It starts beside the imports that the stages need anyway, so that little of
-it is waited for.
-"""
+"""Prefect, private and on this machine: its settings, and `functok up`. The API of a run alone: `infra.run_api`."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +12,7 @@ from typing import Any
 import yaml
 
 from infra.addresses import without_credentials
-from infra.errors import ConfigError, FunctokError
+from infra.errors import ConfigError
 from infra.web_server import is_loopback, own_origins
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -52,104 +46,6 @@ def prefect_environment() -> dict[str, str]:
     for name, value in _PRIVATE.items():
         os.environ.setdefault(name, value)
     return {name: os.environ[name] for name in _PRIVATE}
-
-
-@contextmanager
-def run_api(*, debug: bool = False, meanwhile: Iterable[object] = ()) -> Iterator[None]:
-    """An API for the flows in this block: the one that PREFECT_API_URL names, or a temporary one.
-
-    Args:
-        debug: Let Prefect log to the terminal; without it only libraries other than Prefect do.
-        meanwhile: Steps of work that may overlap with a server's start, such as slow imports; they are
-            taken while the server is not ready, and the rest is left.
-
-    Raises:
-        FunctokError: if the API cannot be reached or started.
-    """
-    prefect_environment()
-    from prefect.settings import PREFECT_API_URL
-
-    if not debug:
-        _quiet_terminal()
-    if PREFECT_API_URL.value():
-        _reachable(PREFECT_API_URL.value())
-        yield
-    else:
-        with _temporary_api(debug, meanwhile):
-            yield
-
-
-@contextmanager
-def _temporary_api(debug: bool, meanwhile: Iterable[object]) -> Iterator[None]:
-    from prefect.settings import (
-        PREFECT_API_URL,
-        PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
-        get_current_settings,
-        temporary_settings,
-    )
-
-    from infra.temporary_server import TemporaryServer
-
-    environment = dict(os.environ) | get_current_settings().to_environment_variables(exclude_unset=True)
-    environment["PREFECT_SERVER_UI_ENABLED"] = "false"
-    if not debug:
-        environment["PREFECT_SERVER_LOGGING_LEVEL"] = "CRITICAL"
-    server = TemporaryServer(environment)
-    try:
-        for _ in meanwhile:
-            if server.is_ready():
-                break
-        server.wait_until_ready()
-        # Nobody watches the heartbeats of this server, and each flow would wait a second for the end of its own.
-        with temporary_settings({PREFECT_API_URL: server.api_url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
-            try:
-                yield
-            finally:
-                _deliver()
-    finally:
-        server.stop()
-
-
-def _deliver() -> None:
-    """Send what Prefect still has to tell its server: logs, and the events that become task runs."""
-    from prefect.events.worker import EventsWorker
-    from prefect.logging.handlers import APILogHandler
-
-    APILogHandler().flush()
-    EventsWorker.drain_all(timeout=10)
-
-
-def _reachable(api_url: str) -> None:
-    import httpx
-
-    try:
-        httpx.get(f"{api_url.rstrip('/')}/health", timeout=10).raise_for_status()
-    except httpx.HTTPError as error:
-        raise FunctokError(
-            f"the Prefect API at {without_credentials(api_url)} does not answer: {error}",
-            hint="start it with `functok up`, or unset PREFECT_API_URL to run without a server",
-        ) from error
-
-
-def _quiet_terminal() -> None:
-    """Keep Prefect's own log lines out of the terminal; the API still gets them, other libraries still speak.
-
-    A failed run would otherwise print its traceback twice before the one line that explains it.
-    """
-    import logging
-
-    from prefect.logging.configuration import setup_logging
-    from prefect.logging.handlers import PrefectConsoleHandler
-
-    setup_logging()
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, PrefectConsoleHandler) and _not_prefect not in handler.filters:
-            handler.addFilter(_not_prefect)
-
-
-def _not_prefect(record: Any) -> bool:
-    # the workers that deliver logs and events have loggers of their own
-    return not str(record.name).startswith(("prefect", "APILogWorker", "EventsWorker"))
 
 
 def deployment_parameters(config: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:

@@ -147,6 +147,28 @@ def find_dictionaries(config: Config, storage: Storage, shards: CorpusShards) ->
         return None
 
 
+def refused_dictionaries(config: Config, storage: Storage, shards: CorpusShards) -> list[DictionaryError]:
+    """Why dictionaries that are there are not used, by layer: they did not pass their gate, or do not fit.
+
+    Their figures stand in their manifests, so that a run which ended at a gate can be asked about later. Manifests are
+    found by content: a configuration that asks for other dictionaries finds no old failures.
+    """
+    entries = sorted(config.sae, key=lambda entry: entry.layer)
+    parts = _training_parts(config, storage, shards, entries)
+    folders = {entry.layer: _folder(_key(config, storage, entry, parts)) for entry in entries}
+    done = load_all(storage, list(folders.values()))
+    dimensions = model_dimensions(config.model, storage)
+    refused: list[DictionaryError] = []
+    for entry in entries:
+        folder = folders[entry.layer]
+        if folder in done:
+            try:
+                _checked(entry, folder.removeprefix("dictionaries/"), done[folder], dimensions)
+            except DictionaryError as error:
+                refused.append(error)
+    return refused
+
+
 def load_dictionary(storage: Storage, dictionary: Dictionary, device: str | torch.device = "cpu") -> Any:
     """The SAELens SAE of a dictionary, in float32, on a device.
 

@@ -168,21 +168,24 @@ def check_gate(quality: Mapping[str, float], gate: Gate, entry: Sae) -> None:
     """Refuse a dictionary trained here that falls short on held-out tokens.
 
     Raises:
-        DictionaryError: with every figure and what was asked of it.
+        DictionaryError: with every figure, what was asked of it, and by how much it fell short.
     """
     deviation = abs(quality["l0"] / quality["k"] - 1)
+    missing_variance = gate.min_explained_variance - quality["explained_variance"]
+    missing_alive = gate.min_alive_share - quality["alive_share"]
+    too_far = deviation - gate.max_l0_deviation
+    short = {
+        "variance": f", {missing_variance:.3f} too little" if missing_variance > 0 else "",
+        "l0": f", off by {deviation:.0%}" if too_far > 0 else "",
+        "alive": f", {100 * missing_alive:.1f} points too few" if missing_alive > 0 else "",
+    }
     figures = (
-        f"explained variance {quality['explained_variance']:.3f} (at least {gate.min_explained_variance:.2f}; "
-        f"{quality['explained_variance_all']:.3f} with outliers), "
-        f"L0 {quality['l0']:.1f} for k = {quality['k']:g} (within {gate.max_l0_deviation:.0%}), "
-        f"alive {quality['alive_share']:.1%} (at least {gate.min_alive_share:.0%})"
+        f"explained variance {quality['explained_variance']:.3f} (at least {gate.min_explained_variance:.2f}"
+        f"{short['variance']}; {quality['explained_variance_all']:.3f} with outliers), "
+        f"L0 {quality['l0']:.1f} for k = {quality['k']:g} (within {gate.max_l0_deviation:.0%}{short['l0']}), "
+        f"alive {quality['alive_share']:.1%} (at least {gate.min_alive_share:.0%}{short['alive']})"
     )
-    passed = (
-        quality["explained_variance"] >= gate.min_explained_variance
-        and deviation <= gate.max_l0_deviation
-        and quality["alive_share"] >= gate.min_alive_share
-    )
-    if not passed:
+    if any(short.values()):
         raise refusal(
             entry,
             f"did not pass its gate on {quality['heldout_tokens']:.0f} held-out tokens: {figures}",

@@ -140,7 +140,7 @@ def _plan_tokenize(config: Config, storage: Storage, plans: list[StagePlan]) -> 
 def _plan_dictionaries(
     config: Config, storage: Storage, shards: CorpusShards | None, plans: list[StagePlan]
 ) -> list[Dictionary] | None:
-    from tasks.dictionaries import find_dictionaries
+    from tasks.dictionaries import find_dictionaries, refused_dictionaries
 
     if shards is None and any(entry.train for entry in config.sae):
         reason = "dictionaries are trained here: known once the corpus is tokenized"
@@ -153,6 +153,15 @@ def _plan_dictionaries(
         )
         return None
     if found is None:
+        if refused := refused_dictionaries(config, storage, shards):
+            reason = "; ".join(error.message for error in refused)
+            details = tuple(f"{error.message}; way out: {error.hint}" for error in refused)
+            plans.append(
+                StagePlan(
+                    stage="dictionaries", done=0, missing=len(config.sae), reason=reason, details=details
+                )
+            )
+            return None
         layers = ", ".join(str(entry.layer) for entry in config.sae)
         reason = f"a dictionary of layers {layers} is new, or what makes it changed"
         plans.append(StagePlan(stage="dictionaries", done=0, missing=len(config.sae), reason=reason))

@@ -37,6 +37,9 @@ from tasks.tokenizers import LoadedTokenizer, load_tokenizer
 VERSION = 1
 _TOPIC = "functok-tokenized-bytes"
 
+SMALL_BYTES = 2 << 20
+"""Files that have no more bytes in all are tokenized in this process: starting a worker takes longer."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
@@ -243,28 +246,34 @@ def _write_tokenizer(storage: Storage, tokenizer: LoadedTokenizer) -> None:
 
 
 class _Watched:
-    """A Dask client that runs file jobs and reports the bytes they have read."""
+    """Runs file jobs and reports the bytes they have read: on a Dask cluster, or here where that is no gain."""
 
     def __init__(self, config: Config, jobs: list[FileJob], progress: Progress) -> None:
         self._dask, self._progress = config.dask, progress
         self._total = sum(job.file.size for job in jobs)
         self._read: dict[str, int] = {}
         self._lock, self._n_jobs = threading.Lock(), len(jobs)
+        self._is_small = not config.dask.scheduler and self._total <= SMALL_BYTES
 
     def __enter__(self) -> _Watched:
+        if self._is_small:
+            return self
         self._context = tokenization_client(self._dask, self._n_jobs)
         self._client, _ = self._context.__enter__()
         self._client.subscribe_topic(_TOPIC, self._heard)
         return self
 
     def __exit__(self, *details: Any) -> None:
-        self._context.__exit__(*details)
+        if not self._is_small:
+            self._context.__exit__(*details)
 
     def run(self, jobs: list[FileJob]) -> list[FileShards]:
         """Run jobs on the workers; results in the order of `jobs`."""
+        self._progress(0, self._total, "bytes, tokenization")
+        if self._is_small:
+            return [self._run_here(job) for job in jobs]
         from distributed import as_completed
 
-        self._progress(0, self._total, "bytes, tokenization")
         futures = self._client.map(_run_job, jobs, pure=False, retries=1)
         index_of = {future.key: index for index, future in enumerate(futures)}
         results: dict[int, FileShards] = {}
@@ -273,6 +282,11 @@ class _Watched:
             results[index] = future.result()
             self._report(jobs[index].file.url, jobs[index].file.size)
         return [results[index] for index in range(len(jobs))]
+
+    def _run_here(self, job: FileJob) -> FileShards:
+        shards = tokenize_file(job, lambda position: self._report(job.file.url, position))
+        self._report(job.file.url, job.file.size)
+        return shards
 
     def _heard(self, event: tuple[float, dict[str, Any]]) -> None:
         message = event[1]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
-import sqlite3
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ atexit.register(shutil.rmtree, HOME, ignore_errors=True)
 def prefect_api() -> Iterator[str]:
     """The URL of an API that flows in this process use: the temporary server of `functok run`."""
     import flows  # sets Prefect's environment before prefect is imported
-    from infra.prefect_server import run_api
+    from infra.run_api import run_api
 
     assert flows.__doc__
     with run_api(debug=True):
@@ -37,6 +36,8 @@ def prefect_database(prefect_api: str) -> Path:
     """A copy of a migrated database: making one takes 10 s."""
     copy = HOME / "copy" / "prefect.db"
     copy.parent.mkdir()
-    with sqlite3.connect(HOME / "prefect.db") as source, sqlite3.connect(copy) as target:
-        source.backup(target)
+    from infra.storage import LOCAL_CACHE
+    from infra.temporary_server import empty_database
+
+    shutil.copyfile(empty_database(LOCAL_CACHE), copy)
     return copy

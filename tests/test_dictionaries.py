@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from infra.errors import DictionaryError
 from infra.manifest import MANIFEST, content_key, load
 from infra.storage import Storage
 from schemas.config import Config, Gate, Sae, Train
-from schemas.work import CorpusShards
+from schemas.work import CorpusShards, StagePlan
 from tasks import dictionary_training, extraction, tokenization
 from tasks.dictionaries import find_dictionaries, load_dictionary, prepare_dictionaries
 from tasks.dictionary_checks import (
@@ -36,6 +37,7 @@ from tasks.encoding import build_encoder
 from tasks.features import extract_features
 from tasks.graph import graph_shards
 from tasks.model_names import names_of
+from tasks.plan import plan_run
 from tasks.residuals import write_residuals
 from tasks.tokenization import tokenize_corpus
 
@@ -552,7 +554,25 @@ def test_a_failed_gate_says_every_figure_and_trains_nothing_again(
         match=r"layer 0 \(trained here\) did not pass.*explained variance 0\..*L0 .*k = 6.*alive",
     ):
         prepare_dictionaries(strict, trained.storage, trained.shards)
+    plan = plan_of_dictionaries(strict, trained.storage)
+    assert plan.missing == len(trained.config.sae)
+    assert "sae layer 0 (trained here) did not pass its gate" in plan.reason
+    assert re.search(r"explained variance 0\.\d+ \(at least 1\.00, 0\.\d+ too little", plan.reason)
+    assert any("train.gate" in line for line in plan.details)
     assert prepare_dictionaries(trained.config, trained.storage, trained.shards) == trained.dictionaries
+    assert plan_of_dictionaries(trained.config, trained.storage).missing == 0
+    others = [
+        entry.model_copy(update={"train": entry.train.model_copy(update={"k": 5})})
+        for entry in strict.sae
+        if entry.train is not None
+    ]
+    changed = plan_of_dictionaries(strict.model_copy(update={"sae": others}), trained.storage)
+    assert "gate" not in changed.reason
+
+
+def plan_of_dictionaries(config: Config, storage: Storage) -> StagePlan:
+    [plan] = [plan for plan in plan_run(config, storage) if plan.stage == "dictionaries"]
+    return plan
 
 
 @pytest.mark.parametrize(
@@ -569,8 +589,15 @@ def test_the_gate_refuses_each_shortcoming(change: dict[str, float]) -> None:
     }
     entry = Sae(layer=3, train=Train(d_sae=8, k=2))
     check_gate(good, Gate(), entry)
-    with pytest.raises(DictionaryError, match="gate"):
+    with pytest.raises(DictionaryError, match="gate") as refused:
         check_gate({**good, **change}, Gate(), entry)
+    told = {
+        "explained_variance": "0.010 too little",
+        "l0": "off by 12%",
+        "alive_share": "1.0 points too few",
+    }
+    [short] = change
+    assert [name for name, words in told.items() if words in str(refused.value)] == [short]
 
 
 def test_one_document_is_too_few(model: Path, tmp_path: Path) -> None:

@@ -290,7 +290,10 @@ def test_budget_arithmetic() -> None:
 
 
 @pytest.mark.cluster
-def test_workers_give_what_one_process_gives(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_workers_give_what_one_process_gives(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.tokenization.SMALL_BYTES", 0)
     files = {name: tiny.texts(15, seed=index) for index, name in enumerate("abcd")}
     many, _ = run(make(tmp_path, tokenizer_folder, files, root="many"))
     ids, special = reference.tokenize(tokenizer_folder, [text for name in "abcd" for text in files[name]])
