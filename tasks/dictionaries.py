@@ -163,7 +163,7 @@ def refused_dictionaries(config: Config, storage: Storage, shards: CorpusShards)
         folder = folders[entry.layer]
         if folder in done:
             try:
-                _checked(entry, folder.removeprefix("dictionaries/"), done[folder], dimensions)
+                _checked(config, entry, folder.removeprefix("dictionaries/"), done[folder], dimensions)
             except DictionaryError as error:
                 refused.append(error)
     return refused
