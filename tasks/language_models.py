@@ -18,7 +18,7 @@ import torch
 from infra.errors import ModelError
 from infra.storage import Storage
 from schemas.config import Model
-from tasks.model_loading import find_blocks, load_module
+from tasks.model_loading import find_blocks, load_module, residual_of, with_residual
 from tasks.models import context_length, require_causal, require_known, text_config
 from tasks.text_generation import continuations
 
@@ -165,7 +165,7 @@ class LanguageModel:
             raise ModelError(f"{self.name} has no block {layer}: it has {len(self.blocks)}", hint=known)
 
         def hook(_module: Any, _inputs: Any, output: Any) -> Any:
-            return (replace(output[0]), *output[1:]) if isinstance(output, tuple) else replace(output)
+            return with_residual(output, replace(residual_of(output)))
 
         handle = self.blocks[layer].register_forward_hook(hook)
         self._replacements += 1

@@ -130,6 +130,13 @@ def residual_of(output: Any) -> torch.Tensor:
     return residual
 
 
+def with_residual(output: Any, residual: torch.Tensor) -> Any:
+    """What a block gives, with another residual stream in it."""
+    if isinstance(output, list):
+        return [residual, *output[1:]]
+    return (residual, *output[1:]) if isinstance(output, tuple) else residual
+
+
 def _what_blocks_give(
     module: Any, lists: list[torch.nn.ModuleList]
 ) -> list[list[tuple[int, ...] | None]] | None:

@@ -212,7 +212,8 @@ def test_a_blocks_output_is_replaced_and_restored(
         pass
 
 
-def test_a_block_that_gives_a_tuple_is_replaced_too(folder: Path) -> None:
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_a_block_that_gives_several_things_is_replaced_too(folder: Path, kind: type) -> None:
     model = load(folder)
 
     class InATuple(torch.nn.Module):
@@ -221,12 +222,13 @@ def test_a_block_that_gives_a_tuple_is_replaced_too(folder: Path) -> None:
             self.block = block
 
         def forward(self, *arguments: Any, **keywords: Any) -> Any:
-            return (self.block(*arguments, **keywords), "cache")
+            return kind([self.block(*arguments, **keywords), "cache"])
 
     wrapped = InATuple(model.blocks[0])
     model.blocks[0] = wrapped
     with model.replaced(0, torch.zeros_like):
         output = wrapped(torch.ones(1, 2, tiny.D_MODEL), position_embeddings=_rotary(model))
+    assert isinstance(output, kind)
     assert output[1] == "cache"
     assert not output[0].any()
 
