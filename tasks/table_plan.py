@@ -181,12 +181,10 @@ def graph_inputs(features: Sequence[FeatureShard], layer: int | None = None) -> 
             for feature in wanted
         ]
 
-    counts = files(lambda feature: feature.counts_file)
     return {
         "activations": files(lambda feature: f"{feature.folder}/activations.parquet"),
         "shard_edges": files(lambda feature: f"{feature.folder}/edges.parquet"),
-        # Their first file says what columns the view has: those of token shards have one more.
-        "shard_graph_counts": sorted(counts, key=lambda file: not file.name.endswith("/counts.parquet")),
+        "shard_graph_counts": files(lambda feature: feature.counts_file),
     }
 
 

@@ -14,6 +14,7 @@ import reference
 import tiny
 import torch
 
+from infra.duck import open_duckdb, view_of_shards
 from infra.errors import ConfigError, ExpectationError, ModelError
 from infra.storage import Storage
 from schemas.config import Config
@@ -25,6 +26,7 @@ from tasks.features import extract_features, find_features
 from tasks.graph import graph_shards
 from tasks.models import load_model, model_key
 from tasks.shard_checks import ASKED
+from tasks.table_plan import graph_inputs
 from tasks.tokenization import tokenize_corpus
 from tasks.validation import check_features
 from tasks.windows import read_shard_tokens
@@ -389,6 +391,12 @@ def test_a_whole_shards_counts_are_those_of_its_tokens(parts: Path, tmp_path: Pa
         counts = storage.read_parquet(shard.counts_file, columns=["token_id", "count"])
         assert sum(counts["count"].to_pylist()) == shard.part.n_tokens
         assert storage.exists(f"{shard.folder}/counts.parquet") == shard.has_counts
+    assert {shard.has_counts for shard in of_cut} == {True, False}
+    with open_duckdb(storage) as connection:
+        files = graph_inputs(of_cut)["shard_graph_counts"]
+        view_of_shards(connection, storage, "shard_graph_counts", files)
+        counted = connection.execute("SELECT sum(count) FROM shard_graph_counts").fetchone()
+    assert counted == (sum(shard.part.n_tokens for shard in of_cut),)
 
 
 def test_what_a_shard_says_of_its_extent_is_what_is_stored(parts: Path, tmp_path: Path) -> None:
