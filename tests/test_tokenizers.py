@@ -145,7 +145,7 @@ def test_the_corpus_is_counted_as_the_file_says(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(tokenization, "_Watched", InThisProcess)
     folder = saved(tmp_path / "model", own(BYTE_LEVEL), model_type="qwen2", tokenizer_class="Qwen2Tokenizer")
     with_holes(folder)
-    corpus = write_jsonl(tmp_path / "a.jsonl", ["in 2024", "the last tokens: moon naïve 2039 1039"])
+    corpus = write_jsonl(tmp_path / "a.jsonl", ["in 2024", "the last tokens: café in Zürich"])
     config = Config.model_validate(
         {
             "corpus": {"urls": [str(corpus)]},
