@@ -19,8 +19,9 @@ from prefect.artifacts import (
     create_table_artifact,
 )
 
+from infra import verified
 from infra.addresses import without_credentials
-from infra.duck import CATALOG, connect, read_catalog
+from infra.duck import CATALOG, connect, read_catalog, telling_damage
 from infra.published import REPORT, browser_address, note_root, report_page
 from infra.storage import Storage
 from schemas.config import Config
@@ -102,7 +103,7 @@ def show_growth(storage: Storage, grown: Sequence[GrownSae]) -> None:
         {
             "model": entry.checkpoint.series,
             "step": entry.checkpoint.step,
-            **storage.read_parquet(f"{entry.folder}/learned.parquet").to_pylist()[0],
+            **verified.read_table(storage, f"{entry.folder}/learned.parquet").to_pylist()[0],
         }
         for entry in grown
     ]
@@ -113,7 +114,9 @@ def show_reactivation(storage: Storage, read: Sequence[CaseFeatures]) -> None:
     """A table of the cases: their prompts, and how many tokens were read."""
     rows = []
     for case in read:
-        prompts = storage.read_parquet(f"{case.folder}/prompt_tokens.parquet", columns=["prompt"])["prompt"]
+        prompts = verified.read_table(storage, f"{case.folder}/prompt_tokens.parquet", columns=["prompt"])[
+            "prompt"
+        ]
         rows.append(
             {
                 "case": case.case,
@@ -149,7 +152,7 @@ def _trait_rows(storage: Storage, trait: TraitFeatures) -> list[dict[str, Any]]:
 
     [best] = [layer for layer in load_layers(storage, trait) if layer.is_most_informative]
     [folder] = [entry.folder for entry in trait.layers if entry.layer == best.layer]
-    features = storage.read_parquet(f"{folder}/trait_features.parquet").to_pylist()
+    features = verified.read_table(storage, f"{folder}/trait_features.parquet").to_pylist()
     return [
         {
             "trait": trait.trait,
@@ -164,7 +167,7 @@ def _trait_rows(storage: Storage, trait: TraitFeatures) -> list[dict[str, Any]]:
 
 
 def _steered_rows(storage: Storage, made: SteeredPrompt) -> list[dict[str, Any]]:
-    rows = storage.read_parquet(f"{made.folder}/steering.parquet").to_pylist()
+    rows = verified.read_table(storage, f"{made.folder}/steering.parquet").to_pylist()
     places = [row["place"] for row in rows if row["control"] == "trait"]
     shown = ("case", "prompt", "mode", "place", "strength", "baseline_text", "steered_text")
     return [
@@ -177,7 +180,7 @@ def _steered_rows(storage: Storage, made: SteeredPrompt) -> list[dict[str, Any]]
 def show_tables(config: Config, storage: Storage) -> None:
     """Tables of the function tokens and, where the graph is published, of the coverage per layer; a link."""
     published = read_catalog(storage).tables
-    with connect(storage, config.duckdb) as connection:
+    with telling_damage(), connect(storage, config.duckdb) as connection:
         shared = shared_texts(connection) if "tokens" in published else frozenset()
         if "tokens" in published:
             rows = connection.execute(
@@ -230,7 +233,7 @@ def show_heat_maps(config: Config, storage: Storage) -> None:
     from tasks.steering_rows import RULE, heat_maps
 
     published = read_catalog(storage).tables
-    with connect(storage, config.duckdb) as connection:
+    with telling_damage(), connect(storage, config.duckdb) as connection:
         if "steering_effects" in published:
             found = connection.execute(
                 "SELECT mode, place, control, strength, n, target_logprob_delta, advantage, kl, "

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from infra.addresses import refuse_secrets
-from infra.duck import CATALOG, connect, read_catalog
+from infra.duck import CATALOG, connect, read_catalog, telling_damage
 from infra.errors import FunctokError
 from infra.published import REPORT
 from infra.run_api import chosen_api
@@ -55,7 +55,8 @@ def run_pipeline(
             from flows.reproduce import run
 
             run(config, only=only, start_from=start_from, debug=debug, api=api)
-    show_results(config, storage, time.monotonic() - started)
+    with telling_damage():
+        show_results(config, storage, time.monotonic() - started)
 
 
 def show_results(config: Config, storage: Storage, seconds: float) -> None:

@@ -17,7 +17,7 @@ from typing import IO, Any
 import duckdb
 import pyarrow as pa
 
-from infra.duck import connect, read_catalog
+from infra.duck import connect, read_catalog, telling_damage
 from infra.errors import ConfigError, FunctokError
 from infra.interrupt import ends_query_only, one_query
 from infra.storage import Storage
@@ -181,7 +181,8 @@ def _connected(storage: Storage) -> Any:
 @contextmanager
 def _explained() -> Iterator[None]:
     try:
-        yield
+        with telling_damage():
+            yield
     except BrokenPipeError:
         # The reader of our output has seen enough.
         sys.stdout = io.TextIOWrapper(io.BytesIO())

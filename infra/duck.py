@@ -3,6 +3,10 @@
 `connect(storage)` opens an in-memory database whose views are the published tables of that root: the names
 and columns of the contract, over Parquet files that any tool can read. What is published is named by
 `catalog.json`, which is replaced whole, so a reader sees the tables of one finished run.
+
+DuckDB reads no page checksums (2.0), so a view's files are hashed against their manifests before a query reads them
+(`infra.verified.check_files`): the view asks for its files by a function of ours, which DuckDB calls whenever it
+binds the view, and so for no table that a query leaves alone.
 """
 
 from __future__ import annotations
@@ -10,15 +14,19 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import duckdb
 
 from infra.cluster import available_cores
-from infra.errors import ConfigError
+from infra.errors import ConfigError, FunctokError
 from infra.interrupt import ends_on_interrupt
 from infra.storage import Storage
+from infra.verified import check_files
 from schemas.config import DuckDb
 from schemas.tables import TABLES
 
@@ -150,22 +158,92 @@ def connect(storage: Storage, resources: DuckDb | None = None) -> Any:
 
 
 def create_views(
-    connection: Any, storage: Storage, catalog: Catalog, shards_schema: str | None = None
+    connection: Any,
+    storage: Storage,
+    catalog: Catalog,
+    shards_schema: str | None = None,
+    *,
+    checked: bool = True,
 ) -> None:
     """Create one view for each published table.
 
     A table kept by shard gets its global `doc_id` (and `source`, `layer`, `model`, `step`) from the small table
     `_shards_<table>` (in `shards_schema`, where given), so that a shard's file does not change when other
     files join the corpus.
+
+    Args:
+        connection: Where.
+        storage: Where the files are.
+        catalog: What is published, or is to be.
+        shards_schema: Schema of the small tables.
+        checked: Whether the views hash their files before they are read; a database that other clients open cannot.
+
+    Raises:
+        DamagedError: if a file is damaged so that its columns cannot be read; later, from a query, as the cause of
+            DuckDB's error (`telling_damage`).
     """
-    # A folder above the root that is called layer=7 is no column of ours: no hive partitioning.
     for table, name in catalog.tables.items():
-        connection.execute(
-            f"CREATE OR REPLACE VIEW {table} AS SELECT * "
-            f"FROM read_parquet({_text(storage.url(name))}, hive_partitioning = false)"
+        _create_view(
+            connection, storage, table, [name], checked, "SELECT * FROM read_parquet({files}{options})"
         )
     for table, files in catalog.sharded.items():
-        view_of_shards(connection, storage, table, files, shards_schema)
+        view_of_shards(connection, storage, table, files, shards_schema, checked=checked)
+
+
+@contextmanager
+def telling_damage() -> Iterator[None]:
+    """Raise, in place of DuckDB's error about a function of ours, what that function raised.
+
+    Raises:
+        FunctokError: why a view's files were refused.
+    """
+    try:
+        yield
+    except duckdb.Error as error:
+        for refusal in _refusals:
+            if refusal.message in str(error):
+                raise refusal from error
+        raise
+
+
+_refusals: deque[FunctokError] = deque(maxlen=16)
+
+
+def _create_view(
+    connection: Any, storage: Storage, view: str, names: Sequence[str], checked: bool, select: str
+) -> None:
+    """Create a view whose SQL reads `{files}` with `{options}`."""
+    urls = [storage.url(name) for name in dict.fromkeys(names)]
+    # A folder above the root that is called layer=7 is no column of ours: no hive partitioning.
+    options = ", hive_partitioning = false"
+    if not checked:
+        listed = f"[{', '.join(_text(url) for url in urls)}]"
+        connection.execute(f"CREATE OR REPLACE VIEW {view} AS {select.format(files=listed, options=options)}")
+        return
+    is_in_use = False
+
+    def files() -> list[str]:
+        if is_in_use:
+            try:
+                check_files(storage, names)
+            except FunctokError as error:
+                _refusals.appendleft(error)
+                raise
+        return urls
+
+    function = f"files_of_{view}"
+    with suppress(duckdb.Error):
+        connection.remove_function(function)
+    connection.create_function(function, files, [], "VARCHAR[]")
+    try:
+        connection.execute(
+            f"CREATE OR REPLACE VIEW {view} AS {select.format(files=f'{function}()', options=options)}"
+        )
+    except duckdb.Error:
+        # The columns are read here, from the first file.
+        check_files(storage, names)
+        raise
+    is_in_use = True
 
 
 SHARDED_SELECT = {
@@ -203,8 +281,10 @@ def view_of_shards(
     table: str,
     files: list[ShardFile],
     shards_schema: str | None = None,
+    *,
+    checked: bool = True,
 ) -> None:
-    """Create the view `table` over its shards' files."""
+    """Create the view `table` over its shards' files; arguments and errors as those of `create_views`."""
     import pyarrow as pa
 
     if not files:
@@ -232,12 +312,11 @@ def view_of_shards(
     connection.execute(f"CREATE OR REPLACE TABLE {shards} AS SELECT * FROM _rows")
     connection.unregister("_rows")
     # Files of equal content share a shard: each is read once and joined with every place it stands in.
-    listed = ", ".join(_text(url) for url in dict.fromkeys(urls))
-    connection.execute(
-        f"CREATE OR REPLACE VIEW {table} AS SELECT {SHARDED_SELECT[table]} "
-        f"FROM read_parquet([{listed}], filename = true, hive_partitioning = false) AS f "
+    select = (
+        f"SELECT {SHARDED_SELECT[table]} FROM read_parquet({{files}}, filename = true{{options}}) AS f "
         f"JOIN {shards} AS s ON s.url = f.filename"
     )
+    _create_view(connection, storage, table, [file.name for file in files], checked, select)
 
 
 def _text(value: str) -> str:

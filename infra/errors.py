@@ -70,6 +70,12 @@ class StorageError(FunctokError):
     retryable = True
 
 
+class DamagedError(StorageError):
+    """A stored file is not what was written: trying again cannot help, making it anew can."""
+
+    retryable = False
+
+
 @contextmanager
 def about(subject: str = "", *, stage: str = "") -> Iterator[None]:
     """Say in every error of the block what it is about, and in which stage it is.

@@ -13,6 +13,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import fsspec
@@ -54,20 +55,15 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a local file, remembered until the file changes."""
     stat = path.stat()
     identity = _identity(path, stat)
-    name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
-    remembered = LOCAL_CACHE / "hashes" / name
-    try:
-        known = remembered.read_text()
-        if len(known) == 64:
-            return known
-    except OSError:
-        known = ""
+    known = recall(identity)
+    if known is not None:
+        return known
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     # Within a clock tick of a change, another one could leave the same times.
     is_settled = time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > _SETTLED_NS
     if is_settled and _identity(path, path.stat()) == identity:
-        _remember(remembered, digest)
+        remember(identity, digest)
     return digest
 
 
@@ -88,7 +84,18 @@ def folder_hash(folder: Path, suffixes: tuple[str, ...]) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _remember(place: Path, digest: str) -> None:
+def recall(identity: Sequence[str | int]) -> str | None:
+    """The hash that is remembered of what is so identified, or None."""
+    try:
+        known = _place(identity).read_text()
+    except OSError:
+        return None
+    return known if len(known) == 64 else None
+
+
+def remember(identity: Sequence[str | int], digest: str) -> None:
+    """Remember a hash on this machine."""
+    place = _place(identity)
     # A cache that cannot be written only costs time.
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -98,3 +105,8 @@ def _remember(place: Path, digest: str) -> None:
         os.replace(aside, place)
     except OSError:
         return
+
+
+def _place(identity: Sequence[str | int]) -> Path:
+    name = hashlib.sha256(json.dumps(list(identity)).encode()).hexdigest()[:32]
+    return LOCAL_CACHE / "hashes" / name

@@ -131,6 +131,10 @@ def _read_index(storage: Storage, top: str) -> dict[str, bytes]:
 
 
 def _write_index(storage: Storage, top: str, contents: Mapping[str, bytes]) -> None:
-    files = {name: content.decode() for name, content in sorted(contents.items())}
+    files = {}
+    for name, content in sorted(contents.items()):
+        # One that is damaged is told by who reads it.
+        with suppress(UnicodeDecodeError):
+            files[name] = content.decode()
     value = json.dumps({"version": VERSION, "files": files}, ensure_ascii=False)
     storage.write_bytes(index_name(top), gzip.compress(value.encode(), compresslevel=6, mtime=0))

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from infra.errors import DamagedError
 from infra.index import read_known, remember_files
-from infra.storage import Storage, StoredFile, json_bytes
+from infra.storage import REPAIR, Storage, StoredFile, json_bytes, unsealed
 
 MANIFEST = "manifest.json"
 
@@ -74,6 +76,7 @@ def commit(storage: Storage, folder: str, manifest: Manifest, written: Iterable[
         hashes={name: file.sha256 for name, file in files.items()},
     )
     storage.write_json(f"{folder}/{MANIFEST}", asdict(done))
+    _keep(storage, folder, done)
     return done
 
 
@@ -89,13 +92,17 @@ def load_all(storage: Storage, folders: Iterable[str]) -> dict[str, Manifest]:
     and will be made again.
     """
     wanted = list(dict.fromkeys(folders))
+    for asked in _asked:
+        asked.update(wanted)
     known = read_known(storage, [f"{folder}/{MANIFEST}" for folder in wanted])
     manifests: dict[str, Manifest] = {}
     for folder in wanted:
         try:
-            manifest = Manifest(**json.loads(known.contents[f"{folder}/{MANIFEST}"]))
-        except (KeyError, ValueError, TypeError):
+            name = f"{folder}/{MANIFEST}"
+            manifest = from_json(known.contents[name], storage.url(name))
+        except (KeyError, DamagedError):
             continue
+        _keep(storage, folder, manifest)
         if all(known.sizes.get(f"{folder}/{name}") == size for name, size in manifest.files.items()):
             manifests[folder] = manifest
     return manifests
@@ -114,3 +121,60 @@ def remember(storage: Storage, manifests: Mapping[str, Manifest]) -> None:
 def manifest_files(manifests: Mapping[str, Manifest]) -> dict[str, bytes]:
     """Folder to manifest as file name to content, as it is stored."""
     return {f"{folder}/{MANIFEST}": json_bytes(asdict(manifest)) for folder, manifest in manifests.items()}
+
+
+def manifests_of(storage: Storage, folders: Iterable[str]) -> dict[str, Manifest]:
+    """The manifests of folders, whether or not their files are there; those read before are not read again.
+
+    Raises:
+        DamagedError: naming a manifest that is damaged.
+    """
+    wanted = list(folders)
+    absent = [folder for folder in wanted if (storage, folder) not in _read]
+    for name, content in storage.read_many([f"{folder}/{MANIFEST}" for folder in absent]).items():
+        _keep(storage, name[: -len(MANIFEST) - 1], from_json(content, storage.url(name)))
+    return {folder: _read[storage, folder] for folder in wanted if (storage, folder) in _read}
+
+
+_read: dict[tuple[Storage, str], Manifest] = {}
+_MOST_KEPT = 200_000
+"""Manifests that a process remembers: some 2 KB each."""
+
+
+def forget(storage: Storage, folder: str) -> None:
+    """Read a folder's manifest again the next time: another process may have made the folder anew."""
+    _read.pop((storage, folder), None)
+
+
+def _keep(storage: Storage, folder: str, manifest: Manifest) -> None:
+    if len(_read) >= _MOST_KEPT:
+        _read.clear()
+    _read[storage, folder] = manifest
+
+
+def from_json(content: bytes, place: str) -> Manifest:
+    """A manifest as it is stored.
+
+    Raises:
+        DamagedError: if it is damaged, naming `place`.
+    """
+    value = unsealed(content, place)
+    try:
+        return Manifest(**value)
+    except TypeError as error:
+        raise DamagedError(f"{place} is damaged: it is no manifest ({error})", hint=REPAIR) from error
+
+
+@contextmanager
+def asked_for() -> Iterator[set[str]]:
+    """Collect the folders that are asked for in the block: those that are current for who asks."""
+    asked: set[str] = set()
+    _asked.append(asked)
+    try:
+        yield asked
+    finally:
+        _asked.remove(asked)
+
+
+_asked: list[set[str]] = []
+

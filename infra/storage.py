@@ -27,13 +27,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.addresses import root_name
-from infra.errors import ConfigError, StorageError
+from infra.errors import ConfigError, DamagedError, StorageError
 from infra.remote_reading import ReadingFileSystem, RemoteFile
 from infra.storage_errors import told, way_out
 
 LOCAL_CACHE = Path(os.environ.get("FUNCTOK_CACHE", Path.home() / ".cache" / "functok"))
 _AT_ONCE = 16
 _CHUNK = 8 << 20
+_PIECE = 64 << 20
+"""Bytes of a remote file that are hashed at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,21 @@ class StoredFile:
     name: str
     size: int
     sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundFile:
+    """A file as a listing shows it.
+
+    Attributes:
+        size: Bytes.
+        modified: When it was written, in seconds since 1970.
+        identity: What its store promises changes with the content (an ETag); empty where it promises nothing.
+    """
+
+    size: int
+    modified: float
+    identity: str = ""
 
 
 class FileBeingWritten:
@@ -108,11 +125,6 @@ class PlaceToWrite:
     def __init__(self, path: str) -> None:
         self.path = path
         self.stored: StoredFile | None = None
-
-
-def json_bytes(value: Any) -> bytes:
-    """A JSON value as it is stored, keys sorted."""
-    return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False).encode()
 
 
 class Storage:
@@ -238,6 +250,42 @@ class Storage:
             if info.get("type") == "file" and not _is_temporary(path)
         }
 
+    def listing(self, prefix: str = "") -> dict[str, FoundFile]:
+        """Every file under `prefix`, what a killed writer left aside included: relative name to what is known of it."""
+        with self._explained(prefix):
+            try:
+                found = self.fs.find(self.full(prefix), detail=True)
+            except FileNotFoundError:
+                return {}
+        start = len(self.path) + 1
+        return {
+            path[start:]: FoundFile(
+                size=int(info["size"]),
+                modified=_seconds(info.get("mtime") or info.get("LastModified")),
+                identity=str(info.get("ETag") or info.get("etag") or ""),
+            )
+            for path, info in found.items()
+            if info.get("type") == "file"
+        }
+
+    def hash_of(self, name: str, size: int) -> str:
+        """SHA-256 of a file of `size` bytes, read as it is now.
+
+        Raises:
+            FileNotFoundError: if it is not there.
+        """
+        with self._explained(name):
+            if self.is_local:
+                with open(self.full(name), "rb") as file:
+                    return hashlib.file_digest(file, "sha256").hexdigest()
+            # Not fs.open: it asks for the size first, which costs as much as a small file.
+            if size <= _PIECE:
+                return hashlib.sha256(self.fs.cat_file(self.full(name))).hexdigest()
+            digest = hashlib.sha256()
+            for start in range(0, size, _PIECE):
+                digest.update(self.fs.cat_file(self.full(name), start=start, end=min(start + _PIECE, size)))
+            return digest.hexdigest()
+
     def read_bytes(self, name: str) -> bytes:
         """The content of `name`.
 
@@ -266,17 +314,16 @@ class Storage:
         return {name: content for name, content in zip(names, contents, strict=True) if content is not None}
 
     def read_json(self, name: str) -> Any:
-        """The JSON value in `name`, or None where there is none."""
+        """The JSON value in `name`, or None where there is none.
+
+        Raises:
+            DamagedError: if it is not what `write_json` wrote.
+        """
         try:
             content = self.read_bytes(name)
         except FileNotFoundError:
             return None
-        try:
-            return json.loads(content)
-        except ValueError as error:
-            raise StorageError(
-                f"{self.url(name)} is not valid JSON: {error}", hint="delete it and run again"
-            ) from error
+        return unsealed(content, self.url(name))
 
     @contextmanager
     def write(self, name: str) -> Iterator[FileBeingWritten]:
@@ -344,12 +391,14 @@ class Storage:
         return file.stored
 
     def write_json(self, name: str, value: Any) -> StoredFile:
-        """Write a JSON value, keys sorted."""
+        """Write a JSON value, keys sorted; an object gets a checksum of itself."""
         return self.write_bytes(name, json_bytes(value))
 
     def write_parquet(self, name: str, table: pa.Table, **options: Any) -> StoredFile:
         """Write an Arrow table as Parquet (zstd unless told otherwise)."""
         options.setdefault("compression", "zstd")
+        # Other tools may ask for them when they read: pyarrow does, DuckDB 2.0 does not.
+        options.setdefault("write_page_checksum", True)
         with self.write(name) as file:
             pq.write_table(table, file, **options)
         return file.stored
@@ -447,6 +496,62 @@ class Storage:
             raise StorageError(f"storage failed at {self.url(name)}: {told(error)}", hint=hint) from error
 
 
+REPAIR = "`functok verify --repair CONFIG` makes anew what is damaged, and what was made from it"
+"""The way out wherever a stored file is not what was written."""
+
+_CHECKSUM = "checksum"
+
+
+def json_bytes(value: Any) -> bytes:
+    """JSON as it is stored: keys sorted, and in an object the key `checksum`, of the rest of it."""
+    if isinstance(value, dict):
+        # As it will be read: numbers that are keys become text, and sort as text.
+        value = json.loads(_json(value))
+        value.pop(_CHECKSUM, None)
+        value[_CHECKSUM] = hashlib.sha256(_json(value)).hexdigest()
+    return _json(value)
+
+
+def unsealed(content: bytes, place: str) -> Any:
+    """The value of stored JSON, its checksum taken out; JSON from before checksums is taken as it is.
+
+    Args:
+        content: The file.
+        place: Its address, for the error.
+
+    Raises:
+        DamagedError: if it is no JSON, or not what its checksum says.
+    """
+    try:
+        value = json.loads(content)
+    except ValueError as error:
+        raise DamagedError(f"{place} is not valid JSON: it is damaged ({error})", hint=REPAIR) from error
+    if isinstance(value, dict):
+        # All of it, so that a byte between the values counts too, and one in the name of the checksum.
+        if (_CHECKSUM in value or _has_checksum(value)) and json_bytes(value) != content:
+            raise DamagedError(f"{place} is damaged: it is not what its checksum says", hint=REPAIR)
+        value.pop(_CHECKSUM, None)
+    return value
+
+
+def is_sealed(content: bytes) -> bool:
+    """Whether stored JSON carries a checksum."""
+    return f'"{_CHECKSUM}"'.encode() in content
+
+
+def _has_checksum(value: dict[str, Any]) -> bool:
+    """Whether a value is the checksum of all others, under whatever name."""
+    digests = [key for key, entry in value.items() if isinstance(entry, str) and len(entry) == 64]
+    return any(
+        hashlib.sha256(_json({k: entry for k, entry in value.items() if k != key})).hexdigest() == value[key]
+        for key in digests
+    )
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False).encode()
+
+
 def _check_address(*addresses: str | None) -> None:
     for address in addresses:
         if address and re.search(r"://[^/]*@", address):
@@ -468,6 +573,12 @@ def _abort(file: Any) -> None:
     with suppress(Exception):
         if hasattr(file, "discard"):
             file.discard()
+
+
+def _seconds(time: Any) -> float:
+    if hasattr(time, "timestamp"):
+        return float(time.timestamp())
+    return float(time or 0.0)
 
 
 def _protocols(fs: Any) -> tuple[str, ...]:

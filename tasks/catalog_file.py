@@ -10,6 +10,7 @@ import duckdb
 from infra.duck import create_views, open_duckdb, read_catalog
 from infra.errors import ConfigError, StorageError
 from infra.storage import Storage
+from infra.verified import check_files
 from schemas.config import DuckDb
 
 LEFT_IN_PLACE = ("activations", "edges", "occurrences", "token_losses")
@@ -34,6 +35,7 @@ def write_catalog_file(storage: Storage, path: str, resources: DuckDb) -> None:
 
     Raises:
         ConfigError: if nothing is published, or `path` is a folder or a file that is no DuckDB database.
+        DamagedError: if a file that is copied is not what was written.
         StorageError: if the file cannot be written or a table cannot be read.
     """
     catalog = read_catalog(storage)
@@ -46,6 +48,11 @@ def write_catalog_file(storage: Storage, path: str, resources: DuckDb) -> None:
         raise ConfigError(
             f"{target} is there and is no DuckDB file", hint="give another name: it is not overwritten"
         )
+    copied = [name for table, name in catalog.tables.items() if table not in LEFT_IN_PLACE]
+    copied += [
+        file.name for table, files in catalog.sharded.items() if table not in LEFT_IN_PLACE for file in files
+    ]
+    check_files(storage, copied)
     aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +61,7 @@ def write_catalog_file(storage: Storage, path: str, resources: DuckDb) -> None:
             connection.execute(f"ATTACH '{place}' AS made (STORAGE_VERSION '{STORAGE_VERSION}')")
             connection.execute("USE made")
             connection.execute("CREATE SCHEMA data")
-            create_views(connection, storage, catalog, shards_schema="data")
+            create_views(connection, storage, catalog, shards_schema="data", checked=False)
             for table in (*catalog.tables, *catalog.sharded):
                 if table not in LEFT_IN_PLACE:
                     connection.execute(f"CREATE TABLE data.{table} AS SELECT * FROM main.{table}")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pyarrow as pa
 
+from infra import verified
 from infra.duck import Catalog, ShardFile, read_catalog
 from infra.errors import StorageError
 from infra.progress import Progress, one_by_one, silent
@@ -164,7 +165,7 @@ def _whole(
 
 def _intervals(storage: Storage, losses: Sequence[ShardFile], resamples: int) -> pa.Table:
     schema = pa.schema([("model", pa.string()), ("step", pa.int64()), *INTERVALS])
-    found = [(file, bucket_intervals(storage.read_parquet(file.name), resamples)) for file in losses]
+    found = [(file, bucket_intervals(verified.read_table(storage, file.name), resamples)) for file in losses]
     return pa.concat_tables(
         [schema.empty_table(), *(_named(intervals, file, schema) for file, intervals in found)]
     )
@@ -173,7 +174,7 @@ def _intervals(storage: Storage, losses: Sequence[ShardFile], resamples: int) ->
 def _gathered(storage: Storage, table: str, files: Sequence[ShardFile]) -> pa.Table:
     """Small files of checkpoints or series under each other, their rows in the order that they have."""
     schema = TABLES[table]
-    return pa.concat_tables([_named(storage.read_parquet(file.name), file, schema) for file in files])
+    return pa.concat_tables([_named(verified.read_table(storage, file.name), file, schema) for file in files])
 
 
 def _named(rows: pa.Table, file: ShardFile, schema: pa.Schema) -> pa.Table:

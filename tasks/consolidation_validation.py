@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from infra import verified
 from infra.duck import open_duckdb
 from infra.manifest import load_all
 from infra.storage import Storage
@@ -145,7 +146,7 @@ def check_growth(config: Config, storage: Storage, grown: Sequence[GrownSae]) ->
         return
     learned = []
     for sae in saes:
-        found = storage.read_parquet(f"{sae['folder']}/learned.parquet").to_pylist()
+        found = verified.read_table(storage, f"{sae['folder']}/learned.parquet").to_pylist()
         learned += [{**sae, **row, "n_rows": len(found)} for row in found or [{}]]
     units = {
         feature.folder: stored_feature_unit(feature, entry.dictionary.d_sae)
@@ -184,7 +185,7 @@ def check_generations(config: Config, storage: Storage, generated: Sequence[Gene
     rows = [
         {**checkpoint, **row}
         for checkpoint in checkpoints
-        for row in storage.read_parquet(f"{checkpoint['folder']}/generations.parquet").to_pylist()
+        for row in verified.read_table(storage, f"{checkpoint['folder']}/generations.parquet").to_pylist()
     ]
     with open_duckdb(storage, config.duckdb) as connection:
         put(connection, "checkpoints", rows_table(checkpoints, _MADE))

@@ -8,15 +8,19 @@ stages, and what it makes is put into the storage, wherever that is.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infra.storage import Storage
+from infra.errors import DamagedError
+from infra.manifest import MANIFEST, Manifest, commit, forget, manifests_of
+from infra.storage import Storage, StoredFile
 from schemas.expectation import Expectation
 from schemas.work import Stage
 
@@ -55,26 +59,51 @@ def judge(storage: Storage, stage: Stage, findings: Sequence[Finding]) -> dict[s
     """
     with tempfile.TemporaryDirectory(prefix="functok-expectations-") as folder:
         site, results = Path(folder) / "site", Path(folder) / "gx" / "uncommitted" / "validations"
-        there = storage.sizes(DATA_DOCS)
+        forget(storage, DATA_DOCS)
+        there, known = storage.sizes(DATA_DOCS), _hashes(storage, DATA_DOCS)
         _fetch(storage, DATA_DOCS, site, [name for name in there if "/validations/" in name], but=stage)
         _fetch(storage, RESULTS_FOLDER, results, list(storage.sizes(RESULTS_FOLDER)), but=stage)
         judged = _run_checkpoint(Path(folder), stage, findings)
         # Fonts, styles and images never change: they are put there once.
-        if f"{DATA_DOCS}/static/styles/data_docs_default_styles.css" in there:
+        kept = [
+            StoredFile(name=name, size=there[name], sha256=digest)
+            for name, digest in known.items()
+            if name.startswith(f"{DATA_DOCS}/static/") and name in there
+        ]
+        if kept:
             shutil.rmtree(site / "static", ignore_errors=True)
         storage.delete(f"{RESULTS_FOLDER}/{stage}")
         storage.delete(f"{DATA_DOCS}/validations/{stage}")
-        storage.upload(results / stage, f"{RESULTS_FOLDER}/{stage}")
-        storage.upload(site, DATA_DOCS)
+        made = Manifest(stage="validation", inputs={})
+        folder_of_results = f"{RESULTS_FOLDER}/{stage}"
+        commit(storage, folder_of_results, made, storage.upload(results / stage, folder_of_results))
+        commit(storage, DATA_DOCS, made, [*kept, *storage.upload(site, DATA_DOCS)])
     return judged
 
 
 def _fetch(storage: Storage, prefix: str, folder: Path, names: list[str], but: str) -> None:
-    kept = [name for name in names if f"/{but}/" not in name]
+    kept = [name for name in names if f"/{but}/" not in name and not name.endswith(f"/{MANIFEST}")]
+    folders = {name[: len(prefix) + 1] + name[len(prefix) + 1 :].split("/", 1)[0] for name in kept}
+    hashes = _hashes(storage, prefix, *folders)
     for name, content in storage.read_many(kept).items():
+        # What is damaged is shown no longer: the record of the stage's check says what was found.
+        if hashes.get(name) not in {None, hashlib.sha256(content).hexdigest()}:
+            continue
         target = folder / name[len(prefix) + 1 :]
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
+
+
+def _hashes(storage: Storage, *folders: str) -> dict[str, str]:
+    """SHA-256 by name of the files of those folders that have a manifest."""
+    found: dict[str, str] = {}
+    for folder in folders:
+        with suppress(DamagedError):
+            manifest = manifests_of(storage, [folder]).get(folder)
+            found |= {
+                f"{folder}/{name}": digest for name, digest in (manifest.hashes if manifest else {}).items()
+            }
+    return found
 
 
 def _run_checkpoint(folder: Path, stage: Stage, findings: Sequence[Finding]) -> dict[str, bool]:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from infra import verified
 from infra.errors import DictionaryError, whole_message
 from infra.manifest import Manifest, commit, content_key, load, load_all
 from infra.progress import Progress, silent
@@ -177,7 +178,7 @@ def load_dictionary(storage: Storage, dictionary: Dictionary, device: str | torc
     """
     from sae_lens import SAE
 
-    folder = storage.local_folder(dictionary.folder)
+    folder = verified.local_folder(storage, dictionary.folder)
     try:
         with quiet():
             return SAE.load_from_disk(folder, device=str(device), dtype="float32")

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from infra import verified
 from infra.errors import DictionaryError
 from infra.storage import Storage
 from schemas.config import Config, Train
@@ -44,7 +45,9 @@ class ResidualSample:
         train: Train,
         left_out: Sequence[npt.NDArray[np.bool_]] | None = None,
     ) -> None:
-        self.files = [storage.local_folder(shard.folder) / Path(shard.file).name for shard in shards]
+        self.files = [
+            verified.local_folder(storage, shard.folder) / Path(shard.file).name for shard in shards
+        ]
         docs = [_read_docs(file) for file in self.files]
         counted = [torch.unique_consecutive(doc, return_counts=True) for doc in docs]
         taken = n_documents_within([lengths.tolist() for _, lengths in counted], train.max_tokens)

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from infra import verified
 from infra.addresses import without_credentials
 from infra.errors import ModelError
 from infra.storage import Storage
@@ -146,7 +147,7 @@ def _from_disk(
 
     row_of_token = rows_of_tokens(tokens)
     with safe_open(
-        storage.local_folder(shard.folder) / f"layer-{shard.layer}.safetensors", framework="pt"
+        verified.local_folder(storage, shard.folder) / f"layer-{shard.layer}.safetensors", framework="pt"
     ) as file:
         residuals = file.get_tensor("residuals")
     for batch in plan:

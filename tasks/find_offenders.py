@@ -17,8 +17,10 @@ from typing import Any, TypeVar
 import duckdb
 import pyarrow as pa
 
-from infra.errors import ExpectationError, StorageError
+from infra.duck import telling_damage
+from infra.errors import ExpectationError, FunctokError, StorageError
 from infra.storage import Storage
+from infra.verified import check_files
 from schemas.expectation import Expectation, Keys, Query, Rows
 from tasks.data_docs import Finding
 
@@ -96,6 +98,7 @@ def find_in_units(
         The folders' answers, in the order of `units`.
 
     Raises:
+        DamagedError: if a folder offends, and a file of it is not what was written.
         ExpectationError: if a file lacks a column.
         StorageError: if a file cannot be read.
     """
@@ -118,7 +121,15 @@ def find_in_units(
                     cursor.execute(f"CREATE TEMP {kind} {view} AS SELECT *{constants} FROM {source}")
                 return _ask(cursor, asked, {view: totals[view] for view in totals if view in unit.files})
 
-        return _explained(storage.url(unit.folder), run)
+        try:
+            found = _explained(storage.url(unit.folder), run)
+        except FunctokError:
+            check_files(storage, unit.files.values())
+            raise
+        if any(finding.count for finding in found[0]):
+            # What offends may be a file that is damaged.
+            check_files(storage, unit.files.values())
+        return found
 
     workers = threads or min(8, os.cpu_count() or 1)
     with ThreadPoolExecutor(max_workers=workers, thread_name_prefix="functok-check") as pool:
@@ -193,7 +204,8 @@ def _rises(cursor: Any, view: str, keys: str) -> bool:
 
 def _explained(place: str, ask: Callable[[], T]) -> T:
     try:
-        return ask()
+        with telling_damage():
+            return ask()
     except (duckdb.BinderException, duckdb.CatalogException, duckdb.ConversionException) as error:
         raise ExpectationError(
             f"{place}: a table has not the columns that it should have: {error}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from infra import verified
 from infra.duck import create_views, open_duckdb
 from infra.manifest import load
 from infra.storage import Storage
@@ -33,7 +34,7 @@ def function_token_ids(config: Config, storage: Storage, shards: CorpusShards) -
         if group.key not in _computed:
             _computed[group.key] = _compute(config, storage, group)
         return _computed[group.key].copy()
-    table = storage.read_parquet(name, columns=["token_id", "is_function"])
+    table = verified.read_table(storage, name, columns=["token_id", "is_function"])
     is_function = table["is_function"].to_numpy(zero_copy_only=False)
     ids: npt.NDArray[np.int32] = np.sort(table["token_id"].to_numpy()[is_function])
     return ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from infra import verified
 from infra.errors import CorpusError
 from infra.storage import Storage
 from schemas.config import Config
@@ -46,7 +47,7 @@ def graph_shards(config: Config, shards: CorpusShards, storage: Storage) -> tupl
 
 
 def _fitting(storage: Storage, folder: str, n_documents: int, tokens_left: int | None) -> tuple[int, int]:
-    lengths = storage.read_parquet(f"{folder}/documents.parquet", columns=["n_tokens"])[
+    lengths = verified.read_table(storage, f"{folder}/documents.parquet", columns=["n_tokens"])[
         "n_tokens"
     ].to_pylist()
     total = 0

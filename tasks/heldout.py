@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from infra import verified
 from infra.errors import CorpusError, StorageError
 from infra.manifest import Manifest, commit, content_key, load_all
 from infra.storage import Storage
@@ -112,7 +113,7 @@ def document_hashes(
         if shard.folder in found:
             continue
         if folder in done:
-            table = storage.read_parquet(f"{folder}/heldout.parquet")
+            table = verified.read_table(storage, f"{folder}/heldout.parquet")
         else:
             table = _hashed(storage, shard)
             _keep(storage, folder, shard, table)

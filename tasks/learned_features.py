@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from infra import verified
 from infra.errors import CorpusError
 from infra.manifest import Manifest, commit, content_key, load
 from infra.progress import Progress, silent
@@ -168,7 +169,7 @@ def _folder(inputs: dict[str, Any]) -> str:
 
 
 def _restored(storage: Storage, folder: str, manifest: Manifest, d_sae: int) -> Judgement:
-    table = storage.read_parquet(f"{folder}/densities.parquet")
+    table = verified.read_table(storage, f"{folder}/densities.parquet")
     counts = np.zeros(d_sae, dtype=np.int64)
     counts[table["feature_id"].to_numpy()] = table["n"].to_numpy()
     clean, reconstructed, zero = manifest.stats["loss_units"]

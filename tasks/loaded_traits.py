@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from infra import verified
 from infra.errors import ConfigError
 from infra.storage import Storage
 from schemas.config import Config, steering_of
@@ -82,7 +83,7 @@ def load_layers(storage: Storage, found: TraitFeatures) -> tuple[TraitLayer, ...
     rows = [
         row
         for entry in found.layers
-        for row in storage.read_parquet(f"{entry.folder}/trait_layers.parquet").to_pylist()
+        for row in verified.read_table(storage, f"{entry.folder}/trait_layers.parquet").to_pylist()
     ]
     best = _largest({row["layer"]: row["separation"] or 0.0 for row in rows})
     columns = [name for name in TraitLayer.__annotations__ if name != "is_most_informative"]
@@ -96,7 +97,7 @@ def load_trait(storage: Storage, found: TraitFeatures) -> LoadedTrait:
     """Read what `compute_traits` has kept of a trait."""
     features = {}
     for entry in found.layers:
-        rows = storage.read_parquet(f"{entry.folder}/trait_features.parquet").to_pylist()
+        rows = verified.read_table(storage, f"{entry.folder}/trait_features.parquet").to_pylist()
         features[entry.layer] = tuple(
             TraitFeature(**{name: row[name] for name in TraitFeature.__annotations__}) for row in rows
         )

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from infra import verified
 from infra.errors import FunctokError, ModelError, whole_message
 from infra.hashing import file_hash, folder_hash
 from infra.manifest import Manifest, commit, content_key, load
@@ -50,7 +51,7 @@ def revision(model: Model) -> dict[str, str]:
 
 def local_model_folder(name: str, storage: Storage) -> Path:
     """The local folder of a model or tokenizer that lies in the storage (`storage:<folder>`)."""
-    return storage.local_folder(name.removeprefix(IN_STORAGE))
+    return verified.local_folder(storage, name.removeprefix(IN_STORAGE))
 
 
 def refuse_missing_folder(name: str, key: str) -> None:
@@ -113,7 +114,7 @@ def converted_gguf(model: Model, storage: Storage) -> Path:
             written = storage.upload(Path(aside), folder)
         manifest = Manifest(stage="model", inputs={"gguf": Path(model.name).name, "key": key})
         commit(storage, folder, manifest, written)
-    return storage.local_folder(folder)
+    return verified.local_folder(storage, folder)
 
 
 def _gguf_hash(model: Model) -> str:

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from infra import verified
 from infra.manifest import Manifest, commit, load_all
 from infra.storage import Storage
 from schemas.tables import SHARD_FILES
@@ -124,7 +125,7 @@ def load_curve(storage: Storage, plan: TrainingPlan, step: int) -> Curve:
     from safetensors.torch import load
 
     folder = _state_folder(plan, step)
-    small = load(storage.read_bytes(f"{folder}/curve.safetensors"))
+    small = load(verified.read_bytes(storage, f"{folder}/curve.safetensors"))
     torch.set_rng_state(small["random.cpu"])
     if plan.device.type == "cuda" and "random.cuda" in small:
         torch.cuda.set_rng_state(small["random.cuda"])
@@ -141,7 +142,7 @@ def load_tensors(storage: Storage, plan: TrainingPlan, step: int) -> tuple[Tenso
     """Full weights by name, and the optimizer's moments by name of the parameter, of a state."""
     from safetensors.torch import load
 
-    tensors = load(storage.read_bytes(f"{_state_folder(plan, step)}/state.safetensors"))
+    tensors = load(verified.read_bytes(storage, f"{_state_folder(plan, step)}/state.safetensors"))
     model: Tensors = {}
     moments: dict[str, Tensors] = {}
     for name, tensor in tensors.items():

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
-from infra.duck import CATALOG, connect
-from infra.errors import ConfigError
+from infra.duck import CATALOG, connect, telling_damage
+from infra.errors import ConfigError, DamagedError
 from infra.manifest import content_key
 from infra.progress import Progress, silent
 from infra.published import REPORT
@@ -61,17 +61,24 @@ def write_report(storage: Storage, resources: DuckDb | None = None, progress: Pr
         StorageError: if the tables cannot be read or the report cannot be written.
     """
     key = _report_key(storage)
-    with closing(connect(storage, resources)) as connection:
+    with telling_damage(), closing(connect(storage, resources)) as connection:
         html = build_report(connection, storage, progress)
-    storage.write_bytes(REPORT, html.encode("utf-8"))
-    storage.write_json(RECEIPT, {"key": key})
+    written = storage.write_bytes(REPORT, html.encode("utf-8"))
+    files = {"files": {REPORT: written.size}, "hashes": {REPORT: written.sha256}}
+    storage.write_json(RECEIPT, {"key": key, **files})
     return storage.url(REPORT)
 
 
 def is_report_current(storage: Storage) -> bool:
     """Whether the report is there and of the tables that are published now."""
-    receipt = storage.read_json(RECEIPT)
-    return bool(receipt) and receipt.get("key") == _report_key(storage) and storage.exists(REPORT)
+    try:
+        receipt = storage.read_json(RECEIPT)
+        if not receipt or receipt.get("key") != _report_key(storage):
+            return False
+        size, digest = receipt["files"][REPORT], receipt["hashes"][REPORT]
+        return storage.hash_of(REPORT, size) == digest
+    except (DamagedError, FileNotFoundError, KeyError):
+        return False
 
 
 def _report_key(storage: Storage) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from infra import verified
 from infra.errors import FunctokError, about
 from infra.manifest import Manifest, commit, load_all
 from infra.progress import Progress, silent
@@ -147,7 +148,7 @@ def _checked(config: Config, storage: Storage, units: Sequence[Unit]) -> set[str
 
 
 def _facts(storage: Storage, dictionaries: Sequence[Dictionary]) -> dict[int, Facts]:
-    saved = {entry.layer: storage.read_bytes(f"{entry.folder}/cfg.json") for entry in dictionaries}
+    saved = {entry.layer: verified.read_bytes(storage, f"{entry.folder}/cfg.json") for entry in dictionaries}
     return {layer: facts_of(json.loads(configuration)) for layer, configuration in saved.items()}
 
 

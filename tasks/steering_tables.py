@@ -11,6 +11,7 @@ from dataclasses import asdict
 
 import pyarrow as pa
 
+from infra import verified
 from infra.duck import Catalog, create_views, open_duckdb, read_catalog
 from infra.progress import Progress, one_by_one, silent
 from infra.storage import Storage, StoredFile
@@ -135,6 +136,6 @@ def _gathered(storage: Storage, table: str, results: SteeringResults) -> pa.Tabl
             if table == "steering"
             else [entry.folder for trait in traits for entry in trait.layers]
         )
-        read = (storage.read_parquet(f"{folder}/{table}.parquet") for folder in folders)
+        read = (verified.read_table(storage, f"{folder}/{table}.parquet") for folder in folders)
         rows = pa.concat_tables([part.select(schema.names).cast(schema) for part in read])
     return rows.sort_by([(name, "ascending") for name in SORTED_BY[table]]).combine_chunks()

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from infra import verified
 from infra.duck import open_duckdb
 from infra.errors import ExpectationError, StorageError
 from infra.manifest import load_all
@@ -57,7 +58,7 @@ def check_reactivation(
     with open_duckdb(storage, config.duckdb) as connection:
         for name, (entries, schema) in tables.items():
             put(connection, name, rows_table(entries, schema))
-        put(connection, "vocabulary", storage.read_parquet(shards.vocabulary))
+        put(connection, "vocabulary", verified.read_table(storage, shards.vocabulary))
         for name, view in (("prompt_tokens", "shards"), ("prompt_features", "layer_shards")):
             _put_files(connection, storage, name, [row["folder"] for row in rows[view]])
         views = {*tables, "vocabulary", "prompt_tokens", "prompt_features"}
@@ -208,7 +209,7 @@ def _put_files(connection: Any, storage: Storage, name: str, folders: Iterable[s
     put(connection, name, pa.schema([*schema, *place]).empty_table())
     for folder in dict.fromkeys(folders):
         try:
-            found = storage.read_parquet(f"{folder}/{name}.parquet")
+            found = verified.read_table(storage, f"{folder}/{name}.parquet")
         except (FileNotFoundError, pa.ArrowInvalid) as error:
             raise StorageError(
                 f"{storage.url(folder)}: {name}.parquet cannot be read: {error}",

@@ -9,7 +9,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from infra.duck import Catalog, create_views, open_duckdb
+from infra.duck import Catalog, create_views, open_duckdb, telling_damage
 from infra.errors import ConfigError, StorageError
 from infra.manifest import Manifest, commit, load
 from infra.storage import Storage, StoredFile
@@ -86,10 +86,11 @@ def explained(what: str, resources: DuckDb, storage: Storage) -> Iterator[None]:
 
     Raises:
         ConfigError: if DuckDB cannot work within its limits.
-        StorageError: if a file cannot be read or written.
+        StorageError: if a file cannot be read or written, or is not what was written (`DamagedError`).
     """
     try:
-        yield
+        with telling_damage():
+            yield
     except duckdb.OutOfMemoryException as error:
         raise ConfigError(
             f"{what} cannot be made with duckdb.memory_limit = {resources.memory_limit}: {_first_line(error)}",

@@ -11,14 +11,16 @@ Building publishes nothing: it returns a candidate catalogue, which `publish` ma
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 
+from infra import verified
 from infra.duck import CATALOG, Catalog, create_views, open_duckdb, read_catalog
-from infra.errors import StorageError
+from infra.errors import DamagedError, StorageError
 from infra.manifest import content_key, load_all
 from infra.progress import Progress, one_by_one, silent
 from infra.storage import Storage, StoredFile
@@ -52,6 +54,8 @@ __all__ = [
     "write_table",
 ]
 
+_logger = logging.getLogger(__name__)
+
 POWER_LAW = pa.schema(
     [("layer", pa.int32()), ("alpha", pa.float64()), ("xmin", pa.float64()), ("ks", pa.float64())]
 )
@@ -72,7 +76,7 @@ def build_corpus_tables(
     """
     group = corpus_group(config, shards)
     build_corpus(config, storage, shards, group, progress)
-    return merged(read_catalog(storage), group)
+    return merged(published_catalog(storage), group)
 
 
 def build_graph_tables(
@@ -114,7 +118,7 @@ def build_graph_tables(
     whole = layers if covers_corpus(features, shards) else []
     _build_graph(config, storage, corpus, graph, dictionaries, whole, advance)
     progress(total, total, "graph tables")
-    return merged(read_catalog(storage), corpus, graph)
+    return merged(published_catalog(storage), corpus, graph)
 
 
 def find_tables(
@@ -154,7 +158,10 @@ def find_tables(
         if edges is None:
             return False
         groups.append(graph_group(config, shards, features, dictionaries, edges))
-    published = read_catalog(storage)
+    try:
+        published = read_catalog(storage)
+    except DamagedError:
+        return False
     if merged(published, *groups).lineage != published.lineage:
         return False
     for group in groups:
@@ -162,8 +169,18 @@ def find_tables(
             return False
         if any(published.sharded.get(table) != files for table, files in group.sharded.items()):
             return False
-    folders = {name.rsplit("/", 1)[0] for group in groups for name in group.made}
+    made = [name for group in groups for name in group.made]
+    folders = {name.rsplit("/", 1)[0] for name in (*made, published.tables.get("expectations", made[0]))}
     return folders == set(load_all(storage, sorted(folders)))
+
+
+def published_catalog(storage: Storage) -> Catalog:
+    """What is published, to build a candidate on; nothing where the catalogue is damaged, which is then said."""
+    try:
+        return read_catalog(storage)
+    except DamagedError as error:
+        _logger.warning("%s; it is written anew, with the tables of this configuration alone", error.message)
+        return Catalog()
 
 
 def publish(storage: Storage, catalog: Catalog) -> None:
@@ -171,9 +188,9 @@ def publish(storage: Storage, catalog: Catalog) -> None:
     from tasks.validation import expectations_table
 
     rows = expectations_table(storage)
-    name = f"tables/expectations-{content_key(rows=rows.to_pylist())}/expectations.parquet"
-    if not storage.exists(name):
-        storage.write_parquet(name, rows)
+    parts = {"group": "expectations", "rows": rows.to_pylist()}
+    name = f"tables/expectations-{content_key(**parts)}/expectations.parquet"
+    ensure_folder(storage, [name], {"group": "expectations"}, lambda: [storage.write_parquet(name, rows)])
     published = replace(catalog, tables={**catalog.tables, "expectations": name})
     storage.write_json(CATALOG, published.to_json())
 
@@ -255,7 +272,7 @@ def _build_graph(
 
 
 def _counts_of_corpus(storage: Storage, tokens: str, layers: Sequence[int]) -> pa.Table:
-    counted = storage.read_parquet(tokens, columns=["token_id", "count"])
+    counted = verified.read_table(storage, tokens, columns=["token_id", "count"])
     return pa.concat_tables(
         [counted.add_column(0, "layer", pa.array([layer] * counted.num_rows, pa.int32())) for layer in layers]
     )
@@ -285,7 +302,7 @@ def _dictionary_rows(dictionaries: Sequence[Dictionary]) -> pa.Table:
 
 
 def _power_law_fits(storage: Storage, token_degree: str) -> pa.Table:
-    found = storage.read_parquet(token_degree, columns=["layer", "degree"])
+    found = verified.read_table(storage, token_degree, columns=["layer", "degree"])
     layers, degrees = found["layer"].to_numpy(), found["degree"].to_numpy()
     rows = []
     for layer in np.unique(layers):

@@ -8,9 +8,9 @@ kept, and the records that they hold are read over without being tokenized.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import lru_cache
 from typing import Any
@@ -19,9 +19,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from infra import verified
+from infra.errors import DamagedError
 from infra.index import read_known, remember_files
 from infra.manifest import Manifest, commit, load, load_all, manifest_files
-from infra.storage import Storage, json_bytes
+from infra.storage import Storage, json_bytes, unsealed
 from schemas.tables import SHARD_FILES
 from tasks.file_jobs import Budget, FileJob, FileShards, ShardEntry
 from tasks.records import Record, read_records
@@ -47,7 +49,11 @@ def find_file_shards(
     names = [_list_names(job, budget) for job, budget in zip(jobs, budgets, strict=True)]
     with storage.listed_once():
         known = read_known(storage, [name for group in names for name in group])
-        listed = {name: _from_json(json.loads(content)) for name, content in known.contents.items()}
+        listed: dict[str, FileShards] = {}
+        for name, content in known.contents.items():
+            # One that is damaged is written anew, from the shards that are there.
+            with suppress(DamagedError):
+                listed[name] = _from_json(unsealed(content, storage.url(name)))
         without = [job for job, group in zip(jobs, names, strict=True) if not listed.keys() & set(group)]
         alone = load_all(storage, [_first(job) for job in without])
     found: list[FileShards | None] = []
@@ -353,10 +359,10 @@ def _encode_one(backend: Any, record: Record) -> tuple[Record, npt.NDArray[np.in
 def _tokenizer(storage: Storage, folder: str) -> tuple[Any, npt.NDArray[np.int64]]:
     from tokenizers import Tokenizer
 
-    backend = Tokenizer.from_str(storage.read_bytes(f"{folder}/tokenizer.json").decode())
-    return backend, np.array(storage.read_json(f"{folder}/special_ids.json"), dtype=np.int64)
+    backend = Tokenizer.from_str(verified.read_bytes(storage, f"{folder}/tokenizer.json").decode())
+    return backend, np.array(verified.read_json(storage, f"{folder}/special_ids.json"), dtype=np.int64)
 
 
 @lru_cache(maxsize=1)
 def _vocabulary(storage: Storage, folder: str) -> pa.Table:
-    return storage.read_parquet(f"{folder}/vocabulary.parquet")
+    return verified.read_table(storage, f"{folder}/vocabulary.parquet")

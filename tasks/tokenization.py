@@ -19,6 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from infra import verified
 from infra.addresses import failed_at, without_credentials
 from infra.cluster import tokenization_client
 from infra.errors import CorpusError, FunctokError
@@ -212,7 +213,7 @@ def _check_usable(config: Config, storage: Storage, corpus: CorpusShards) -> Non
     examples: list[str] = []
     for shard in corpus.shards:
         if shard.n_rejects and len(examples) < 3:
-            rows = storage.read_parquet(f"{shard.folder}/rejects.parquet").slice(0, 3).to_pylist()
+            rows = verified.read_table(storage, f"{shard.folder}/rejects.parquet").slice(0, 3).to_pylist()
             source = without_credentials(shard.source)
             examples += [f"{source}:{row['line']}: {row['reason']}" for row in rows]
     shown = "; ".join(examples[:3])

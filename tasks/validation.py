@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from infra import verified
 from infra.duck import Catalog, create_views, open_duckdb
 from infra.manifest import MANIFEST, load_all
 from infra.storage import Storage
@@ -66,7 +67,7 @@ def check_tokenize(config: Config, storage: Storage, shards: CorpusShards) -> No
         for place, shard in enumerate(shards.shards)
     ]
     with open_duckdb(storage, config.duckdb) as connection:
-        put(connection, "vocabulary", storage.read_parquet(shards.vocabulary))
+        put(connection, "vocabulary", verified.read_table(storage, shards.vocabulary))
         findings = check_shards(
             connection, storage, "tokenize", units, TOKEN_TOTALS, rows, {"vocabulary"}, manifests
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from infra.errors import ExpectationError
+from infra.errors import DamagedError, ExpectationError
 from infra.manifest import content_key
 from infra.storage import Storage
 from schemas.expectation import RESULTS
@@ -71,8 +71,11 @@ def check_key(stage: Stage, **of: Any) -> str:
 
 
 def passed(storage: Storage, stage: Stage, key: str) -> bool:
-    """Whether the stage's last check had this key and was passed."""
-    record = storage.read_json(record_name(stage))
+    """Whether the stage's last check had this key and was passed; a record that is damaged says nothing."""
+    try:
+        record = storage.read_json(record_name(stage))
+    except DamagedError:
+        return False
     return record is not None and bool(record["success"]) and record["key"] == key
 
 

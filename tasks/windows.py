@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from infra import verified
 from infra.storage import Storage
 from schemas.tables import SHARD_FILES
 from schemas.work import GraphShard, HeldoutPart
@@ -67,7 +68,7 @@ def read_shard_tokens(storage: Storage, part: GraphShard) -> ShardTokens:
     columns = []
     for name, is_there in (("occurrences", True), ("specials", part.shard.has_specials)):
         table = (
-            storage.read_parquet(f"{part.shard.folder}/{name}.parquet")
+            verified.read_table(storage, f"{part.shard.folder}/{name}.parquet")
             if is_there
             else SHARD_FILES[name].empty_table()
         )
