@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
-from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar, cast
 
 from prefect import flow, get_run_logger, runtime, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
@@ -174,7 +174,7 @@ def watching(progress: Progress | None) -> Iterator[None]:
 
 
 @contextmanager
-def reported_progress(stage: Stage) -> Iterator[Progress]:
+def reported_progress(stage: Stage | Literal["verify"]) -> Iterator[Progress]:
     """The progress of one step: to the terminal that watches or else to the log, and to an artifact."""
     logger = get_run_logger()
     watcher = _watcher.get() or PlainLines(logger.info, every=LOG_SECONDS)
@@ -202,7 +202,9 @@ class ProgressArtifact:
         clock: Seconds that only grow.
     """
 
-    def __init__(self, stage: Stage, root: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, stage: Stage | Literal["verify"], root: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._stage, self._root, self._clock = stage, root, clock
         self._id: UUID | None = None
         self._last, self._shown = 0.0, -1.0

@@ -175,6 +175,59 @@ def report(root: RootOption = None, endpoint_url: EndpointOption = None, debug: 
 
 
 @app.command()
+def verify(
+    config: Annotated[
+        Path | None,
+        typer.Argument(metavar="CONFIG", help="With --repair: make anew what it needs.", show_default=False),
+    ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Remove what is damaged, and make it anew if CONFIG is given.")
+    ] = False,
+    keep_suspects: Annotated[
+        bool,
+        typer.Option("--keep-suspects", help="With --repair: keep what was made from what is damaged."),
+    ] = False,
+    assignments: SetOption = None,
+    root: RootOption = None,
+    endpoint_url: EndpointOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Read everything under a root, and tell each file that is not what was written. Exit status 1 if any is."""
+    from functok.upkeep import verify as verify_root
+
+    loaded, storage = (None, _storage(root, endpoint_url))
+    if config is not None:
+        loaded, storage = _open(config, assignments, root)
+    verify_root(storage, loaded, repair=repair, keep_suspects=keep_suspects, debug=debug)
+
+
+@app.command()
+def gc(
+    configs: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--config",
+            metavar="CONFIG",
+            help="Finished work that none of these needs is told too; repeat for more.",
+        ),
+    ] = None,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete what is told.")] = False,
+    older_than: Annotated[
+        float, typer.Option("--older-than", metavar="HOURS", min=0, help="Leave alone what is younger.")
+    ] = 24.0,
+    root: RootOption = None,
+    endpoint_url: EndpointOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Show what nothing reaches any more: how many bytes, and why. `--delete` acts."""
+    from functok.upkeep import collect
+
+    opened = [_open(path, None, root) for path in configs or []]
+    storage = opened[0][1] if opened else _storage(root, endpoint_url)
+    collect(storage, [config for config, _ in opened], delete=delete, hours=older_than)
+
+
+@app.command()
 def up(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port of the Prefect UI and API.")] = 4200,

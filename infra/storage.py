@@ -68,6 +68,21 @@ class FoundFile:
     identity: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Upload:
+    """An upload of several parts that was begun.
+
+    Attributes:
+        name: The file that it would have become.
+        upload_id: The store's name for it.
+        started: When, in seconds since 1970.
+    """
+
+    name: str
+    upload_id: str
+    started: float
+
+
 class FileBeingWritten:
     """A binary file to write, in order, which hashes what goes through it.
 
@@ -247,7 +262,7 @@ class Storage:
         return {
             path[start:]: int(info["size"])
             for path, info in found.items()
-            if info.get("type") == "file" and not _is_temporary(path)
+            if info.get("type") == "file" and not is_temporary(path)
         }
 
     def listing(self, prefix: str = "") -> dict[str, FoundFile]:
@@ -483,6 +498,34 @@ class Storage:
             else:
                 Path(path).unlink(missing_ok=True)
 
+    def unfinished_uploads(self) -> list[Upload]:
+        """Uploads of several parts that were begun under this root and neither completed nor aborted."""
+        if not hasattr(self.fs, "abort_mpu"):
+            return []
+        bucket, _, prefix = self.path.partition("/")
+        found: list[Upload] = []
+        marker: dict[str, str] = {}
+        with self._explained(""):
+            while True:
+                page = self.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/", **marker)
+                found += [
+                    Upload(
+                        name=entry["Key"].removeprefix(f"{prefix}/"),
+                        upload_id=entry["UploadId"],
+                        started=_seconds(entry["Initiated"]),
+                    )
+                    for entry in page.get("Uploads", [])
+                ]
+                if not page.get("IsTruncated"):
+                    return found
+                marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+    def abort_upload(self, name: str, upload_id: str) -> None:
+        """Give up an upload of `unfinished_uploads`: its parts are removed."""
+        bucket, _, key = self.full(name).partition("/")
+        with self._explained(name):
+            self.fs.abort_mpu(bucket, key, upload_id)
+
     @contextmanager
     def _explained(self, name: str) -> Iterator[None]:
         try:
@@ -585,6 +628,7 @@ def _protocols(fs: Any) -> tuple[str, ...]:
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 
-def _is_temporary(path: str) -> bool:
+def is_temporary(path: str) -> bool:
+    """Whether a file is one that a writer has put aside and not yet renamed."""
     name = path.rsplit("/", 1)[-1]
     return name.startswith(".") and name.endswith(".tmp")

@@ -281,7 +281,7 @@ class _OpenShard:
             storage.write_parquet(f"{folder}/{name}.parquet", table, **_WRITE_OPTIONS.get(name, {}))
             for name, table in made.items()
         ]
-        manifest = Manifest(stage="tokenize", inputs={}, stats=stats)
+        manifest = Manifest(stage="tokenize", inputs={"tokenizer": self._job.tokenizer_folder}, stats=stats)
         return commit(storage, folder, manifest, written)
 
 

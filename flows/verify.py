@@ -1,0 +1,47 @@
+"""Whether what is stored is what was written: everything under a root is read, and made anew where it is damaged."""
+
+from __future__ import annotations
+
+from prefect import get_run_logger
+from prefect.artifacts import create_table_artifact
+
+from flows.reproduce import reproduce
+from flows.support import open_storage, reported_progress, stage_flow
+from infra.errors import DamagedError
+from infra.storage import REPAIR
+from schemas.config import Config
+
+
+@stage_flow("verify", "verify {config.storage.root}")
+def verify(config: Config, repair: bool = False) -> None:
+    """Read everything under the root and hold it against its hashes.
+
+    Args:
+        config: The whole configuration; without `repair`, `storage` alone matters.
+        repair: Remove what is damaged and what was made from it, and make it anew.
+    """
+    from tasks import verify as verification
+
+    logger = get_run_logger()
+    storage = open_storage(config)
+    with reported_progress("verify") as progress:
+        found = verification.verify_root(storage, progress)
+    rows = [{"file": entry.name, "what": entry.why} for entry in found.damaged]
+    rows += [{"file": folder, "what": "made from what is damaged"} for folder in found.suspects]
+    create_table_artifact(
+        table=rows or [{"file": "none", "what": "everything is as it was written"}],
+        key="damaged-files",
+        description=f"{found.n_files:,} files, {found.n_bytes:,} bytes read under {storage.root}",
+    )
+    for row in rows:
+        logger.error("%s: %s", row["file"], row["what"])
+    if not found.damaged:
+        logger.info("%d files under %s are as they were written", found.n_files, storage.root)
+    elif repair:
+        verification.repair(storage, found)
+        reproduce(config)
+    else:
+        raise DamagedError(
+            f"{len(found.damaged)} files under {storage.root} are damaged, {found.damaged[0].name} among them",
+            hint=f"run this deployment with repair, or: {REPAIR}",
+        )
