@@ -539,7 +539,7 @@ class Storage:
             raise StorageError(f"storage failed at {self.url(name)}: {told(error)}", hint=hint) from error
 
 
-REPAIR = "`functok verify --repair CONFIG` makes anew what is damaged, and what was made from it"
+REPAIR = "`functok verify CONFIG --repair` makes anew what is damaged, and what was made from it"
 """The way out wherever a stored file is not what was written."""
 
 _CHECKSUM = "checksum"

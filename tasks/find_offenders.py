@@ -123,7 +123,7 @@ def find_in_units(
 
         try:
             found = _explained(storage.url(unit.folder), run)
-        except FunctokError:
+        except (FunctokError, duckdb.Error):
             check_files(storage, unit.files.values())
             raise
         if any(finding.count for finding in found[0]):

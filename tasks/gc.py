@@ -9,7 +9,7 @@ Certainly dead, whatever is configured, once it is older than a limit:
 
 Finished work (shards, features, dictionaries, residuals, …) is never dead merely because the catalogue does not name
 it: another configuration of this root may. Given all configurations that matter, what none of them asks for is told
-too; each must be finished, as only then all of its keys are known.
+too; each must be finished up to its tables, as only then all of its keys are known.
 
 Nothing finished is removed while its age is below the limit, and what is unfinished is asked for once more right
 before it is removed: a run that works meanwhile has younger files.
@@ -176,7 +176,9 @@ def reached_by(storage: Storage, configs: Sequence[Config]) -> set[str]:
             )
         with asked_for() as asked:
             plans = plan_run(config, storage)
-            undone = [plan.stage for plan in plans if plan.stage in stages_of(config) and plan.missing != 0]
+            # Of two configurations one has its tables published, and the other's are replaced ones.
+            working = set(stages_of(config)) - {"tables", "report"}
+            undone = [plan.stage for plan in plans if plan.stage in working and plan.missing != 0]
             resolved = with_tokenizer(config, storage)
             shards = None if resolved is None or undone else find_corpus_shards(resolved, storage)
             if resolved is None or shards is None:
