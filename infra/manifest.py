@@ -177,4 +177,3 @@ def asked_for() -> Iterator[set[str]]:
 
 
 _asked: list[set[str]] = []
-

@@ -184,7 +184,7 @@ def test_a_query_names_the_file_and_the_way_out(root: Path, capsys: pytest.Captu
     assert ended.value.code == 1
     told = capsys.readouterr().err
     assert name in told
-    assert "functok verify --repair" in told
+    assert "functok verify CONFIG --repair" in told
 
 
 # ---- later work

@@ -88,7 +88,7 @@ def test_the_readme_shows_the_commands_that_there_are() -> None:
     assert len(FUNCTOK) >= 8
     assert MAKE
     shown = {shlex.split(line, comments=True)[1] for line in FUNCTOK}
-    assert shown == {"run", "status", "query", "catalog", "report"}
+    assert shown == {"run", "status", "query", "catalog", "report", "verify", "gc"}
     assert "functok up" in README
 
 

@@ -28,7 +28,7 @@ from infra.errors import ConfigError, FunctokError
 from infra.prefect_server import PROJECT, server_environment, up
 from schemas.work import STAGES
 
-FLOWS = {"reproduce", *STAGES}
+FLOWS = {"reproduce", "verify", *STAGES}
 
 
 def eventually(ready: Callable[[], Any], seconds: float, what: str) -> Any:
