@@ -172,7 +172,7 @@ _hashed: dict[Path, tuple[int | str, ...]] = {}
 
 
 def _remote_hash(storage: Storage, name: str, found: FoundFile) -> str:
-    identity = [storage.url(name), storage.endpoint_url or "", found.size, found.identity]
+    identity: list[str | int] = [storage.url(name), storage.endpoint_url or "", found.size, found.identity]
     known = recall(identity) if found.identity else None
     if known is None:
         known = storage.hash_of(name, found.size)
