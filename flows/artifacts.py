@@ -295,6 +295,12 @@ def show_report(storage: Storage) -> None:
         )
 
 
+def show_damage(storage: Storage, rows: list[dict[str, Any]], n_files: int, n_bytes: int) -> None:
+    """What `functok verify` found."""
+    shown = rows or [{"file": "none", "what": "everything is as it was written"}]
+    _show_table(storage, "damaged-files", shown, f"{n_files:,} files, {n_bytes:,} bytes read")
+
+
 def _show_table(storage: Storage, what: str, rows: list[dict[str, Any]], description: str) -> None:
     create_table_artifact(
         table=rows, key=f"{what}-{storage.name}", description=_of_root(description, storage)

@@ -63,7 +63,11 @@ def stage_flow(name: str, run_name: str) -> Callable[[Callable[P, R]], Flow[P, R
 
 
 def step(
-    stage: Stage, what: str, *, retries: int = RETRIES, first_delay: float = FIRST_DELAY_SECONDS
+    stage: Stage | Literal["verify"],
+    what: str,
+    *,
+    retries: int = RETRIES,
+    first_delay: float = FIRST_DELAY_SECONDS,
 ) -> Callable[[Callable[P, R]], Task[P, R]]:
     """Make a function of a stage a Prefect task.
 
@@ -106,7 +110,7 @@ def _config() -> Config:
     return cast("Config", runtime.task_run.parameters["config"])
 
 
-def _run_name(stage: Stage, what: str) -> str:
+def _run_name(stage: str, what: str) -> str:
     config = _config()
     layers = ", ".join(str(entry.layer) for entry in config.sae)
     files = [url.rstrip("/").rsplit("/", 1)[-1] for url in config.corpus.urls]

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from prefect import get_run_logger
-from prefect.artifacts import create_table_artifact
+from typing import TYPE_CHECKING
 
+from prefect import get_run_logger
+
+from flows.artifacts import show_damage
 from flows.reproduce import reproduce
-from flows.support import open_storage, reported_progress, stage_flow
+from flows.support import open_storage, reported_progress, stage_flow, step
 from infra.errors import DamagedError
-from infra.storage import REPAIR
+from infra.storage import REPAIR, Storage
 from schemas.config import Config
 
+if TYPE_CHECKING:
+    from tasks.verify import Verification
 
-@stage_flow("verify", "verify {config.storage.root}")
+
+@stage_flow("verify", "verify {config.title}")
 def verify(config: Config, repair: bool = False) -> None:
     """Read everything under the root and hold it against its hashes.
 
@@ -24,15 +29,10 @@ def verify(config: Config, repair: bool = False) -> None:
 
     logger = get_run_logger()
     storage = open_storage(config)
-    with reported_progress("verify") as progress:
-        found = verification.verify_root(storage, progress)
+    found = read_everything(config, storage)
     rows = [{"file": entry.name, "what": entry.why} for entry in found.damaged]
     rows += [{"file": folder, "what": "made from what is damaged"} for folder in found.suspects]
-    create_table_artifact(
-        table=rows or [{"file": "none", "what": "everything is as it was written"}],
-        key="damaged-files",
-        description=f"{found.n_files:,} files, {found.n_bytes:,} bytes read under {storage.root}",
-    )
+    show_damage(storage, rows, found.n_files, found.n_bytes)
     for row in rows:
         logger.error("%s: %s", row["file"], row["what"])
     if not found.damaged:
@@ -45,3 +45,12 @@ def verify(config: Config, repair: bool = False) -> None:
             f"{len(found.damaged)} files under {storage.root} are damaged, {found.damaged[0].name} among them",
             hint=f"run this deployment with repair, or: {REPAIR}",
         )
+
+
+@step("verify", "read everything")
+def read_everything(config: Config, storage: Storage) -> Verification:
+    """Hash every file and hold it against its manifest."""
+    from tasks import verify as verification
+
+    with reported_progress("verify") as progress:
+        return verification.verify_root(storage, progress)
