@@ -76,7 +76,7 @@ def is_report_current(storage: Storage) -> bool:
         if not receipt or receipt.get("key") != _report_key(storage):
             return False
         size, digest = receipt["files"][REPORT], receipt["hashes"][REPORT]
-        return storage.hash_of(REPORT, size) == digest
+        return bool(storage.hash_of(REPORT, size) == digest)
     except (DamagedError, FileNotFoundError, KeyError):
         return False
 
