@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -13,14 +13,49 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class Csv(Section):
+    """How .csv and .tsv files are written. Their line ends and byte order marks are told from the files."""
+
+    delimiter: str = Field(
+        "", max_length=1, description="Sign between two fields. Empty: a comma, in .tsv files a tab."
+    )
+    quote: str = Field(
+        '"', max_length=1, description="Sign around fields; doubled inside them. Empty: quotes are text."
+    )
+    escape: str = Field(
+        "", max_length=1, description="Sign that takes its meaning from the next one, such as a backslash."
+    )
+
+    @field_validator("delimiter", mode="before")
+    @classmethod
+    def _tab(cls, value: object) -> object:
+        # A form has no other way to say it.
+        return "\t" if value == "\\t" else value
+
+    @model_validator(mode="after")
+    def _are_told_apart(self) -> Csv:
+        signs = [sign for sign in (self.delimiter, self.quote, self.escape) if sign]
+        if len(set(signs)) < len(signs) or {"\n", "\r", "\0"} & {*signs}:
+            raise ValueError("delimiter, quote and escape are three signs, none of them a line end")
+        return self
+
+
 class Corpus(Section):
     """Which documents are read, and how they are tokenized."""
 
     urls: list[str] = Field(
         min_length=1,
-        description="fsspec URLs or globs (file, s3, hf, zip://member::archive) of .jsonl, .parquet, .csv or "
-        ".txt files; .gz and .zst allowed on text formats. File order is list order, globs sorted.",
+        description="fsspec URLs or globs (file, s3, hf, zip://member::archive) of .jsonl, .json (an array, or a "
+        "record a line), .parquet, .csv, .tsv or .txt files; .gz, .zst, .bz2 and .xz allowed on text formats. File "
+        "order is list order, globs sorted.",
     )
+    format: Literal["auto", "jsonl", "json", "csv", "tsv", "txt", "parquet"] = Field(
+        "auto", description="What every file holds, whatever its name. auto: what its name says."
+    )
+    compression: Literal["auto", "none", "gzip", "zstd", "bz2", "xz"] = Field(
+        "auto", description="How every file is compressed. auto: what its first bytes say."
+    )
+    csv: Csv = Field(default_factory=Csv, description="How .csv and .tsv files are written.")
     text_field: str = Field("text", description="Column or key that holds the text (not used by .txt).")
     max_documents: PositiveInt | None = Field(
         None, description="Stop after this many documents, in file order."
@@ -29,7 +64,16 @@ class Corpus(Section):
         None, description="Stop before the first document that would bring the total above this many tokens."
     )
     max_reject_share: float = Field(
-        0.01, ge=0, le=1, description="Fail the run if more than this share of the records read is unusable."
+        0.01,
+        ge=0,
+        le=1,
+        description="Fail the run if more than this share of the records read, or of their bytes, is unusable. 1: "
+        "never.",
+    )
+    max_unreadable_files: int = Field(
+        0,
+        ge=0,
+        description="Fail the run if more files than this give no document, or cannot be read to their end.",
     )
     txt_records: Literal["line", "file"] = Field(
         "line",
@@ -41,6 +85,11 @@ class Corpus(Section):
     keep_occurrences: bool = Field(
         True, description="Keep every token's position. False counts only, for corpora of any size."
     )
+
+    @property
+    def reads(self) -> dict[str, object]:
+        """What decides which texts come out of a file of a known format."""
+        return self.model_dump(include={"text_field", "txt_records", "compression", "csv"})
 
 
 class Model(Section):

@@ -17,7 +17,8 @@ def schema_of(**columns: pa.DataType) -> pa.Schema:
 SHARD_FILES: dict[str, pa.Schema] = {
     # in a token shard's folder
     "documents": schema_of(doc=pa.int32(), line=pa.int64(), n_chars=pa.int64(), n_tokens=pa.int64()),
-    "rejects": schema_of(line=pa.int64(), reason=pa.string()),
+    # of what was not used: its uncompressed bytes, 0 for empty records, and its lines (rows), null where not known
+    "rejects": schema_of(line=pa.int64(), reason=pa.string(), lost_bytes=pa.int64(), lost_lines=pa.int64()),
     "token_counts": schema_of(token_id=pa.int32(), count=pa.int64(), doc_count=pa.int64()),
     "occurrences": schema_of(doc=pa.int32(), position=pa.int32(), token_id=pa.int32()),
     # special tokens found in the text: fed to the model, in no table

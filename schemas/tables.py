@@ -29,7 +29,9 @@ _TOKEN_DEGREE = schema_of(
 
 TABLES: dict[str, pa.Schema] = {
     "documents": schema_of(doc_id=pa.int64(), source=pa.string(), n_chars=pa.int64(), n_tokens=pa.int64()),
-    "rejects": schema_of(source=pa.string(), line=pa.int64(), reason=pa.string()),
+    "rejects": schema_of(
+        source=pa.string(), line=pa.int64(), reason=pa.string(), lost_bytes=pa.int64(), lost_lines=pa.int64()
+    ),
     "tokens": schema_of(
         token_id=pa.int32(),
         token=pa.string(),

@@ -12,8 +12,16 @@ from infra.addresses import failed_at, is_unreachable, storage_options, without_
 from infra.errors import ConfigError, StorageError
 from schemas.config import Config
 
-_FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".txt": "txt", ".parquet": "parquet"}
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_FORMATS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".txt": "txt",
+    ".parquet": "parquet",
+}
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bz2", ".xz": "xz"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +30,8 @@ class CorpusFile:
 
     Attributes:
         url: Its fsspec URL, no globs.
-        format: `jsonl`, `csv`, `txt` or `parquet`.
-        compression: `gzip`, `zstd` or none.
+        format: `jsonl`, `json`, `csv`, `tsv`, `txt` or `parquet`.
+        compression: `gzip`, `zstd`, `bz2`, `xz` or none, as asked for or as its name says.
         size: Bytes as stored, for progress.
         endpoint_url: S3 endpoint if not AWS.
     """
@@ -47,7 +55,7 @@ def corpus_files(config: Config) -> list[CorpusFile]:
     for url in config.corpus.urls:
         if re.search(r"://[^/@]*:[^/@]*@", url):
             raise ConfigError("a corpus URL holds a password", hint="credentials belong in the environment")
-        files += [_describe(found, endpoint) for found in _expand(url, endpoint)]
+        files += [_describe(found, config) for found in _expand(url, endpoint)]
     seen: set[str] = set()
     for file in files:
         if file.url in seen:
@@ -84,18 +92,37 @@ def _url_of(asked: str, file: Any) -> str:
     return str(file.fs.unstrip_protocol(file.path)) if "://" in asked else str(file.path)
 
 
-def _describe(url: str, endpoint: str | None) -> CorpusFile:
+def _describe(url: str, config: Config) -> CorpusFile:
+    corpus, endpoint = config.corpus, config.storage.endpoint_url
+    if not _is_unicode(url):
+        raise ConfigError(
+            f"corpus.urls: the name of {without_credentials(url)!r} is not valid UTF-8",
+            hint="rename the file: the tables name their sources",
+        )
     size = _size(url, endpoint)
     link = url.partition("::")[0].lower()
     # A query may follow the name, or hold it (…/get?path=corpus.jsonl).
     kinds = [_kind_of(name) for name in (without_credentials(link), link)]
-    kind, compression = next((found for found in kinds if found[0] is not None), (None, None))
+    kind, compression = next((found for found in kinds if found[0] is not None), kinds[0])
+    if corpus.format != "auto":
+        kind = corpus.format
+    if corpus.compression != "auto":
+        compression = None if corpus.compression == "none" else corpus.compression
     if kind is None or (kind == "parquet" and compression):
         raise ConfigError(
             f"corpus.urls: {without_credentials(url)} has no known format",
-            hint="known: .jsonl, .csv and .txt (also .gz and .zst), .parquet; a glob such as *.jsonl leaves others out",
+            hint=f"known: {', '.join(_FORMATS)}; all but .parquet also with {', '.join(_COMPRESSIONS)}; corpus.format "
+            "says what other names hold, a glob such as *.jsonl leaves them out",
         )
     return CorpusFile(url=url, format=kind, compression=compression, size=size, endpoint_url=endpoint)
+
+
+def _is_unicode(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _kind_of(name: str) -> tuple[str | None, str | None]:

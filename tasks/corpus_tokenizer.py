@@ -28,7 +28,7 @@ from tasks.corpus import CorpusFile, corpus_files
 from tasks.model_files import IN_STORAGE
 from tasks.records import read_records
 
-VERSION = 1
+VERSION = 2
 END_OF_TEXT = "<|endoftext|>"
 """The one special token: BOS, EOS and padding. In no table."""
 
@@ -88,11 +88,7 @@ def _place(config: Config) -> tuple[str, dict[str, Any]]:
         "version": VERSION,
         "vocabulary_size": _vocabulary_size(config),
         "files": [_identity(file, config) for file in corpus_files(config)],
-        "reads": {
-            "text_field": config.corpus.text_field,
-            "txt_records": config.corpus.txt_records,
-            "max_documents": config.corpus.max_documents,
-        },
+        "reads": {**config.corpus.reads, "max_documents": config.corpus.max_documents},
     }
     return f"tokenizers-trained/{content_key(**inputs)}", inputs
 
@@ -107,9 +103,9 @@ def _vocabulary_size(config: Config) -> int:
     return train.vocabulary_size
 
 
-def _identity(file: CorpusFile, config: Config) -> list[str]:
+def _identity(file: CorpusFile, config: Config) -> list[str | None]:
     try:
-        return [content_hash(file.url, config.storage.endpoint_url), file.format]
+        return [content_hash(file.url, config.storage.endpoint_url), file.format, file.compression]
     except OSError as error:
         raise CorpusError(f"cannot read {failed_at(file.url, error)}", stage="tokenize") from error
 

@@ -47,6 +47,9 @@ class ShardEntry:
 
     Attributes:
         n_records: Records of the file that it covers: documents and rejects.
+        n_bytes: Bytes of the file's text that they are.
+        lost_bytes: Those of the rejects.
+        ends_early: Whether the file could not be read to its end.
         files: Its files' sizes, to notice damage with one listing.
     """
 
@@ -55,6 +58,9 @@ class ShardEntry:
     n_tokens: int
     n_rejects: int
     n_records: int
+    n_bytes: int
+    lost_bytes: int
+    ends_early: bool
     files: dict[str, int]
 
 
@@ -81,6 +87,22 @@ class FileShards:
     def n_tokens(self) -> int:
         """Tokens taken of the file."""
         return sum(shard.n_tokens for shard in self.shards)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the file's text that were read."""
+        return sum(shard.n_bytes for shard in self.shards)
+
+    @property
+    def lost_bytes(self) -> int:
+        """Those of them that could not be used."""
+        return sum(shard.lost_bytes for shard in self.shards)
+
+    @property
+    def is_unreadable(self) -> bool:
+        """Whether the file ended early, or gave no document of what is in it."""
+        is_all_lost = not self.is_cut and not self.n_documents and self.lost_bytes > 0
+        return is_all_lost or any(shard.ends_early for shard in self.shards)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,43 +1,64 @@
 """Records of a corpus file, read as a stream.
 
-A record is a line of a .jsonl or .txt file, a row of a .csv or .parquet file, or a whole .txt file
-(`corpus.txt_records`). Every record comes out as a text or as a reject with a reason; nothing is skipped in
-silence, and a file is never held whole. What cannot be read past (a truncated archive, a damaged footer) is
-one reject, at the line where it was met, or at line 0 where the file has no lines.
+A record is a line of a .jsonl or .txt file, a row of a .csv, .tsv or .parquet file, an element of a .json array, or a
+whole .txt file (`corpus.txt_records`). Every record comes out as a text or as a reject with a reason; nothing is
+skipped in silence, and a file is never held whole. A reject may stand for more than one record (a quote that is never
+closed, a truncated archive, a damaged footer), so each says how many bytes it covers. What cannot be read past is one
+reject, at the line where it was met, or at line 0 where the file has no lines.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import IO, Any
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import IO, Any, NamedTuple
 
 import fsspec
 
-from infra.addresses import failed_at, storage_options
-from infra.errors import CorpusError
+from infra.addresses import failed_at, storage_options, without_credentials
+from infra.errors import CorpusError, about, whole_message
 from schemas.config import Corpus
+from schemas.sections import Csv
 from tasks.corpus import CorpusFile
+from tasks.decompression import PlainBytes
+from tasks.json_array import BLANKS, json_elements
 from tasks.lines import MAX_RECORD_BYTES, Lines
 
+_DELIMITERS = {"csv": ",", "tsv": "\t"}
 
-@dataclass(frozen=True, kw_only=True)
-class Record:
+EMPTY_RECORD = "empty record"
+EMPTY_TEXT = "empty text"
+
+
+class Record(NamedTuple):
     """One record: its text, or why it has none.
 
     Attributes:
-        line: Line (text formats) or row (Parquet) where it begins, from 1; 0 for the file itself.
+        line: Line (text formats), row (Parquet) or element's line (JSON arrays) where it begins, from 1; 0 for the
+            file itself.
         text: The document, or None for a reject.
         reason: Why it cannot be used, empty for a document.
-        position: Bytes of the file read so far.
+        position: Bytes of the stored file read so far.
+        n_bytes: Bytes of the file's text (uncompressed, UTF-8) that it covers, line ends included.
+        n_lines: Lines or rows that it covers; None where that is not known.
+        ends_early: Whether nothing is known of what came after it.
     """
 
     line: int
     text: str | None
     reason: str = ""
     position: int = 0
+    n_bytes: int = 0
+    n_lines: int | None = 1
+    ends_early: bool = False
+
+    @property
+    def lost_bytes(self) -> int:
+        """Bytes of a reject; none where there was nothing in it to lose."""
+        is_kept = self.text is not None or self.reason in (EMPTY_RECORD, EMPTY_TEXT)
+        return 0 if is_kept else self.n_bytes
 
 
 def read_records(file: CorpusFile, corpus: Corpus, skip: int = 0) -> Iterator[Record]:
@@ -45,6 +66,7 @@ def read_records(file: CorpusFile, corpus: Corpus, skip: int = 0) -> Iterator[Re
 
     Raises:
         CorpusError: if the file cannot be opened at all.
+        StorageError: naming the file, if the storage stops answering while it is read.
     """
     try:
         # Held to the end: an archive's filesystem closes its file when it is collected.
@@ -52,68 +74,127 @@ def read_records(file: CorpusFile, corpus: Corpus, skip: int = 0) -> Iterator[Re
         opened = holder.open()
     except OSError as error:
         raise CorpusError(f"cannot open {failed_at(file.url, error)}", stage="tokenize") from error
-    with opened as raw:
+    with opened as raw, about(without_credentials(file.url)):
         if file.format == "parquet":
             yield from _parquet(raw, file, corpus.text_field, skip)
-            return
-        lines = Lines(raw, file.compression)
-        parse = {"jsonl": _jsonl, "csv": _csv, "txt": _txt}[file.format]
-        yield from parse(lines, corpus, skip)
-        if lines.failure:
-            yield Record(line=lines.number + 1, text=None, reason=lines.failure, position=lines.position)
+        else:
+            yield from _text_records(raw, file, corpus, skip)
 
 
-def _checked(line: int, value: object, position: int) -> Record:
-    if not isinstance(value, str):
-        return Record(
-            line=line, text=None, reason=f"text is {type(value).__name__}, not text", position=position
+def _text_records(raw: IO[bytes], file: CorpusFile, corpus: Corpus, skip: int) -> Iterator[Record]:
+    source = PlainBytes(raw, file.compression, file.size, is_certain=corpus.compression != "auto")
+    is_table = file.format in ("csv", "tsv")
+    lines = Lines(source, quote=corpus.csv.quote if is_table else "")
+    records: Iterator[Record]
+    if is_table:
+        records = islice(_csv(lines, corpus, corpus.csv.delimiter or _DELIMITERS[file.format]), skip, None)
+    elif file.format == "txt":
+        records = islice(_whole_file(lines) if corpus.txt_records == "file" else _txt(lines), skip, None)
+    elif file.format == "json":
+        records = _json(lines, corpus.text_field, skip)
+    else:
+        records = _jsonl(lines, corpus.text_field, skip)
+    yield from records
+    if lines.failure:
+        yield Record(
+            line=lines.number + 1,
+            text=None,
+            reason=lines.failure,
+            position=lines.position,
+            n_bytes=lines.take_lost(),
+            n_lines=None,
+            ends_early=lines.ends_early,
         )
-    if not value:
-        return Record(line=line, text=None, reason="empty text", position=position)
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            return Record(line=line, text=None, reason="text is not valid Unicode", position=position)
-    return Record(line=line, text=value, position=position)
 
 
-def _jsonl(lines: Lines, corpus: Corpus, skip: int) -> Iterator[Record]:
+def _checked(line: int, value: object, position: int, n_bytes: int, n_lines: int = 1) -> Record:
+    reason = ""
+    if not isinstance(value, str):
+        reason = f"text is {type(value).__name__}, not text"
+    elif not value:
+        reason = EMPTY_TEXT
+    elif not value.isascii() and not _is_unicode(value):
+        reason = "text is not valid Unicode"
+    if reason:
+        return Record(line, None, reason, position, n_bytes, n_lines)
+    return Record(line, str(value), "", position, n_bytes, n_lines)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _jsonl(lines: Lines, text_field: str, skip: int) -> Iterator[Record]:
     for raw in lines:
+        n_bytes = lines.take()
         if lines.number <= skip:
             continue
         line, position = lines.number, lines.position
         text, reason = _decoded(raw)
+        if not reason:
+            try:
+                value = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                reason = f"broken JSON: {whole_message(error)}" if text.strip() else EMPTY_RECORD
         if reason:
-            yield Record(line=line, text=None, reason=reason, position=position)
-            continue
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            reason = f"broken JSON: {error}" if text.strip() else "empty record"
-            yield Record(line=line, text=None, reason=reason, position=position)
-            continue
-        if not isinstance(value, dict) or corpus.text_field not in value:
-            yield Record(
-                line=line, text=None, reason=f"no text field {corpus.text_field!r}", position=position
-            )
+            yield Record(line, None, reason, position, n_bytes)
         else:
-            yield _checked(line, value[corpus.text_field], position)
+            yield _from_value(value, text, text_field, line, position, n_bytes)
 
 
-def _txt(lines: Lines, corpus: Corpus, skip: int) -> Iterator[Record]:
-    if corpus.txt_records == "file":
-        if not skip:
-            yield from _whole_file(lines)
+def _from_value(
+    value: object, text: str, text_field: str, line: int, position: int, n_bytes: int, n_lines: int = 1
+) -> Record:
+    """The record of a parsed JSON value, whose own text is `text`."""
+    if not isinstance(value, dict) or text_field not in value:
+        return Record(line, None, f"no text field {text_field!r}", position, n_bytes, n_lines)
+    # Parsing has kept the last of two keys; the cheap look goes first, as this is asked of every record.
+    if text.count(f'"{text_field}"') > 1 and _is_twice(text_field, text):
+        reason = f"the text field {text_field!r} comes twice in it"
+        return Record(line, None, reason, position, n_bytes, n_lines)
+    return _checked(line, value[text_field], position, n_bytes, n_lines)
+
+
+def _is_twice(key: str, text: str) -> bool:
+    """Whether the outermost object of a JSON text has a key twice."""
+    outermost: list[tuple[str, object]] = []
+
+    def note(pairs: list[tuple[str, object]]) -> None:
+        # Objects are ended from the inside out.
+        outermost[:] = pairs
+
+    json.loads(text, object_pairs_hook=note)
+    return sum(name == key for name, _ in outermost) > 1
+
+
+def _json(lines: Lines, text_field: str, skip: int) -> Iterator[Record]:
+    """A file of JSON: one array of records, or else a record a line."""
+    if not lines.head.lstrip(BLANKS.encode()).startswith(b"["):
+        yield from _jsonl(lines, text_field, skip)
         return
-    for raw in lines:
-        if lines.number <= skip:
-            continue
-        text, reason = _decoded(raw)
-        if reason:
-            yield Record(line=lines.number, text=None, reason=reason, position=lines.position)
+    for element in islice(json_elements(lines), skip, None):
+        line, text, n_lines = element.line, element.text, element.text.count("\n") + 1
+        n_bytes = len(text.encode("utf-8", "surrogateescape"))
+        if text.isascii() or _is_unicode(text):
+            yield _from_value(element.value, text, text_field, line, lines.position, n_bytes, n_lines)
         else:
-            yield _checked(lines.number, text.removesuffix("\n").removesuffix("\r"), lines.position)
+            yield Record(line, None, "not valid UTF-8", lines.position, n_bytes, n_lines)
+
+
+def _txt(lines: Lines) -> Iterator[Record]:
+    for raw in lines:
+        text, reason = _decoded(raw)
+        n_bytes = lines.take()
+        reason = reason or _binary(raw)
+        if reason:
+            yield Record(lines.number, None, reason, lines.position, n_bytes)
+        else:
+            text = text.removesuffix("\n").removesuffix("\r")
+            yield _checked(lines.number, text, lines.position, n_bytes)
 
 
 def _whole_file(lines: Lines) -> Iterator[Record]:
@@ -122,13 +203,16 @@ def _whole_file(lines: Lines) -> Iterator[Record]:
         held += MAX_RECORD_BYTES + 1 if raw is None else len(raw)
         if held <= MAX_RECORD_BYTES and raw is not None:
             pieces.append(raw)
-    text, reason = _decoded(None if held > MAX_RECORD_BYTES else b"".join(pieces))
+    whole = None if held > MAX_RECORD_BYTES else b"".join(pieces)
+    text, reason = _decoded(whole)
+    reason = reason or _binary(whole)
     if lines.failure:
         return
+    n_bytes, n_lines = lines.take(), max(1, lines.number)
     if reason:
-        yield Record(line=1, text=None, reason=reason, position=lines.position)
+        yield Record(1, None, reason, lines.position, n_bytes, n_lines)
     else:
-        yield _checked(1, text, lines.position)
+        yield _checked(1, text, lines.position, n_bytes, n_lines)
 
 
 def _decoded(raw: bytes | None) -> tuple[str, str]:
@@ -140,50 +224,117 @@ def _decoded(raw: bytes | None) -> tuple[str, str]:
         return "", f"not valid UTF-8: {error.reason} at byte {error.start}"
 
 
-def _csv(lines: Lines, corpus: Corpus, skip: int) -> Iterator[Record]:
+def _binary(raw: bytes | None) -> str:
+    """Why bytes are no text, if so: zeros are what a crash leaves of a file, or half of UTF-16."""
+    return "NUL bytes: a damaged file, or UTF-16 without its mark" if raw and b"\0" in raw else ""
+
+
+class _Row(NamedTuple):
+    """A row of a table: where it begins, its lines and fields, and why it is not to be trusted."""
+
+    line: int
+    n_lines: int
+    fields: list[str]
+    problem: str
+    not_utf8: str
+
+
+def _rows(lines: Lines, csv_of: Csv, delimiter: str) -> Iterator[_Row]:
     csv.field_size_limit(MAX_RECORD_BYTES)
-    too_long: list[int] = []
+    problem, not_utf8 = "", ""
 
     def decoded() -> Iterator[str]:
+        nonlocal problem, not_utf8
         for raw in lines:
+            text, reason = _decoded(raw)
             if raw is None:
-                too_long.append(lines.number)
-            yield "\n" if raw is None else raw.decode("utf-8", errors="surrogateescape")
+                problem, text = reason, "\n"
+            elif reason:
+                # Read on, so that the row ends where it does; it is a reject.
+                not_utf8, text = reason, raw.decode("utf-8", errors="surrogateescape")
+            problem = problem or _binary(raw)
+            yield text
 
-    reader = csv.reader(decoded(), strict=True)
-    column, header, index = -1, None, 0
+    reader = csv.reader(
+        decoded(),
+        strict=True,
+        delimiter=delimiter,
+        quotechar=csv_of.quote or None,
+        quoting=csv.QUOTE_MINIMAL if csv_of.quote else csv.QUOTE_NONE,
+        escapechar=csv_of.escape or None,
+    )
     while True:
-        line = reader.line_num + 1
+        line, problem, not_utf8 = reader.line_num + 1, "", ""
         try:
-            row = next(reader)
+            fields = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
             if lines.failure:
+                # The row that the failure cut is part of it.
                 return
-            row, problem = [], f"broken CSV: {error}"
-        else:
-            problem = f"record longer than {MAX_RECORD_BYTES >> 20} MiB" if too_long else ""
-        too_long.clear()
-        if header is None:
-            header = row
-            column = row.index(corpus.text_field) if corpus.text_field in row else -1
-            continue
-        index += 1
-        if index <= skip:
-            continue
-        if problem or not row:
-            yield Record(line=line, text=None, reason=problem or "empty record", position=lines.position)
-        elif column < 0 or column >= len(row):
-            columns = (
-                f" (columns: {', '.join(header)[:200]})"
-                if column < 0
-                else f" ({len(row)} of {len(header)} columns)"
-            )
-            reason = f"no text field {corpus.text_field!r}{columns}"
-            yield Record(line=line, text=None, reason=reason, position=lines.position)
-        else:
-            yield _checked(line, row[column], lines.position)
+            fields, problem = [], f"broken CSV: {error}"
+        yield _Row(line, reader.line_num + 1 - line, fields, problem, not_utf8)
+
+
+def _csv(lines: Lines, corpus: Corpus, delimiter: str) -> Iterator[Record]:
+    rows = _rows(lines, corpus.csv, delimiter)
+    first = next(rows, None)
+    if first is None:
+        return
+    header, header_bytes = _Header(first, corpus.text_field), lines.take()
+    if header.fault:
+        yield Record(first.line, None, header.fault, lines.position, header_bytes, first.n_lines)
+    row: _Row | None = None
+    for row in rows:
+        n_bytes = lines.take()
+        reason = row.problem or (header.problem_of(row.fields) if row.fields else EMPTY_RECORD)
+        text = "" if reason else row.fields[header.column]
+        record = _checked(row.line, text, lines.position, n_bytes, row.n_lines)
+        reason = reason or record.reason or row.not_utf8
+        yield record._replace(text=None, reason=reason) if reason else record
+    if row is None and header.problem and not header.fault:
+        # Without rows there is no other place to say it, and a header that lacks the column may be a row itself.
+        yield Record(first.line, None, header.problem, lines.position, header_bytes, first.n_lines)
+
+
+class _Header:
+    """What the first row of a table says of the rows that follow.
+
+    Attributes:
+        column: Where the text is, -1 where that is not known.
+        problem: Why it is not known.
+        fault: Why the header is a reject itself; its rows may be used all the same.
+    """
+
+    def __init__(self, row: _Row, text_field: str) -> None:
+        self._names, self._field = row.fields, text_field
+        found = self._names.count(text_field)
+        self.column = self._names.index(text_field) if found == 1 else -1
+        reason = row.problem or row.not_utf8
+        self.fault = f"in the header: {reason}" if reason else ""
+        self.problem = ""
+        if found > 1:
+            self.problem = f"the text field {text_field!r} is {found} columns of the header"
+        elif not found:
+            known = "the header cannot be read" if row.problem else f"columns: {', '.join(self._names)[:200]}"
+            self.problem = f"no text field {text_field!r} ({known})"
+
+    def problem_of(self, row: Sequence[str]) -> str:
+        """Why a row's text cannot be trusted; empty where it can.
+
+        A row of another length was cut or joined somewhere: by a delimiter or a line end that is not quoted.
+        """
+        if self.problem:
+            return self.problem
+        share = f"({len(row)} of {len(self._names)} columns)"
+        if self.column >= len(row):
+            return f"no text field {self._field!r} {share}"
+        if len(row) > len(self._names):
+            return f"more fields than the header {share}: is a text with a delimiter not quoted?"
+        if len(row) < len(self._names) and self.column == len(row) - 1:
+            return f"ends with its text {share}: is a text with a line end not quoted?"
+        return ""
 
 
 def _parquet(raw: IO[bytes], file: CorpusFile, text_field: str, skip: int) -> Iterator[Record]:
@@ -192,46 +343,46 @@ def _parquet(raw: IO[bytes], file: CorpusFile, text_field: str, skip: int) -> It
 
     try:
         parquet = pq.ParquetFile(raw)
-    except (pa.ArrowException, OSError) as error:
+        names = parquet.schema_arrow.names
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         if not skip:
-            yield Record(line=0, text=None, reason=f"unreadable Parquet file: {_first_line(error)}")
+            reason = f"unreadable Parquet file: {whole_message(error)}"
+            yield Record(0, None, reason, n_bytes=file.size, n_lines=None, ends_early=True)
         return
     total, row = parquet.metadata.num_rows, 0
-    has_field = text_field in parquet.schema_arrow.names
     for group in range(parquet.num_row_groups):
-        end = row + parquet.metadata.row_group(group).num_rows
+        metadata = parquet.metadata.row_group(group)
+        end = row + metadata.num_rows
         if end <= skip:
             row = end
             continue
+        row_bytes = -(-metadata.total_byte_size // max(1, metadata.num_rows))
         reason = f"no text field {text_field!r}"
-        if has_field:
+        if names.count(text_field) > 1:
+            reason = f"the text field {text_field!r} is {names.count(text_field)} columns"
+        elif text_field in names:
             try:
                 for batch in parquet.iter_batches(batch_size=256, row_groups=[group], columns=[text_field]):
-                    for value in _values(batch.column(0)):
+                    for value, n_bytes in _values(batch.column(0), row_bytes):
                         row += 1
                         if row > skip:
-                            yield _checked(row, value, file.size * row // max(1, total))
+                            yield _checked(row, value, file.size * row // max(1, total), n_bytes)
             except (pa.ArrowException, OSError) as error:
-                reason = f"damaged Parquet row group {group}: {_first_line(error)}"
+                reason = f"damaged Parquet row group {group}: {whole_message(error)}"
         for missing in range(max(row, skip), end):
-            yield Record(
-                line=missing + 1, text=None, reason=reason, position=file.size * missing // max(1, total)
-            )
+            yield Record(missing + 1, None, reason, file.size * missing // max(1, total), row_bytes)
         row = end
 
 
-def _values(column: Any) -> list[object]:
+def _values(column: Any, row_bytes: int) -> Iterator[tuple[object, int]]:
+    """Values and their bytes: of a text its own, else those of a row."""
     import pyarrow as pa
 
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        return list(column.to_pylist())
-    values: list[object] = []
+        for value in column.to_pylist():
+            yield value, 0 if value is None else row_bytes
+        return
     for value in column.cast(pa.large_binary()).to_pylist():
         # Invalid UTF-8 becomes lone surrogates, which `_checked` rejects for that record alone.
-        values.append(None if value is None else value.decode("utf-8", errors="surrogateescape"))
-    return values
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        yield (None, 0) if value is None else (value.decode("utf-8", errors="surrogateescape"), len(value))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from infra import verified
-from infra.errors import DamagedError
+from infra.errors import DamagedError, whole_message
 from infra.index import read_known, remember_files
 from infra.manifest import Manifest, commit, load, load_all, manifest_files
 from infra.storage import Storage, json_bytes, unsealed
@@ -190,8 +190,11 @@ def _finished_shards(job: FileJob) -> tuple[list[ShardEntry], dict[str, Manifest
     return entries, manifests, False
 
 
+_STATS = ("n_documents", "n_tokens", "n_rejects", "n_records", "n_bytes", "lost_bytes", "ends_early")
+
+
 def _entry(folder: str, manifest: Manifest) -> ShardEntry:
-    stats = {name: manifest.stats[name] for name in ("n_documents", "n_tokens", "n_rejects", "n_records")}
+    stats = {name: manifest.stats[name] for name in _STATS}
     return ShardEntry(folder=folder, files=manifest.files, **stats)
 
 
@@ -205,8 +208,9 @@ class _OpenShard:
         self._job, self._special = job, special
         self._ids: list[npt.NDArray[np.int32]] = []
         self._documents: list[tuple[int, int, int]] = []
-        self._rejects: list[tuple[int, str]] = []
-        self._waiting: list[tuple[int, str]] = []
+        self._rejects: list[Record] = []
+        self._waiting: list[Record] = []
+        self._document_bytes = 0
         self.n_tokens = 0
 
     @property
@@ -220,7 +224,7 @@ class _OpenShard:
 
     def add_reject(self, record: Record) -> None:
         """Note a record that cannot be used."""
-        self._waiting.append((record.line, record.reason))
+        self._waiting.append(record)
 
     def add_document(self, record: Record, ids: npt.NDArray[np.int32], n_kept: int) -> None:
         """Take a document in, of whose tokens `n_kept` are not special."""
@@ -228,6 +232,7 @@ class _OpenShard:
         self._waiting = []
         self._ids.append(ids)
         self._documents.append((record.line, len(record.text or ""), n_kept))
+        self._document_bytes += record.n_bytes
         self.n_tokens += n_kept
 
     def close(self, folder: str, *, ends_file: bool) -> Manifest:
@@ -249,7 +254,12 @@ class _OpenShard:
         )
         tables: dict[str, list[Any]] = {
             "documents": [np.arange(len(lengths), dtype=np.int32), line, n_chars, n_tokens],
-            "rejects": [[line for line, _ in self._rejects], [reason for _, reason in self._rejects]],
+            "rejects": [
+                [record.line for record in self._rejects],
+                [_storable(record.reason) for record in self._rejects],
+                [record.lost_bytes for record in self._rejects],
+                [record.n_lines for record in self._rejects],
+            ],
             "token_counts": _counts(doc[kept], token_id[kept]),
         }
         if self._job.corpus.keep_occurrences:
@@ -266,6 +276,9 @@ class _OpenShard:
             "n_tokens": self.n_tokens,
             "n_rejects": len(self._rejects),
             "n_records": len(lengths) + len(self._rejects),
+            "n_bytes": self._document_bytes + sum(record.n_bytes for record in self._rejects),
+            "lost_bytes": sum(record.lost_bytes for record in self._rejects),
+            "ends_early": any(record.ends_early for record in self._rejects),
             "ends_file": ends_file,
         }
         asked = {name: rows for name, rows in made.items() if name != "specials"}
@@ -287,6 +300,12 @@ class _OpenShard:
 
 _WHERE_ANY = ("rejects", "specials")
 """Files that a shard has only where they have rows."""
+
+
+def _storable(reason: str) -> str:
+    """A reason may quote the file (a column's name), whose bytes need not be UTF-8."""
+    return reason.encode("utf-8", "backslashreplace").decode()
+
 
 _WRITE_OPTIONS: dict[str, dict[str, Any]] = {
     "occurrences": {
@@ -352,7 +371,7 @@ def _encode_one(backend: Any, record: Record) -> tuple[Record, npt.NDArray[np.in
     try:
         return record, np.array(backend.encode(record.text, add_special_tokens=False).ids, dtype=np.int32)
     except Exception as error:
-        return replace(record, text=None, reason=f"the tokenizer failed: {error}"), None
+        return record._replace(text=None, reason=f"the tokenizer failed: {whole_message(error)}"), None
 
 
 @lru_cache(maxsize=1)

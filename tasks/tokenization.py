@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,15 +28,15 @@ from infra.hashing import content_hash
 from infra.manifest import Manifest, commit, content_key, load
 from infra.progress import Progress, silent
 from infra.storage import Storage
-from schemas.config import Config
+from schemas.config import Config, Corpus
 from schemas.tables import VOCABULARY
 from schemas.work import CorpusShards, TokenShard
 from tasks.corpus import CorpusFile, corpus_files
-from tasks.file_jobs import Budget, FileJob, FileShards
+from tasks.file_jobs import Budget, FileJob, FileShards, ShardEntry
 from tasks.token_shards import begun, find_file_shards, remember_file_shards, tokenize_file
 from tasks.tokenizers import LoadedTokenizer, load_tokenizer
 
-VERSION = 1
+VERSION = 2
 _TOPIC = "functok-tokenized-bytes"
 
 SMALL_BYTES = 2 << 20
@@ -53,8 +54,7 @@ def _plan(config: Config, storage: Storage) -> _Plan:
     tokenizer = load_tokenizer(config.model, storage)
     corpus = config.corpus
     reads = {
-        "text_field": corpus.text_field,
-        "txt_records": corpus.txt_records,
+        **corpus.reads,
         "shard_tokens": corpus.shard_tokens,
         "keep_occurrences": corpus.keep_occurrences,
     }
@@ -65,7 +65,12 @@ def _plan(config: Config, storage: Storage) -> _Plan:
         except OSError as error:
             raise CorpusError(f"cannot read {failed_at(file.url, error)}", stage="tokenize") from error
         key = content_key(
-            version=VERSION, content=identity, format=file.format, tokenizer=tokenizer.key, reads=reads
+            version=VERSION,
+            content=identity,
+            format=file.format,
+            compression=file.compression,
+            tokenizer=tokenizer.key,
+            reads=reads,
         )
         jobs.append(
             FileJob(
@@ -115,7 +120,8 @@ def find_corpus_shards(config: Config, storage: Storage) -> CorpusShards | None:
     """The tokenized corpus if all of it is finished and current, else None.
 
     Raises:
-        CorpusError: if it has no document, or more rejects than `corpus.max_reject_share` allows.
+        CorpusError: if it has no document, more rejects than `corpus.max_reject_share` allows, or more unreadable
+            files than `corpus.max_unreadable_files`.
     """
     return find_corpus(config, storage).shards
 
@@ -125,7 +131,8 @@ def tokenize_corpus(config: Config, storage: Storage, progress: Progress = silen
 
     Raises:
         ConfigError: if a URL matches nothing or has no known format.
-        CorpusError: if a file cannot be read, there is no document, or there are too many rejects.
+        CorpusError: if a file cannot be read, there is no document, or there are too many rejects or unreadable
+            files.
     """
     plan = _plan(config, storage)
     _write_tokenizer(storage, plan.tokenizer)
@@ -201,35 +208,68 @@ def _assemble(
         vocabulary=f"{folder}/vocabulary.parquet",
         eos_id=plan.tokenizer.tokenizer.eos_token_id,
     )
-    _check_usable(config, storage, corpus)
+    files = {job.file.url: file for job, file in zip(plan.jobs, found, strict=False) if file is not None}
+    _check_usable(config.corpus, storage, files)
     return corpus
 
 
-def _check_usable(config: Config, storage: Storage, corpus: CorpusShards) -> None:
-    read = corpus.n_documents + corpus.n_rejects
-    share = corpus.n_rejects / read if read else 0.0
-    if corpus.n_documents and share <= config.corpus.max_reject_share:
-        return
-    examples: list[str] = []
-    for shard in corpus.shards:
-        if shard.n_rejects and len(examples) < 3:
-            rows = verified.read_table(storage, f"{shard.folder}/rejects.parquet").slice(0, 3).to_pylist()
-            source = without_credentials(shard.source)
-            examples += [f"{source}:{row['line']}: {row['reason']}" for row in rows]
-    shown = "; ".join(examples[:3])
-    if share > config.corpus.max_reject_share:
+def _check_usable(corpus: Corpus, storage: Storage, files: Mapping[str, FileShards]) -> None:
+    """Refuse a corpus of which too much could not be used; `files` by their URLs, in corpus order."""
+    entries = [(url, entry) for url, file in files.items() for entry in file.shards]
+    n_documents, n_rejects, n_bytes, lost_bytes = (
+        sum(getattr(entry, name) for _, entry in entries)
+        for name in ("n_documents", "n_rejects", "n_bytes", "lost_bytes")
+    )
+    read = n_documents + n_rejects
+    of_records = n_rejects / read if read else 0.0
+    of_bytes = lost_bytes / n_bytes if n_bytes else 0.0
+    if max(of_records, of_bytes) > corpus.max_reject_share:
+        if of_records < of_bytes:
+            entries.sort(key=lambda named: -named[1].lost_bytes)
         raise CorpusError(
-            f"{corpus.n_rejects} of {read} records ({share:.2%}) cannot be used, more than corpus.max_reject_share = "
-            f"{config.corpus.max_reject_share:.2%}; the first: {shown}",
-            hint="mend the files, set corpus.text_field, or raise corpus.max_reject_share",
+            f"{n_rejects} of {read} records ({of_records:.2%}), {lost_bytes:,} of {n_bytes:,} bytes ({of_bytes:.2%}), "
+            f"cannot be used, more than corpus.max_reject_share = {corpus.max_reject_share:.2%}; the "
+            f"{'largest' if of_records < of_bytes else 'first'}: {_examples(storage, entries, of_records < of_bytes)}",
+            hint="mend the files, set corpus.text_field, corpus.format or corpus.csv, or raise corpus.max_reject_share",
             stage="tokenize",
         )
-    rejected = f": all {read} records read cannot be used; the first: {shown}" if read else ""
-    raise CorpusError(
-        f"the corpus has no document{rejected}",
-        hint="check corpus.text_field" if read else "check corpus.urls and the limits",
-        stage="tokenize",
-    )
+    if not n_documents:
+        rejected = (
+            f": all {read} records read cannot be used; the first: {_examples(storage, entries)}"
+            if read
+            else ""
+        )
+        raise CorpusError(
+            f"the corpus has no document{rejected}",
+            hint="check corpus.text_field" if read else "check corpus.urls and the limits",
+            stage="tokenize",
+        )
+    unreadable = [(url, file) for url, file in files.items() if file.is_unreadable]
+    if len(unreadable) > corpus.max_unreadable_files and corpus.max_reject_share < 1:
+        shown = "; ".join(
+            _examples(storage, [(url, entry) for entry in reversed(file.shards)], True, n=1)
+            for url, file in unreadable[:3]
+        )
+        raise CorpusError(
+            f"{len(unreadable)} of {len(files)} files gave no document or could not be read to their end, more than "
+            f"corpus.max_unreadable_files = {corpus.max_unreadable_files}: {shown}",
+            hint="mend the files, leave them out of corpus.urls, or raise corpus.max_unreadable_files",
+            stage="tokenize",
+        )
+
+
+def _examples(
+    storage: Storage, entries: Sequence[tuple[str, ShardEntry]], largest: bool = False, n: int = 3
+) -> str:
+    """Some rejects, with file and line: the first, or of each shard those that lost most."""
+    examples: list[str] = []
+    for url, entry in entries:
+        if len(examples) < n and entry.n_rejects:
+            rows = verified.read_table(storage, f"{entry.folder}/rejects.parquet").to_pylist()
+            if largest:
+                rows.sort(key=lambda row: -row["lost_bytes"])
+            examples += [f"{without_credentials(url)}:{row['line']}: {row['reason']}" for row in rows[:n]]
+    return "; ".join(examples[:n])
 
 
 def _write_tokenizer(storage: Storage, tokenizer: LoadedTokenizer) -> None:

@@ -200,7 +200,7 @@ def test_a_record_beyond_the_limit_is_rejected_and_the_next_is_read(
 ) -> None:
     for module in ("tasks.lines", "tasks.records"):
         monkeypatch.setattr(f"{module}.MAX_RECORD_BYTES", 1 << 20)
-    monkeypatch.setattr("tasks.lines._CHUNK", 1 << 16)
+    monkeypatch.setattr("tasks.decompression.PIECE_BYTES", 1 << 16)
     (tmp_path / "c.jsonl").write_bytes(jsonl("a") + jsonl("x" * (3 << 20)) + jsonl("b"))
     assert shown(read(tmp_path / "c.jsonl")) == [
         (1, "a", ""),

@@ -253,7 +253,14 @@ def test_a_document_that_breaks_the_tokenizer_is_one_reject(
     shards, storage = run(make(tmp_path, tokenizer_folder, {"a": ["x", "poison", "y"]}, max_reject_share=1))
     assert shards.n_documents == 2
     rejects = storage.read_parquet(f"{shards.shards[0].folder}/rejects.parquet").to_pylist()
-    assert rejects == [{"line": 2, "reason": "the tokenizer failed: cannot"}]
+    assert rejects == [
+        {
+            "line": 2,
+            "reason": "the tokenizer failed: cannot",
+            "lost_bytes": len(b'{"text": "poison"}\n'),
+            "lost_lines": 1,
+        }
+    ]
 
 
 def test_a_changed_file_and_a_changed_setting_change_the_key(tmp_path: Path, tokenizer_folder: Path) -> None:
