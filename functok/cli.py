@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from infra.errors import ConfigError, FunctokError
+from infra.errors import ConfigError, FunctokError, whole_message
 from infra.interrupt import end_interrupted, interruptible
+from infra.last_words import last_words
 from schemas.work import Stage
 
 if TYPE_CHECKING:
@@ -278,13 +279,21 @@ def _published(root: str | None, endpoint_url: str | None) -> Storage:
     return storage
 
 
+_QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: errors become one line on stderr and exit status 1, unless `--debug`."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        with last_words():
+            main(sys.argv[1:])
+        return
     debug = "--debug" in arguments
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if not debug:
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        # Inherited by all processes of a run, whose own progress is the only one that is shown.
+        for name, value in _QUIET.items():
+            os.environ.setdefault(name, value)
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         with interruptible():
@@ -304,10 +313,8 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        _complain(
-            "", f"unexpected {type(error).__name__}: {first_line}", "run again with --debug for the traceback"
-        )
+        message = f"unexpected {whole_message(error, with_type=True)}"
+        _complain("", message, "run again with --debug for the traceback")
 
 
 def _complain(stage: str, message: str, hint: str) -> None:

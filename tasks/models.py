@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from infra.errors import ModelError
+from infra.errors import ModelError, whole_message
 from infra.manifest import content_key
 from infra.storage import Storage
 from schemas.config import Config, Model
@@ -225,7 +225,7 @@ def require_causal(module: Any, name: str) -> None:
         found = module(input_ids=ids, use_cache=False, return_dict=True)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ModelError(
-            f"model {name} cannot read a few tokens: {str(error).splitlines()[0]}",
+            f"model {name} cannot read a few tokens: {whole_message(error)}",
             hint="decoder-only models of transformers are supported",
         ) from error
     states = (found.logits if hasattr(found, "logits") else found.last_hidden_state).float()[:, : _PROBE[0]]

@@ -10,7 +10,7 @@ import duckdb
 import pyarrow as pa
 
 from infra.duck import Catalog, create_views, open_duckdb, telling_damage
-from infra.errors import ConfigError, StorageError
+from infra.errors import ConfigError, StorageError, whole_message
 from infra.manifest import Manifest, commit, load
 from infra.storage import Storage, StoredFile
 from schemas.config import DuckDb
@@ -93,7 +93,7 @@ def explained(what: str, resources: DuckDb, storage: Storage) -> Iterator[None]:
             yield
     except duckdb.OutOfMemoryException as error:
         raise ConfigError(
-            f"{what} cannot be made with duckdb.memory_limit = {resources.memory_limit}: {_first_line(error)}",
+            f"{what} cannot be made with duckdb.memory_limit = {resources.memory_limit}: {whole_message(error)}",
             hint="raise duckdb.memory_limit, lower duckdb.threads, or give duckdb.temp_directory more space",
         ) from error
     except duckdb.Error as error:
@@ -101,11 +101,6 @@ def explained(what: str, resources: DuckDb, storage: Storage) -> Iterator[None]:
         if not isinstance(error, duckdb.IOException) and type(error) is not duckdb.Error:
             raise
         raise StorageError(
-            f"{what} cannot be made under {storage.root}: {_first_line(error)}",
+            f"{what} cannot be made under {storage.root}: {whole_message(error)}",
             hint="check space, permissions and network, then run again: finished work is kept",
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1] if lines[0].startswith("Traceback") else lines[0]
