@@ -112,6 +112,9 @@ class PlainBytes:
             StorageError: if the storage stops answering.
         """
         head = self._read(_READ_BYTES)
+        # A web server may send a few bytes at first.
+        while len(head) < _MAGIC_BYTES and (more := self._read(_READ_BYTES)):
+            head += more
         compression = self._named if self._is_certain else self._told_by(head)
         if compression is None:
             while head:
