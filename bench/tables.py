@@ -166,7 +166,7 @@ def write_token_shard(storage: Storage, folder: str, token: np.ndarray) -> None:
     numbers = np.arange(len(lengths))
     files = {
         "documents": [numbers, numbers, lengths * 4, lengths],
-        "rejects": [np.empty(0, np.int64), np.empty(0, str)],
+        "rejects": [np.empty(0, np.int64), np.empty(0, str), *[np.empty(0, np.int64)] * 2],
         "token_counts": [seen, counts, doc_counts],
         "occurrences": [doc, position, token],
     }

@@ -248,7 +248,8 @@ def _create_view(
 
 SHARDED_SELECT = {
     "documents": "s.doc_offset + f.doc AS doc_id, s.source, f.n_chars, f.n_tokens",
-    "rejects": "s.source, f.line, f.reason, f.lost_bytes, f.lost_lines",
+    # whatever else its files say: those of older roots do not count what was lost
+    "rejects": "s.source, f.* EXCLUDE (filename)",
     "occurrences": "s.doc_offset + f.doc AS doc_id, f.position, f.token_id",
     "activations": "s.layer, s.doc_offset + f.doc AS doc_id, f.position, f.token_id, f.feature_id, f.activation",
     # one file a layer, made by the table stage

@@ -75,9 +75,9 @@ TOKENIZE: tuple[Expectation, ...] = (
         name="rejects say why",
         table="rejects",
         shard=True,
-        meaning="Every reject has a reason.",
-        must="length(reason) > 0",
-        show="folder, line, reason",
+        meaning="Every reject has a reason, and says how many bytes it stands for.",
+        must="length(reason) > 0 AND lost_bytes >= 0",
+        show="folder, line, reason, lost_bytes",
     ),
     Keys(
         name="counted tokens are unique",

@@ -97,7 +97,7 @@ def write_corpus(storage: Storage, cuts: Sequence[Cut], vocabulary: int = 23, se
             ]
         rows = {
             "documents": documents,
-            "rejects": [{"line": 99, "reason": "empty"}],
+            "rejects": [{"line": 99, "reason": "empty", "lost_bytes": 0, "lost_lines": 1}],
             "token_counts": [
                 {"token_id": t, "count": n, "doc_count": doc_counts[t]} for t, n in counts.items()
             ],

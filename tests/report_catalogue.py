@@ -96,9 +96,15 @@ def publish(
     write(
         "rejects",
         [
-            {"source": "data/<b>a</b>.jsonl", "line": 7, "reason": "broken JSON <script>"},
-            {"source": "data/b.jsonl", "line": 2, "reason": "empty text"},
-            {"source": "data/b.jsonl", "line": 9, "reason": "empty text"},
+            {
+                "source": "data/<b>a</b>.jsonl",
+                "line": 7,
+                "reason": "broken JSON <script>",
+                "lost_bytes": 0,
+                "lost_lines": 1,
+            },
+            {"source": "data/b.jsonl", "line": 2, "reason": "empty text", "lost_bytes": 0, "lost_lines": 1},
+            {"source": "data/b.jsonl", "line": 9, "reason": "empty text", "lost_bytes": 0, "lost_lines": 1},
         ],
     )
     write("run_info", [{"key": "model", "value": "tiny & random"}, {"key": "functok", "value": "0.1.0"}])

@@ -131,7 +131,11 @@ def small_run(seed: int = 0) -> SmallRun:
                 {"doc": range(len(lengths)), "line": range(len(lengths)), "n_chars": 10, "n_tokens": lengths}
             )
         )
-        run.rejects.append(pd.DataFrame({"line": [99], "reason": ["empty"]}).iloc[: 1 - place])
+        run.rejects.append(
+            pd.DataFrame({"line": [99], "reason": ["empty"], "lost_bytes": [0], "lost_lines": [1]}).iloc[
+                : 1 - place
+            ]
+        )
         n_rejects = len(run.rejects[-1])
         shards.append(
             TokenShard(

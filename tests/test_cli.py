@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from functok import cli
-from infra.errors import ConfigError
+from infra.errors import ConfigError, whole_message
 from schemas.config import Config, load_config
 
 REPOSITORY = Path(__file__).parent.parent
@@ -211,6 +212,70 @@ def test_errors_are_one_line_on_stderr_with_a_way_out(
     assert message in done.err
     assert "Traceback" not in done.err
     assert done.err.startswith("error")
+
+
+def test_nothing_follows_an_error(tmp_path: Path) -> None:
+    """Prefect's daemon threads keep DuckDB alive in a failed run, whose bindings then report leaks at exit."""
+    program = (
+        "import sys, threading, time, duckdb\n"
+        "def hold(connection=duckdb.connect()):\n"
+        "    time.sleep(600)\n"
+        "threading.Thread(target=hold, daemon=True).start()\n"
+        "from functok import cli\n"
+        "sys.argv = ['functok', 'report', '--root', sys.argv[1]]\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, cwd=REPOSITORY
+    )
+    assert done.returncode == 1
+    assert [line.split(":")[0] for line in done.stderr.splitlines()] == [
+        "error in the configuration",
+        "  way out",
+    ]
+
+
+def test_libraries_show_no_progress_of_their_own(finished: Path) -> None:
+    program = (
+        "import contextlib, sys\n"
+        "from functok import cli\n"
+        "with contextlib.suppress(SystemExit):\n"
+        "    cli.main(['--help'])\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "from tqdm.auto import tqdm\n"
+        "AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "list(tqdm(range(3)))\n"
+    )
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("TQDM", "HF_HUB_DIS"))
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(finished / "model")],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env=environment,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_a_library_says_is_told_whole() -> None:
+    error = ValueError("Some weights are missing:\n  model.embed\n  lm_head\n")
+    assert whole_message(error) == "Some weights are missing: model.embed lm_head"
+    assert whole_message(error, with_type=True).startswith("ValueError: Some")
+    assert whole_message(KeyError()) == "KeyError"
+    quoted = RuntimeError("Traceback (most recent call last):\n  File x\nOSError: no space left")
+    assert whole_message(quoted) == "OSError: no space left"
+    assert whole_message(ValueError("\udce9")) == "\\udce9"
+    assert len(whole_message(ValueError("long " * 10_000))) < 1_100
+
+
+def test_an_unexpected_error_is_told_whole(capfdbinary: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("Some weights are missing:\nmodel.embed")
+
+    monkeypatch.setattr(cli, "_published", fail)
+    assert "RuntimeError: Some weights are missing: model.embed\n" in functok(capfdbinary, "report").err
 
 
 def test_debug_shows_the_traceback(finished: Path) -> None:

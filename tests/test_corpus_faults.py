@@ -90,7 +90,12 @@ def test_line_ends_that_are_cut_between_two_pieces(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(decompression, "_READ_BYTES", 7)
     monkeypatch.setattr(decompression, "PIECE_BYTES", 7)
     monkeypatch.setattr("tasks.lines._HEAD_BYTES", 5)
-    assert texts(read_bytes(tmp_path / "a.txt", b"1234\r567\r\n89\n0\r")) == ["1234", "567", "89", "0"]
+    assert texts(read_bytes(tmp_path / "a.txt", b"1234\r56789012\r\n89\n0\r")) == [
+        "1234",
+        "56789012",
+        "89",
+        "0",
+    ]
     assert texts(read_bytes(tmp_path / "b.txt", b"1234\r\n567\r\n")) == ["1234", "567"]
 
 

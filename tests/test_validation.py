@@ -145,7 +145,7 @@ PLANTS: dict[Stage, dict[str, Plant]] = {
         "document keys are unique": twice("documents", 0, "doc: 0, rows: 2"),
         "document numbers are in range": frame_plant("documents", 0, "doc: 3", row=2, doc=3),
         "documents have text": frame_plant("documents", 1, "n_chars: 0", n_chars=0),
-        "rejects say why": frame_plant("rejects", 0, "line: 99, reason: None", reason=None),
+        "rejects say why": frame_plant("rejects", 0, "line: 99, reason: None, lost_bytes: 0", reason=None),
         "counted tokens are unique": twice("token_counts", 0, "token_id: 0, rows: 2"),
         "token counts are possible": frame_plant("token_counts", 0, "doc_count: 0", doc_count=0),
         "token ids are in the vocabulary": frame_plant(
