@@ -464,6 +464,7 @@ def rejects(shards: CorpusShards, storage: Storage) -> list[dict[str, Any]]:
     return [
         row
         for shard in shards.shards
+        if shard.n_rejects
         for row in storage.read_parquet(f"{shard.folder}/rejects.parquet").to_pylist()
     ]
 
