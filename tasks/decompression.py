@@ -26,7 +26,7 @@ PIECE_BYTES = 1 << 20
 _READ_BYTES = 1 << 18
 _MAGIC_BYTES = 10
 _LARGEST_WINDOW_LOG = 31
-"""Public dumps of several terabytes are compressed with `zstd --long=31`."""
+"""Public dumps are made with `zstd --long=31`; readers refuse more than 27 by default."""
 
 _MAGIC: dict[str, re.Pattern[bytes]] = {
     "gzip": re.compile(rb"\x1f\x8b\x08"),
