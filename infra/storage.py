@@ -293,9 +293,8 @@ class Storage:
             if self.is_local:
                 with open(self.full(name), "rb") as file:
                     return hashlib.file_digest(file, "sha256").hexdigest()
-            # Not fs.open: it asks for the size first, which costs as much as a small file.
             if size <= _PIECE:
-                return hashlib.sha256(self.fs.cat_file(self.full(name))).hexdigest()
+                return hashlib.sha256(self.read_bytes(name)).hexdigest()
             digest = hashlib.sha256()
             for start in range(0, size, _PIECE):
                 digest.update(self.fs.cat_file(self.full(name), start=start, end=min(start + _PIECE, size)))
