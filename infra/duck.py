@@ -6,7 +6,8 @@ and columns of the contract, over Parquet files that any tool can read. What is 
 
 DuckDB reads no page checksums (2.0), so a view's files are hashed against their manifests before a query reads them
 (`infra.verified.check_files`): the view asks for its files by a function of ours, which DuckDB calls whenever it
-binds the view, and so for no table that a query leaves alone.
+binds the view, and so for no table that a query leaves alone. On another machine, what is read whole is hashed as it
+is read.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import duckdb
@@ -26,7 +28,7 @@ from infra.cluster import available_cores
 from infra.errors import ConfigError, FunctokError
 from infra.interrupt import ends_on_interrupt
 from infra.storage import Storage
-from infra.verified import check_files
+from infra.verified import check_content, check_files
 from schemas.config import DuckDb
 from schemas.tables import TABLES
 
@@ -129,10 +131,19 @@ def open_duckdb(storage: Storage, resources: DuckDb | None = None, database: str
         raise ConfigError(
             f"DuckDB refused its settings: {error}", hint="see [duckdb] in the configuration"
         ) from error
-    reading = storage.for_duckdb()
+    reading = storage.for_duckdb(partial(_require_written, storage))
     if reading is not None:
         connection.register_filesystem(reading)
     return connection
+
+
+def _require_written(storage: Storage, name: str, content: bytes) -> None:
+    """Refuse what DuckDB has read whole from elsewhere, if it is not what was written."""
+    try:
+        check_content(storage, name, content)
+    except FunctokError as error:
+        _refusals.appendleft(error)
+        raise
 
 
 def memory_bytes(limit: str) -> int:
@@ -153,7 +164,10 @@ def connect(storage: Storage, resources: DuckDb | None = None) -> Any:
     connection = open_duckdb(storage, resources)
     # In a schema of their own, so that SHOW TABLES shows tables and nothing else.
     connection.execute("CREATE SCHEMA files")
-    create_views(connection, storage, read_catalog(storage), shards_schema="files")
+    # A query of a few rows must not read a terabyte first: `functok verify` does.
+    create_views(
+        connection, storage, read_catalog(storage), shards_schema="files", large_too=storage.is_local
+    )
     return connection
 
 
@@ -164,6 +178,7 @@ def create_views(
     shards_schema: str | None = None,
     *,
     checked: bool = True,
+    large_too: bool = True,
 ) -> None:
     """Create one view for each published table.
 
@@ -177,6 +192,7 @@ def create_views(
         catalog: What is published, or is to be.
         shards_schema: Schema of the small tables.
         checked: Whether the views hash their files before they are read; a database that other clients open cannot.
+        large_too: Whether so are shards' files on other machines that are read by ranges (`remote_reading.WHOLE`).
 
     Raises:
         DamagedError: if a file is damaged so that its columns cannot be read; later, from a query, as the cause of
@@ -184,10 +200,10 @@ def create_views(
     """
     for table, name in catalog.tables.items():
         _create_view(
-            connection, storage, table, [name], checked, "SELECT * FROM read_parquet({files}{options})"
+            connection, storage, table, [name], "SELECT * FROM read_parquet({files}{options})", checked
         )
     for table, files in catalog.sharded.items():
-        view_of_shards(connection, storage, table, files, shards_schema, checked=checked)
+        view_of_shards(connection, storage, table, files, shards_schema, checked=checked, large_too=large_too)
 
 
 @contextmanager
@@ -210,7 +226,13 @@ _refusals: deque[FunctokError] = deque(maxlen=16)
 
 
 def _create_view(
-    connection: Any, storage: Storage, view: str, names: Sequence[str], checked: bool, select: str
+    connection: Any,
+    storage: Storage,
+    view: str,
+    names: Sequence[str],
+    select: str,
+    checked: bool,
+    large_too: bool = True,
 ) -> None:
     """Create a view whose SQL reads `{files}` with `{options}`."""
     urls = [storage.url(name) for name in dict.fromkeys(names)]
@@ -225,7 +247,7 @@ def _create_view(
     def files() -> list[str]:
         if is_in_use:
             try:
-                check_files(storage, names)
+                check_files(storage, names, large_too=large_too)
             except FunctokError as error:
                 _refusals.appendleft(error)
                 raise
@@ -284,6 +306,7 @@ def view_of_shards(
     shards_schema: str | None = None,
     *,
     checked: bool = True,
+    large_too: bool = True,
 ) -> None:
     """Create the view `table` over its shards' files; arguments and errors as those of `create_views`."""
     import pyarrow as pa
@@ -317,7 +340,7 @@ def view_of_shards(
         f"SELECT {SHARDED_SELECT[table]} FROM read_parquet({{files}}, filename = true{{options}}) AS f "
         f"JOIN {shards} AS s ON s.url = f.filename"
     )
-    _create_view(connection, storage, table, [file.name for file in files], checked, select)
+    _create_view(connection, storage, table, [file.name for file in files], select, checked, large_too)
 
 
 def _text(value: str) -> str:

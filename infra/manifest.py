@@ -131,7 +131,7 @@ def manifests_of(storage: Storage, folders: Iterable[str]) -> dict[str, Manifest
     """
     wanted = list(folders)
     absent = [folder for folder in wanted if (storage, folder) not in _read]
-    for name, content in storage.read_many([f"{folder}/{MANIFEST}" for folder in absent]).items():
+    for name, content in read_known(storage, [f"{folder}/{MANIFEST}" for folder in absent]).contents.items():
         _keep(storage, name[: -len(MANIFEST) - 1], from_json(content, storage.url(name)))
     return {folder: _read[storage, folder] for folder in wanted if (storage, folder) in _read}
 

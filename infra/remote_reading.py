@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -32,10 +33,14 @@ class FileEnds:
     Args:
         fs: An fsspec filesystem.
         kept: Bytes that are kept at most.
+        check: Called with the path and the content of each file that is read whole; raises if it is not what it should
+            be.
     """
 
-    def __init__(self, fs: Any, kept: int = 0) -> None:
-        self._fs, self._kept, self._room = fs, kept, kept
+    def __init__(
+        self, fs: Any, kept: int = 0, check: Callable[[str, bytes], object] = lambda path, content: None
+    ) -> None:
+        self._fs, self._kept, self._room, self._check = fs, kept, kept, check
         self._sizes: dict[str, int] = {}
         self._ends: OrderedDict[str, bytes] = OrderedDict()
         self._lock = threading.Lock()
@@ -55,6 +60,8 @@ class FileEnds:
                     self._ends.move_to_end(path)
                     return self._ends[path], self._sizes[path]
             content, size = read_end(self._fs, path, WHOLE)
+            if len(content) == size:
+                self._check(path, content)
             with self._lock:
                 self._sizes[path] = size
                 if len(content) <= self._kept:
@@ -171,15 +178,16 @@ class ReadingFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has
 
     Args:
         fs: The other filesystem.
+        check: As of `FileEnds`.
     """
 
     cachable = False
 
-    def __init__(self, fs: Any) -> None:
+    def __init__(self, fs: Any, check: Callable[[str, bytes], object]) -> None:
         super().__init__()
         self.protocol = fs.protocol
         self._fs = fs
-        self._ends = FileEnds(fs, KEPT)
+        self._ends = FileEnds(fs, KEPT, check)
 
     def _path(self, path: str) -> str:
         return str(self._fs._strip_protocol(path))

@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -427,9 +427,12 @@ class Storage:
             return open(self.full(name), "rb")
         return cast("IO[bytes]", RemoteFile(self.full(name), self.fs))
 
-    def for_duckdb(self) -> ReadingFileSystem | None:
+    def for_duckdb(self, check: Callable[[str, bytes], object]) -> ReadingFileSystem | None:
         """A filesystem through which DuckDB reads what lies here; None where it can read it by itself."""
-        return None if self.is_local else ReadingFileSystem(self.fs)
+        if self.is_local:
+            return None
+        start = len(self.path) + 1
+        return ReadingFileSystem(self.fs, lambda path, content: check(path[start:], content))
 
     def upload(self, folder: Path, prefix: str) -> list[StoredFile]:
         """Copy every file of a local folder under `prefix`."""

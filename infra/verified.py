@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from infra.errors import DamagedError
 from infra.hashing import file_hash, recall, remember
 from infra.manifest import Manifest, forget, manifests_of
+from infra.remote_reading import WHOLE
 from infra.storage import REPAIR, FoundFile, Storage
 
 _AT_ONCE = 8
@@ -79,12 +80,24 @@ def local_folder(storage: Storage, folder: str) -> Path:
     raise damaged(storage, f"{folder}/{wrong[0]}")
 
 
-def check_files(storage: Storage, names: Iterable[str]) -> None:
+def check_content(storage: Storage, name: str, content: bytes) -> None:
+    """Whether the content of `name`, read already, is what was written.
+
+    Raises:
+        DamagedError: if it is not.
+    """
+    _require(storage, name, hashlib.sha256(content).hexdigest())
+
+
+def check_files(storage: Storage, names: Iterable[str], *, large_too: bool = True) -> None:
     """Hash files that another reader will open, those that changed since they were last hashed here.
+
+    On another machine, small ones are left to `check_content`: they are fetched whole when they are read.
 
     Args:
         storage: Where they are.
         names: The files.
+        large_too: Whether large ones on another machine are read once for this.
 
     Raises:
         DamagedError: naming the first that is not what was written.
@@ -98,6 +111,11 @@ def check_files(storage: Storage, names: Iterable[str]) -> None:
     }
     found: dict[str, FoundFile] = {}
     if not storage.is_local:
+        expected = {
+            name: digest
+            for name, digest in expected.items()
+            if large_too and manifests[_folder(name)].files.get(name.rpartition("/")[2], 0) > WHOLE
+        }
         for top in dict.fromkeys(_listed_together(list(expected))):
             found |= storage.listing(top)
 

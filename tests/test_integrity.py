@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import plain
+import pyarrow as pa
 import pytest
 import tiny
 from s3 import S3Root
@@ -15,7 +16,7 @@ from s3 import S3Root
 from functok.cli import main
 from infra import storage as storage_module
 from infra import verified
-from infra.duck import CATALOG, connect, read_catalog, telling_damage
+from infra.duck import CATALOG, Catalog, connect, read_catalog, telling_damage
 from infra.errors import DamagedError, FunctokError
 from infra.manifest import MANIFEST, Manifest, commit
 from infra.storage import Storage
@@ -239,10 +240,31 @@ def test_a_copy_in_the_cache_is_fetched_again_and_a_damaged_object_is_refused(
     shutil.rmtree(copy.parent)
     with pytest.raises(DamagedError, match=r"k/w\.safetensors"):
         verified.local_folder(storage, "dictionaries/k")
+    # As if it were large: a small one is hashed when it is read.
+    monkeypatch.setattr(verified, "WHOLE", 0)
     for check in (verified.read_bytes, lambda storage, name: verified.check_files(storage, [name])):
         with pytest.raises(DamagedError, match=r"k/w\.safetensors"):
             check(storage, "dictionaries/k/w.safetensors")
     assert [entry.name for entry in verify_root(storage).damaged] == ["dictionaries/k/w.safetensors"]
+
+
+def test_what_duckdb_reads_whole_from_s3_is_hashed_as_it_is_read(moto_root: S3Root) -> None:
+    storage = Storage(moto_root.url)
+    name = "tables/k/tokens.parquet"
+    written = storage.write_parquet(name, pa.table({"token_id": range(1000)}), compression="none")
+    commit(storage, "tables/k", Manifest(stage="tables", inputs={}), [written])
+    storage.write_json(CATALOG, Catalog(tables={"tokens": name}).to_json())
+    query = "SELECT sum(token_id) FROM tokens"
+    with connect(storage) as connection:
+        assert connection.execute(query).fetchone() == (499500,)
+    content = storage.read_bytes(name)
+    storage.fs.pipe_file(storage.full(name), content[:100] + bytes([content[100] ^ 1]) + content[101:])
+    with (
+        pytest.raises(DamagedError, match=r"k/tokens\.parquet is damaged"),
+        telling_damage(),
+        connect(storage) as connection,
+    ):
+        connection.execute(query).fetchone()
 
 
 def test_what_was_made_anew_elsewhere_is_read(tmp_path: Path) -> None:
