@@ -32,6 +32,7 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
     from tasks.file_jobs import FileJob, FileShards
     from tasks.records import read_records
     from tasks.token_shards import tokenize_file
+    from tasks.tokenization import write_tokenizer
     from tasks.tokenizers import load_tokenizer
 
     storage = Storage(root)
@@ -47,8 +48,7 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
     )
     say("loading the tokenizer and the texts")
     tokenizer = load_tokenizer(config.model, storage)
-    storage.write_bytes("tokenizers/bench/tokenizer.json", tokenizer.backend.to_str().encode())
-    storage.write_json("tokenizers/bench/special_ids.json", list(tokenizer.special_ids))
+    write_tokenizer(storage, tokenizer)
     (file,) = corpus_files(config)
     texts: list[str] = []
     for record in read_records(file, config.corpus, 0):
@@ -68,7 +68,7 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
             folder=f"tokens/{next(repetition)}",
             corpus=config.corpus,
             storage=storage,
-            tokenizer_folder="tokenizers/bench",
+            tokenizer_folder=tokenizer.folder,
         )
         made.append(tokenize_file(job))
 

@@ -45,6 +45,11 @@ class Unit:
     columns: Mapping[str, str | int | None] = field(default_factory=dict)
     small: frozenset[str] = frozenset()
 
+    @property
+    def stored(self) -> list[str]:
+        """Those of the views that are files."""
+        return [file for file in self.files.values() if isinstance(file, str)]
+
 
 def applying(expectations: Sequence[Expectation], views: set[str]) -> list[Expectation]:
     """Those of which all views are there."""
@@ -124,11 +129,11 @@ def find_in_units(
         try:
             found = _explained(storage.url(unit.folder), run)
         except (FunctokError, duckdb.Error):
-            check_files(storage, unit.files.values())
+            check_files(storage, unit.stored)
             raise
         if any(finding.count for finding in found[0]):
             # What offends may be a file that is damaged.
-            check_files(storage, unit.files.values())
+            check_files(storage, unit.stored)
         return found
 
     workers = threads or min(8, os.cpu_count() or 1)

@@ -32,7 +32,7 @@ def function_token_ids(config: Config, storage: Storage, shards: CorpusShards) -
     name = group.tables["tokens"]
     if load(storage, name.rsplit("/", 1)[0]) is None:
         if group.key not in _computed:
-            _computed[group.key] = _compute(config, storage, group)
+            _computed[group.key] = _compute(config, storage, shards, group)
         return _computed[group.key].copy()
     table = verified.read_table(storage, name, columns=["token_id", "is_function"])
     is_function = table["is_function"].to_numpy(zero_copy_only=False)
@@ -40,13 +40,14 @@ def function_token_ids(config: Config, storage: Storage, shards: CorpusShards) -
     return ids
 
 
-def _compute(config: Config, storage: Storage, group: Group) -> npt.NDArray[np.int32]:
+def _compute(config: Config, storage: Storage, shards: CorpusShards, group: Group) -> npt.NDArray[np.int32]:
     query = f"SELECT token_id FROM ({read_sql('tokens')}) WHERE is_function ORDER BY token_id"
     with (
         open_duckdb(storage, config.duckdb) as connection,
         explained("the function tokens", config.duckdb, storage),
     ):
         create_views(connection, storage, group.inputs)
-        found = connection.execute(query, {"share": config.function_tokens.share}).fetchnumpy()
+        parameters = {"share": config.function_tokens.share, "n_documents": shards.n_documents}
+        found = connection.execute(query, parameters).fetchnumpy()
     ids: npt.NDArray[np.int32] = found["token_id"].astype(np.int32)
     return ids

@@ -135,7 +135,7 @@ def tokenize_corpus(config: Config, storage: Storage, progress: Progress = silen
             files.
     """
     plan = _plan(config, storage)
-    _write_tokenizer(storage, plan.tokenizer)
+    write_tokenizer(storage, plan.tokenizer)
     if plan.limit.is_open:
         todo = [job for job, found in zip(plan.jobs, _find(plan, storage), strict=True) if found is None]
         if todo:
@@ -272,7 +272,7 @@ def _examples(
     return "; ".join(examples[:n])
 
 
-def _write_tokenizer(storage: Storage, tokenizer: LoadedTokenizer) -> None:
+def write_tokenizer(storage: Storage, tokenizer: LoadedTokenizer) -> None:
     """Put the tokenizer where workers find it without transformers, and the decoded vocabulary beside it."""
     folder = tokenizer.folder
     if load(storage, folder) is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from infra.manifest import MANIFEST, Manifest, commit, content_key, load
+from infra.manifest import MANIFEST, Manifest, commit, content_key, load, manifests_of
 from infra.storage import Storage, StoredFile
 from schemas.config import Config
 from schemas.tables import SHARD_FILES, VOCABULARY
@@ -201,6 +201,11 @@ def _write(storage: Storage, folder: str, rows: dict[str, list[dict[str, object]
             f"{folder}/{name}.parquet", pa.Table.from_pylist(table, schema=SHARD_FILES[name])
         )
     commit_found(storage, folder, Manifest(stage="test", inputs={}))
+
+
+def commit_again(storage: Storage, folder: str) -> None:
+    """Commit a folder anew after one of its files was changed, as if it had been made like that."""
+    commit_found(storage, folder, manifests_of(storage, [folder])[folder])
 
 
 def commit_found(storage: Storage, folder: str, manifest: Manifest) -> Manifest:

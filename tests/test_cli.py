@@ -129,7 +129,7 @@ def test_a_damaged_file_is_named_with_the_way_out(finished: Path, capfdbinary: A
     done = functok(capfdbinary, "query", "SELECT sum(activation) FROM activations", "--root", copy)
     assert done.status == 1
     assert str(damaged) in done.err
-    assert "functok run" in done.err
+    assert "functok verify CONFIG --repair" in done.err
 
 
 def test_the_prompt_reads_statements_to_their_semicolon(finished: Path) -> None:

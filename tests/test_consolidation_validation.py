@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pytest
-from builders import commit_found
+from builders import commit_again, commit_found
 from consolidation_run import ConsolidationRun, consolidation_run
 
 from infra.duck import Catalog
@@ -378,6 +378,7 @@ def test_planted_rows_of_tables_are_caught_and_named(
     found = storage.read_parquet(file)
     planted = change(found.to_pandas())
     storage.write_parquet(file, pa.Table.from_pandas(planted, schema=found.schema, preserve_index=False))
+    commit_again(storage, file.rpartition("/")[0])
     with pytest.raises(ExpectationError) as raised:
         check_tables(run.config, storage, catalog)
     told = told_of(raised.value, name)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from builders import commit_again
 from plain import InThisProcess
 from pydantic import ValidationError
 
@@ -853,6 +854,7 @@ def test_a_dictionary_that_cannot_be_clamped_stops_before_traits_are_looked_for(
     name = f"{here.dictionaries[0].folder}/cfg.json"
     saved = json.loads(here.storage.read_bytes(name))
     here.storage.write_bytes(name, json.dumps(saved | {"architecture": "topk", "k": 4}).encode())
+    commit_again(here.storage, here.dictionaries[0].folder)
     with pytest.raises(
         ConfigError, match=r"^\[steering\] \[\[steer\]\] 'given', .* layer 1 cannot be clamped"
     ):
