@@ -2,8 +2,8 @@
 
 Certainly dead, whatever is configured, once it is older than a limit:
 
-- what killed writers left: files put aside, folders without a manifest, files that a finished folder's manifest does
-  not name, uploads to S3 that were never completed;
+- what killed writers left: files put aside, folders named by a key and without a manifest, files that a finished
+  folder's manifest does not name, uploads to S3 that were never completed;
 - replaced tables: those that the catalogue does not name and that are older than it. Younger ones may be a run's that
   has not published yet.
 
@@ -12,11 +12,13 @@ it: another configuration of this root may. Given all configurations that matter
 too; each must be finished up to its tables, as only then all of its keys are known.
 
 Nothing finished is removed while its age is below the limit, and what is unfinished is asked for once more right
-before it is removed: a run that works meanwhile has younger files.
+before it is removed: a run that works meanwhile has younger files. What is removed are the files that were found, one
+by one, and never a folder with all that is in it; names that no stage makes are left alone.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -38,6 +40,9 @@ UNITS = (
 )
 """Top folders whose folders are each made as one."""
 
+_UNIT = re.compile(r"[^/]+/([a-z0-9_-]+-)?[0-9a-f]{20}(/(\d{5}(-first-\d+)?|state-\d+))?")
+"""How stages name the folders that they make: by a key, and below it shards and states by number."""
+
 Kind = Literal["unfinished", "table", "unit", "file", "upload", "cache"]
 
 
@@ -50,6 +55,7 @@ class Garbage:
         kind: What it is, which says how it is removed.
         n_bytes: Its bytes; 0 where the store does not say.
         why: Why it is dead, in words.
+        files: Of a folder, the files that are dead.
         upload_id: Of an upload, the store's name for it.
     """
 
@@ -57,6 +63,7 @@ class Garbage:
     kind: Kind
     n_bytes: int
     why: str
+    files: tuple[str, ...] = ()
     upload_id: str = ""
 
 
@@ -84,19 +91,19 @@ def find_garbage(
     loose: dict[str, dict[str, FoundFile]] = {}
     found: list[Garbage] = []
     for name, file in listing.items():
-        owner = _owner(name, finished)
+        owner, folder = _owner(name, finished), name.rpartition("/")[0]
         if is_temporary(name):
             if file.modified < before:
                 why = "put aside by a writer that was killed"
                 found.append(Garbage(name=name, kind="file", n_bytes=file.size, why=why))
         elif owner is not None:
             by_owner.setdefault(owner, {})[name] = file
-        elif name.split("/", 1)[0] in UNITS and not name.endswith(".json"):
-            loose.setdefault(name.rpartition("/")[0], {})[name] = file
+        elif name.split("/", 1)[0] in UNITS and _UNIT.fullmatch(folder) and not name.endswith(".json"):
+            loose.setdefault(folder, {})[name] = file
     for folder, files in loose.items():
         if _newest(files) < before:
             why = "without a manifest: its writer was killed"
-            found.append(Garbage(name=folder, kind="unfinished", n_bytes=_bytes(files), why=why))
+            found.append(_of_folder(folder, "unfinished", files, why))
     named = _named(catalog)
     published = listing[CATALOG].modified if CATALOG in listing else 0.0
     for folder, files in sorted(by_owner.items()):
@@ -105,10 +112,10 @@ def find_garbage(
         elif folder.startswith("tables/"):
             if _newest(files) < published:
                 why = "replaced: the catalogue does not name it"
-                found.append(Garbage(name=folder, kind="table", n_bytes=_bytes(files), why=why))
+                found.append(_of_folder(folder, "table", files, why))
         elif reached is not None and folder.split("/", 1)[0] in UNITS:
             why = "no configuration given needs it"
-            found.append(Garbage(name=folder, kind="unit", n_bytes=_bytes(files), why=why))
+            found.append(_of_folder(folder, "unit", files, why))
         else:
             found += _unnamed(storage, folder, files, before)
     tops = {name.split("/", 1)[0] for name in listing}
@@ -150,7 +157,8 @@ def delete_garbage(storage: Storage, garbage: Sequence[Garbage]) -> list[Garbage
                 # First of all: without it the folder is not done, whatever is left if this is killed.
                 storage.delete(f"{entry.name}/{MANIFEST}")
                 forget(storage, entry.name)
-            storage.delete(entry.name)
+            for name in entry.files or (entry.name,):
+                storage.delete(name)
         removed.append(entry)
     return removed
 
@@ -222,12 +230,13 @@ def _named(catalog: Catalog) -> set[str]:
     return {name.rpartition("/")[0] for name in names}
 
 
+def _of_folder(folder: str, kind: Kind, files: Mapping[str, FoundFile], why: str) -> Garbage:
+    n_bytes = sum(file.size for file in files.values())
+    return Garbage(name=folder, kind=kind, n_bytes=n_bytes, why=why, files=tuple(files))
+
+
 def _newest(files: Mapping[str, FoundFile]) -> float:
     return max(file.modified for file in files.values())
-
-
-def _bytes(files: Mapping[str, FoundFile]) -> int:
-    return sum(file.size for file in files.values())
 
 
 def _in_cache(before: float) -> list[Garbage]:

@@ -65,7 +65,7 @@ def test_what_killed_writers_left_goes_once_it_is_old(root: Path) -> None:
     shard = catalog.sharded["activations"][0].name.rpartition("/")[0]
     before = storage.listing().keys()
     left = {
-        "features/dead/activations.parquet": b"12345",
+        "features/00000000000000000000/activations.parquet": b"12345",
         f"{shard}/.edges.parquet.0123abcd.tmp": b"1",
         f"{shard}/of-an-older-version.parquet": b"12",
         "data_docs/validations/tokenize/old.html": b"123",
@@ -78,18 +78,43 @@ def test_what_killed_writers_left_goes_once_it_is_old(root: Path) -> None:
         age(root / name)
     found = find_garbage(storage, older_than=DAY)
     assert {entry.name: entry.n_bytes for entry in found} == {
-        "features/dead": 5,
-        **{name: len(content) for name, content in left.items() if "dead" not in name},
+        "features/00000000000000000000": 5,
+        **{name: len(content) for name, content in left.items() if not name.startswith("features/0000")},
     }
-    assert "killed" in names(found)["features/dead"]
+    assert "killed" in names(found)["features/00000000000000000000"]
     assert delete_garbage(storage, found) == found
     assert storage.listing().keys() == before
     assert verify_root(storage).damaged == ()
 
 
+def test_a_stray_file_takes_nothing_with_it(root: Path) -> None:
+    storage = Storage(str(root))
+    tokens = next((root / "tokens").iterdir()).name
+    strays = [
+        "dictionaries/.DS_Store",
+        "features/mine/x",
+        "tokens/.DS_Store",
+        "tables/mine.csv",
+        "tokenizers/notes.txt",
+    ]
+    dead = f"training/{'0' * 20}"
+    left = {f"{dead}/losses.parquet", f"tokens/{tokens}/.DS_Store"}
+    kept = {*strays, f"{dead}/state-00000007/state.safetensors", f"{dead}/state-00000007/manifest.json"}
+    for name in (*left, *kept):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"1")
+    (root / dead / "state-00000007" / "manifest.json").unlink()
+    written = [storage.write_bytes(f"{dead}/state-00000007/state.safetensors", b"1")]
+    commit(storage, f"{dead}/state-00000007", Manifest(stage="checkpoints", inputs={}), written)
+    before = storage.listing().keys() | set(strays)
+    age(root)
+    delete_garbage(storage, find_garbage(storage, older_than=DAY))
+    assert before - storage.listing().keys() == left
+
+
 def test_replaced_tables_go_and_those_that_a_run_has_not_published_stay(root: Path) -> None:
     storage = Storage(str(root))
-    folders = ("tables/graph-replaced", "tables/graph-unpublished")
+    folders = (f"tables/graph-{'1' * 20}", f"tables/graph-{'2' * 20}")
     for folder in folders:
         commit(
             storage, folder, Manifest(stage="tables", inputs={}), [storage.write_bytes(f"{folder}/x", b"1")]
@@ -102,18 +127,19 @@ def test_replaced_tables_go_and_those_that_a_run_has_not_published_stay(root: Pa
     found = find_garbage(storage, older_than=DAY)
     assert names(found) == {folders[0]: "replaced: the catalogue does not name it"}
     delete_garbage(storage, found)
-    assert not (root / folders[0]).exists()
-    assert (root / folders[1]).exists()
+    assert not storage.sizes(folders[0])
+    assert storage.sizes(folders[1])
 
 
 def test_what_somebody_finished_or_published_meanwhile_stays(root: Path) -> None:
     storage = Storage(str(root))
-    (root / "features" / "late").mkdir()
-    (root / "features" / "late" / "x").write_bytes(b"1")
-    age(root / "features" / "late")
+    late = f"features/{'3' * 20}"
+    (root / late).mkdir()
+    (root / late / "x").write_bytes(b"1")
+    age(root / late)
     found = find_garbage(storage, older_than=DAY)
-    assert list(names(found)) == ["features/late"]
-    commit(storage, "features/late", Manifest(stage="features", inputs={}), [])
+    assert list(names(found)) == [late]
+    commit(storage, late, Manifest(stage="features", inputs={}), [])
     published = read_catalog(storage).tables["coverage"].rpartition("/")[0]
     table = Garbage(name=published, kind="table", n_bytes=1, why="replaced")
     assert delete_garbage(storage, [*found, table]) == []
@@ -146,19 +172,20 @@ def test_finished_work_goes_only_where_no_configuration_needs_it(finished: Path,
 
 
 def test_the_command_shows_and_deletes_when_asked(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (root / "features" / "dead").mkdir()
-    (root / "features" / "dead" / "x").write_bytes(b"12345")
+    dead = root / "features" / ("4" * 20)
+    dead.mkdir()
+    (dead / "x").write_bytes(b"12345")
     for options, ends, is_there in (
         ([], "1 to delete, 5 bytes: --delete does it", True),
         (["--older-than", "100", "--delete"], "deleted 0, 0 bytes", True),
         (["--older-than", "0", "--delete"], "deleted 1, 5 bytes", False),
     ):
-        age(root / "features" / "dead")
+        age(dead)
         with pytest.raises(SystemExit) as ended:
             main(["gc", "--root", str(root), *options])
         assert ended.value.code == 0
         assert capsys.readouterr().out.splitlines()[-1] == ends
-        assert (root / "features" / "dead").exists() == is_there
+        assert (dead / "x").exists() == is_there
 
 
 def test_copies_in_the_cache_whose_making_was_killed_go(root: Path, tmp_path: Path) -> None:
