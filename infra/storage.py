@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.addresses import root_name
-from infra.errors import ConfigError, DamagedError, StorageError
+from infra.errors import ConfigError, DamagedError, FunctokError, StorageError
 from infra.remote_reading import ReadingFileSystem, RemoteFile
 from infra.storage_errors import told, way_out
 
@@ -532,7 +532,7 @@ class Storage:
     def _explained(self, name: str) -> Iterator[None]:
         try:
             yield
-        except FileNotFoundError:
+        except (FileNotFoundError, FunctokError):
             raise
         except Exception as error:
             hint = way_out(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import threading
@@ -23,6 +24,8 @@ IN_STORAGE = "storage:"
 """Begins the name of a model that lies in a folder of the storage, named by content: `storage:checkpoints/<key>`."""
 
 _WEIGHT_SUFFIXES = (".json", ".safetensors", ".bin")
+
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 _construction = threading.RLock()
 
@@ -73,8 +76,64 @@ def load_config_of(model: Model, storage: Storage) -> Any:
     """
     from transformers import AutoConfig
 
+    place = location(model, storage)
+    refuse_adapters(model, place)
     with explained(model):
-        return AutoConfig.from_pretrained(location(model, storage), **revision(model))
+        return AutoConfig.from_pretrained(place, **revision(model))
+
+
+def refuse_adapters(model: Model, place: str) -> None:
+    """Whether nothing lies beside the weights that would change the model and is not read.
+
+    Args:
+        model: Which.
+        place: Its local folder or hub id.
+
+    Raises:
+        ModelError: naming the adapter, and how it is merged.
+    """
+    found = _adapter(model, place)
+    if found is None:
+        return
+    name, base = found
+    on = f" on {base}" if base else ""
+    code = (
+        f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base or "BASE"}"), "{model.name}")'
+        '.merge_and_unload().save_pretrained("merged")'
+    )
+    raise ModelError(
+        f"model {model.name} holds an adapter (LoRA, {name}){on}, which is not read",
+        hint=f"merge it and save its base's tokenizer beside it, then give that folder: {code}; or, to study the base "
+        "alone, move the adapter's files out of the folder",
+    )
+
+
+def _adapter(model: Model, place: str) -> tuple[str, str] | None:
+    """The file that tells of an adapter, and the model that it is for."""
+    folder = Path(place)
+    if folder.is_dir():
+        name = next((name for name in _ADAPTER_FILES if (folder / name).is_file()), None)
+        configuration = folder / _ADAPTER_FILES[0]
+    else:
+        from transformers.utils import cached_file
+
+        with explained(model):
+            cached = cached_file(
+                place,
+                _ADAPTER_FILES[0],
+                **revision(model),
+                _raise_exceptions_for_gated_repo=False,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+        name, configuration = (None, Path()) if cached is None else (_ADAPTER_FILES[0], Path(cached))
+    if name is None:
+        return None
+    try:
+        base = json.loads(configuration.read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
+    except (OSError, ValueError, AttributeError):
+        base = ""
+    return name, str(base)
 
 
 def weights_identity(model: Model, storage: Storage) -> str:

@@ -7,7 +7,6 @@ headers alone, on PyTorch's meta device: no weight is read, so it comes before a
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterable, Mapping
@@ -21,7 +20,7 @@ from infra.errors import ModelError
 from infra.storage import Storage
 from schemas.config import Model
 from tasks.devices import prepared_device, settle_dtype
-from tasks.model_files import explained, load_config_of, location, revision
+from tasks.model_files import explained, load_config_of, location, refuse_adapters, revision
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +34,6 @@ _POOLER = re.compile(r"(^|\.)pooler\.")
 
 _BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias|attention\.(masked_)?bias)$")
 """Masks and frequencies that older versions saved and current ones compute."""
-
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 _PROBE_TOKENS = 4
 _SHOWN = 3
@@ -67,11 +64,10 @@ def model_outline(model: Model, storage: Storage, *, with_head: bool) -> Any:
     Raises:
         ModelError: as `load_module`, of what can be known without reading a weight.
     """
-    if Path(place := location(model, storage)).is_dir():
+    if Path(location(model, storage)).is_dir():
         return _from_files(model, storage, with_head=with_head, device_map="meta").eval()
     from transformers import AutoModel, AutoModelForCausalLM
 
-    refuse_adapters(model, place)
     config = load_config_of(model, storage)
     with torch.device("meta"), explained(model):
         return (AutoModelForCausalLM if with_head else AutoModel).from_config(config).eval()
@@ -275,57 +271,3 @@ def _names_of_whole(model: Model, storage: Storage) -> set[str]:
             with torch.device("meta"), explained(model):
                 names |= set(kind(config).state_dict())
     return names
-
-
-def refuse_adapters(model: Model, place: str) -> None:
-    """Whether nothing lies beside the weights that would change the model and is not read.
-
-    Args:
-        model: Which.
-        place: Its local folder or hub id.
-
-    Raises:
-        ModelError: naming the adapter, and how it is merged.
-    """
-    found = _adapter(model, place)
-    if found is None:
-        return
-    name, base = found
-    on = f" on {base}" if base else ""
-    code = (
-        f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base or "BASE"}"), "{model.name}")'
-        '.merge_and_unload().save_pretrained("merged")'
-    )
-    raise ModelError(
-        f"model {model.name} holds an adapter (LoRA, {name}){on}, which is not read",
-        hint=f"merge it and save its base's tokenizer beside it, then give that folder: {code}; or, to study the base "
-        "alone, move the adapter's files out of the folder",
-    )
-
-
-def _adapter(model: Model, place: str) -> tuple[str, str] | None:
-    """The file that tells of an adapter, and the model that it is for."""
-    folder = Path(place)
-    if folder.is_dir():
-        name = next((name for name in _ADAPTER_FILES if (folder / name).is_file()), None)
-        configuration = folder / _ADAPTER_FILES[0]
-    else:
-        from transformers.utils import cached_file
-
-        with explained(model):
-            cached = cached_file(
-                place,
-                _ADAPTER_FILES[0],
-                **revision(model),
-                _raise_exceptions_for_gated_repo=False,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-            )
-        name, configuration = (None, Path()) if cached is None else (_ADAPTER_FILES[0], Path(cached))
-    if name is None:
-        return None
-    try:
-        base = json.loads(configuration.read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
-    except (OSError, ValueError, AttributeError):
-        base = ""
-    return name, str(base)

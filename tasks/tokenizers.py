@@ -106,6 +106,11 @@ def load_tokenizer(model: Model, storage: Storage) -> LoadedTokenizer:
         else:
             backend = _without_file(loaded, name, revision)
             require_ids(backend, stated, name)
+    if getattr(backend.model, "dropout", None):
+        logger.warning(
+            "tokenizer %s: its file asks for BPE dropout, which is for training: read without", name
+        )
+        backend.model.dropout = None
     backend.no_truncation()
     backend.no_padding()
     wrapped, special_ids = _wrapped(backend, loaded)

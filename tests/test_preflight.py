@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import D_MODEL, build_sae, save_model, save_sae
+from tiny import D_MODEL, build_sae, save_model, save_sae, save_tokenizer
 
 from infra.errors import DictionaryError, FunctokError, ModelError
 from infra.storage import Storage
@@ -242,3 +242,19 @@ def test_errors_know_that_trying_again_is_no_help(model: Path, saved: Path, tmp_
     with pytest.raises(FunctokError) as caught:
         check(model, tmp_path, path=str(saved))
     assert not caught.value.retryable
+
+
+def test_an_adapter_alone_is_named_before_any_work(tmp_path: Path) -> None:
+    folder = tmp_path / "lora"
+    save_tokenizer(folder)
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    config = Config.model_validate(
+        {
+            "corpus": {"urls": ["a.jsonl"]},
+            "model": {"name": str(folder)},
+            "sae": [{"layer": 1, "path": str(tmp_path / "sae")}],
+        }
+    )
+    with pytest.raises(ModelError, match="holds an adapter") as caught:
+        check_fit(config, Storage(str(tmp_path / "root")))
+    assert "merge_and_unload" in caught.value.hint

@@ -10,9 +10,9 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from builders import commit_found, make_config, make_dictionary, token_text
+from builders import commit_again, commit_found, make_config, make_dictionary, token_text
 
-from infra.errors import ExpectationError, StorageError
+from infra.errors import DamagedError, ExpectationError, StorageError
 from infra.manifest import Manifest
 from infra.storage import Storage
 from schemas.config import Config
@@ -587,11 +587,15 @@ def test_broken_files_are_named(storage: Storage) -> None:
     name = f"{EXPERIMENT}/steering.parquet"
     whole = storage.read_parquet(name)
     storage.write_parquet(name, whole.drop_columns(["kl"]))
+    commit_again(storage, EXPERIMENT)
     with pytest.raises(ExpectationError, match=f"{EXPERIMENT}: steering.parquet has not the columns"):
         run.check("steering", storage)
     storage.write_bytes(name, b"PAR1 nothing PAR1")
+    with pytest.raises(DamagedError, match=f"{EXPERIMENT}/steering.parquet is damaged"):
+        run.check("steering", storage)
+    commit_again(storage, EXPERIMENT)
     with pytest.raises(StorageError, match=f"{EXPERIMENT}: steering.parquet cannot be read"):
         run.check("steering", storage)
     storage.delete(f"{TWO}/prompt_tokens.parquet")
-    with pytest.raises(StorageError, match=f"{TWO}: prompt_tokens.parquet cannot be read"):
+    with pytest.raises(DamagedError, match=f"{TWO}/prompt_tokens.parquet is not there"):
         run.check("reactivation", storage)

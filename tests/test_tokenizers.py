@@ -339,3 +339,16 @@ def test_a_tokenizer_saved_by_transformers_is_read_as_before(tmp_path: Path) -> 
     assert (tokenizer.bos_id, tokenizer.pad_id) == (0, 2)
     for text in texts(20):
         assert ids_of(tokenizer.backend, text) == own_tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_dropout_of_training_is_switched_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    text = " ".join(texts(20))
+    storage = Storage(str(tmp_path / "storage"))
+    expected = load_tokenizer(Model(name=str(tmp_path)), storage).backend.encode(text).ids
+    value = json.loads(file.read_text())
+    value["model"]["dropout"] = 0.5
+    file.write_text(json.dumps(value))
+    assert load_tokenizer(Model(name=str(tmp_path)), storage).backend.encode(text).ids == expected
+    assert "BPE dropout" in caplog.text
