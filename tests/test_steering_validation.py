@@ -597,5 +597,5 @@ def test_broken_files_are_named(storage: Storage) -> None:
     with pytest.raises(StorageError, match=f"{EXPERIMENT}: steering.parquet cannot be read"):
         run.check("steering", storage)
     storage.delete(f"{TWO}/prompt_tokens.parquet")
-    with pytest.raises(DamagedError, match=f"{TWO}/prompt_tokens.parquet is not there"):
+    with pytest.raises(StorageError, match=f"{TWO}: prompt_tokens.parquet cannot be read"):
         run.check("reactivation", storage)
