@@ -189,7 +189,8 @@ def _from_files(model: Model, storage: Storage, *, with_head: bool, **options: A
     place = location(model, storage)
     refuse_adapters(model, place)
     kind = AutoModelForCausalLM if with_head else AutoModel
-    options |= {**revision(model), "output_loading_info": True}
+    # Other shapes are told by name with the rest, and refused with it.
+    options |= {**revision(model), "output_loading_info": True, "ignore_mismatched_sizes": True}
     with explained(model):
         module, found = kind.from_pretrained(place, **options)
         wrapped = [key for key in _names(found["unexpected_keys"]) if _unwrapped(key) != key]
@@ -218,6 +219,11 @@ def _require_filled(
     Raises:
         ModelError: naming the first that are missing, unknown or of another shape.
     """
+    if other := _names(found["mismatched_keys"]):
+        raise ModelError(
+            f"model {model.name}: {_first(other)} have other shapes than its config.json says",
+            hint="give the config.json that belongs to these weights",
+        )
     if missing := [key for key in _names(found["missing_keys"]) if with_head or not _POOLER.search(key)]:
         head = with_head and all(key.startswith(_head_names(module)) for key in missing)
         raise ModelError(
@@ -238,11 +244,6 @@ def _require_filled(
             "describes it does not have and would leave out",
             hint="give the config.json that belongs to these weights (number of layers, architecture), "
             "or save the model again as it is meant to run",
-        )
-    if other := _names(found["mismatched_keys"]):
-        raise ModelError(
-            f"model {model.name}: {_first(other)} have other shapes than its config.json says",
-            hint="give the config.json that belongs to these weights",
         )
 
 

@@ -294,7 +294,7 @@ def test_weights_that_do_not_fit_their_configuration_are_named(pythia: Path, tmp
     (copied / "config.json").write_text(json.dumps(saved | {"intermediate_size": 48}))
     storage = Storage(str(tmp_path / "root"))
     (found,) = prepare_checkpoints(config, storage, SHARDS)
-    with pytest.raises(ModelError, match=r"step7: its weights have other shapes than its config.json says"):
+    with pytest.raises(ModelError, match=r"step7: \S+, .* have other shapes than its config.json says"):
         open_checkpoint(config, storage, found)
 
 
