@@ -108,6 +108,7 @@ def _local(workers: int, environment: dict[str, str]) -> Iterator[Any]:
             host="127.0.0.1",
             dashboard_address="127.0.0.1:0",
             env=environment,
+            preload=["infra.worker_preload"],
             silence_logs="ERROR",
         ) as cluster,
         Client(cluster) as client,
@@ -122,7 +123,12 @@ def _one_worker_per_gpu(devices: int) -> Iterator[Any]:
     workers = {
         index: {
             "cls": Nanny,
-            "options": {"nthreads": 1, "host": "127.0.0.1", "env": {"CUDA_VISIBLE_DEVICES": name}},
+            "options": {
+                "nthreads": 1,
+                "host": "127.0.0.1",
+                "env": {"CUDA_VISIBLE_DEVICES": name},
+                "preload": ["infra.worker_preload"],
+            },
         }
         for index, name in enumerate(_gpu_names(devices))
     }
