@@ -212,8 +212,11 @@ class Storage:
             except FileNotFoundError:
                 return False
 
-    def require_place(self) -> None:
+    def require_place(self, name: str = "") -> None:
         """Do nothing where files can be asked for; a folder on a disk is made when something is written.
+
+        Args:
+            name: The file that it is about, for the message.
 
         Raises:
             StorageError: if there is no such bucket, or it cannot be asked for what it holds.
@@ -227,7 +230,7 @@ class Storage:
             except FileNotFoundError as error:
                 at = f" at {self.endpoint_url}" if self.endpoint_url else ""
                 raise StorageError(
-                    f"storage failed at {self.root}: there is no bucket {bucket}{at}",
+                    f"storage failed at {self.url(name)}: there is no bucket {bucket}{at}",
                     hint="create it, or check storage.root, the endpoint and whose credentials these are",
                 ) from error
 
@@ -253,35 +256,28 @@ class Storage:
             self._listings = {}
 
     def _list(self, prefix: str) -> dict[str, int]:
-        with self._explained(prefix):
-            try:
-                found = self.fs.find(self.full(prefix), detail=True)
-            except FileNotFoundError:
-                return {}
-        start = len(self.path) + 1
-        return {
-            path[start:]: int(info["size"])
-            for path, info in found.items()
-            if info.get("type") == "file" and not is_temporary(path)
-        }
+        return {name: int(info["size"]) for name, info in self._files(prefix) if not is_temporary(name)}
 
     def listing(self, prefix: str = "") -> dict[str, FoundFile]:
         """Every file under `prefix`, what a killed writer left aside included: relative name to what is known of it."""
-        with self._explained(prefix):
-            try:
-                found = self.fs.find(self.full(prefix), detail=True)
-            except FileNotFoundError:
-                return {}
-        start = len(self.path) + 1
         return {
-            path[start:]: FoundFile(
+            name: FoundFile(
                 size=int(info["size"]),
                 modified=_seconds(info.get("mtime") or info.get("LastModified")),
                 identity=str(info.get("ETag") or info.get("etag") or ""),
             )
-            for path, info in found.items()
-            if info.get("type") == "file"
+            for name, info in self._files(prefix)
         }
+
+    def _files(self, prefix: str) -> list[tuple[str, dict[str, Any]]]:
+        """Every file under `prefix`, one listing: relative name, and what the filesystem says of it."""
+        with self._explained(prefix):
+            try:
+                found = self.fs.find(self.full(prefix), detail=True)
+            except FileNotFoundError:
+                return []
+        start = len(self.path) + 1
+        return [(path[start:], info) for path, info in found.items() if info.get("type") == "file"]
 
     def hash_of(self, name: str, size: int) -> str:
         """SHA-256 of a file of `size` bytes, read as it is now.
@@ -364,7 +360,7 @@ class Storage:
                 except BaseException as error:
                     _abort(file)
                     if isinstance(error, FileNotFoundError):
-                        self.require_place()
+                        self.require_place(name)
                     raise
 
     @contextmanager
