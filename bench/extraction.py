@@ -35,21 +35,21 @@ from bench.dictionaries import save_random_dictionary
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.work import CorpusShards, Dictionary, FeatureShard
-from tasks.windows import Batch
+from tasks.corpus.windows import Batch
 
 CALIBRATION_BATCHES = 1
 
 
 def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
     """Compare on the first `arguments.tokens` tokens of a corpus; everything is written under `root`."""
-    from tasks.devices import choose_device
-    from tasks.dictionaries import load_dictionary, prepare_dictionaries
-    from tasks.extraction import _encoder, keep_for, loaded_model, loaded_tokenizer
-    from tasks.features import extract_features
-    from tasks.graph import graph_shards
-    from tasks.residuals import shard_batches
-    from tasks.tokenization import tokenize_corpus
-    from tasks.windows import read_shard_tokens
+    from tasks.corpus.graph_documents import graph_shards
+    from tasks.corpus.tokenization import tokenize_corpus
+    from tasks.corpus.windows import read_shard_tokens
+    from tasks.dictionaries.dictionaries import load_dictionary, prepare_dictionaries
+    from tasks.dictionaries.residuals import shard_batches
+    from tasks.graph.extraction import _encoder, keep_for, loaded_model, loaded_tokenizer
+    from tasks.graph.features import extract_features
+    from tasks.models.devices import choose_device
 
     storage = Storage(root)
     config = _config(arguments, root)
@@ -232,7 +232,7 @@ class _Proxy:
         from sae_lens.load_model import load_model as load_proxy
         from transformers import AutoModelForCausalLM
 
-        from tasks.models import converted_gguf, is_gguf
+        from tasks.models.model import converted_gguf, is_gguf
 
         logging.getLogger("sae_lens").setLevel(logging.ERROR)
         folder = str(converted_gguf(config.model, storage)) if is_gguf(config.model) else config.model.name
@@ -272,8 +272,8 @@ def _check_same(
     plan: Sequence[Batch],
 ) -> None:
     """Make sure that ours and SAELens' way find the same features; what differs must not be compared."""
-    from tasks.encoding import build_encoder
-    from tasks.extraction import loaded_model
+    from tasks.dictionaries.encoding import build_encoder
+    from tasks.graph.extraction import loaded_model
 
     batch = min(plan, key=lambda entry: entry.input_ids.size)
     ids, real = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.token >= 0)

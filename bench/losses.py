@@ -27,13 +27,13 @@ from schemas.work import LossShard
 def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
     """Compare on the first `arguments.tokens` tokens of a corpus; everything is written under `root`."""
     from schemas.work import Checkpoint
-    from tasks import losses
-    from tasks.checkpoint_jobs import open_checkpoint
-    from tasks.heldout import heldout_parts
-    from tasks.models import model_key
-    from tasks.residuals import shard_batches
-    from tasks.tokenization import tokenize_corpus
-    from tasks.windows import read_heldout_tokens
+    from tasks.corpus.heldout import heldout_parts
+    from tasks.corpus.tokenization import tokenize_corpus
+    from tasks.corpus.windows import read_heldout_tokens
+    from tasks.dictionaries.residuals import shard_batches
+    from tasks.models.model import model_key
+    from tasks.pretraining import losses
+    from tasks.pretraining.checkpoint_jobs import open_checkpoint
 
     storage = Storage(root)
     config = _config(arguments, root)

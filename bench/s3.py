@@ -33,8 +33,9 @@ def count(folder: Path, endpoint: str, proxy: Any, n_files: int) -> dict[str, Co
     from test_requests import config_of
 
     from infra.storage import Storage
-    from tasks import extraction, tokenization
-    from tasks.plan import plan_run
+    from tasks.corpus import tokenization
+    from tasks.engine.plan import plan_run
+    from tasks.graph import extraction
 
     # A worker of another process would be counted alike, and takes seconds to start.
     tokenization._Watched = InThisProcess  # type: ignore[misc, assignment]

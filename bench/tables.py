@@ -22,7 +22,7 @@ from infra.storage import Storage
 from schemas.config import Config, DuckDb
 from schemas.tables import SHARD_FILES, VOCABULARY
 from schemas.work import CorpusShards, Dictionary, FeatureShard, GraphShard, TokenShard
-from tasks.features import count_edges, round_mantissa
+from tasks.graph.features import count_edges, round_mantissa
 
 LAYERS = (7, 15, 22)
 VOCABULARY_SIZE = 49_152
@@ -63,7 +63,7 @@ def main() -> None:
 
 def build(storage: Storage, nonzeros: int, memory_limit: str, threads: int) -> dict[str, object]:
     """Build both groups of tables from the shards that are there."""
-    from tasks.tables import build_graph_tables
+    from tasks.graph.tables import build_graph_tables
 
     shards, features, dictionaries = make_shards(storage, nonzeros)
     config = Config.model_validate(

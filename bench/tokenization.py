@@ -19,7 +19,7 @@ from typing import Any
 
 from bench.common import Side, alternate, emit, figure, parser_with_data, ratio, say, spread
 from schemas.config import Config
-from tasks.corpus import CorpusFile
+from tasks.corpus.files import CorpusFile
 
 BATCH_DOCUMENTS = 1024
 
@@ -28,12 +28,12 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
     """Compare on one corpus file; shards go under `root`."""
     from infra.cluster import available_cores
     from infra.storage import Storage
-    from tasks.corpus import corpus_files
-    from tasks.file_jobs import FileJob, FileShards
-    from tasks.records import read_records
-    from tasks.token_shards import tokenize_file
-    from tasks.tokenization import write_tokenizer
-    from tasks.tokenizers import load_tokenizer
+    from tasks.corpus.file_jobs import FileJob, FileShards
+    from tasks.corpus.files import corpus_files
+    from tasks.corpus.records import read_records
+    from tasks.corpus.token_shards import tokenize_file
+    from tasks.corpus.tokenization import write_tokenizer
+    from tasks.models.tokenizers import load_tokenizer
 
     storage = Storage(root)
     config = Config.model_validate(
@@ -129,7 +129,7 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
 
 def _first(texts: list[str], config: Config, root: str) -> tuple[Config, CorpusFile]:
     """A corpus of these texts alone, as one JSON Lines file."""
-    from tasks.corpus import corpus_files
+    from tasks.corpus.files import corpus_files
 
     path = Path(root, "first.jsonl")
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

@@ -22,21 +22,21 @@ import torch
 from bench.common import CORPUS, Side, alternate, emit, figure, parser, ratio, say, spread
 from infra.storage import Storage
 from schemas.config import Config
-from tasks.packing import Rows
-from tasks.pretraining_plan import TrainingPlan
+from tasks.pretraining.packing import Rows
+from tasks.pretraining.plan import TrainingPlan
 
 
 def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
     """Compare on a corpus' first documents; everything is written under `root`."""
-    from tasks.corpus_tokenizer import train_tokenizer, with_tokenizer
-    from tasks.devices import prepared_device
-    from tasks.pretraining import train_series
-    from tasks.pretraining_loop import packed_rows
-    from tasks.pretraining_model import build_model, count_parameters
-    from tasks.pretraining_plan import plan_training
-    from tasks.pretraining_trainer import Trainer
-    from tasks.tokenization import tokenize_corpus
-    from tasks.tokenizers import load_tokenizer
+    from tasks.corpus.tokenization import tokenize_corpus
+    from tasks.corpus.tokenizer_training import train_tokenizer, with_tokenizer
+    from tasks.models.devices import prepared_device
+    from tasks.models.tokenizers import load_tokenizer
+    from tasks.pretraining.loop import packed_rows
+    from tasks.pretraining.model import build_model, count_parameters
+    from tasks.pretraining.plan import plan_training
+    from tasks.pretraining.trainer import Trainer
+    from tasks.pretraining.training import train_series
 
     storage, asked = Storage(root), _config(arguments, root)
     say("training the tokenizer and tokenizing")
@@ -137,7 +137,7 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
 
 
 def _bare_loop(model: Any, plan: TrainingPlan, made: list[Rows]) -> float:
-    from tasks.pretraining_model import make_optimizer
+    from tasks.pretraining.model import make_optimizer
 
     optimizer = make_optimizer(model, plan.train)
     for step, rows in enumerate(made, start=1):

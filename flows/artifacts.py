@@ -35,7 +35,7 @@ from schemas.work import (
     SteeredPrompt,
     TraitFeatures,
 )
-from tasks.report_text import label, shared_texts
+from tasks.report.text import label, shared_texts
 
 COVERAGE_RANKS = 10
 """The ranks of PAPER 1.2's table."""
@@ -92,7 +92,7 @@ def show_features(storage: Storage, features: Sequence[FeatureShard]) -> None:
 
 def show_checkpoints(storage: Storage, checkpoints: Sequence[Checkpoint]) -> None:
     """A table of the checkpoints of every series."""
-    from tasks.consolidation_plan import checkpoint_rows
+    from tasks.pretraining.table_plan import checkpoint_rows
 
     _show_table(storage, "checkpoints", checkpoint_rows(checkpoints), "The checkpoints of every series")
 
@@ -148,7 +148,7 @@ def show_steering(
 
 
 def _trait_rows(storage: Storage, trait: TraitFeatures) -> list[dict[str, Any]]:
-    from tasks.loaded_traits import load_layers
+    from tasks.steering.loaded_traits import load_layers
 
     [best] = [layer for layer in load_layers(storage, trait) if layer.is_most_informative]
     [folder] = [entry.folder for entry in trait.layers if entry.layer == best.layer]
@@ -229,8 +229,8 @@ def show_tables(config: Config, storage: Storage) -> None:
 
 def show_heat_maps(config: Config, storage: Storage) -> None:
     """What steering does, by strength, and heat maps of reactivation, from the published tables."""
-    from tasks.steering_figures import heat_map, heat_map_alt, png_uri
-    from tasks.steering_rows import RULE, heat_maps
+    from tasks.steering.figures import heat_map, heat_map_alt, png_uri
+    from tasks.steering.rows import RULE, heat_maps
 
     published = read_catalog(storage).tables
     with telling_damage(), connect(storage, config.duckdb) as connection:

@@ -28,7 +28,7 @@ def checkpoints(config: Config) -> None:
 @step("checkpoints", "{series}")
 def train_or_find(config: Config, storage: Storage, shards: CorpusShards) -> list[Checkpoint]:
     """Train what is missing; a training that was killed goes on where its last state was saved."""
-    from tasks import checkpoints
+    from tasks.pretraining import checkpoints
 
     with reported_progress("checkpoints") as progress:
         return checkpoints.prepare_checkpoints(config, storage, shards, progress)
@@ -37,7 +37,7 @@ def train_or_find(config: Config, storage: Storage, shards: CorpusShards) -> lis
 @step("checkpoints", "check {series}")
 def check_series(config: Config, storage: Storage, found: list[Checkpoint]) -> None:
     """Hold the series against their expectations."""
-    from tasks import consolidation_validation
+    from tasks.pretraining import checks as consolidation_validation
 
     consolidation_validation.check_checkpoints(config, storage, found)
 
@@ -45,6 +45,6 @@ def check_series(config: Config, storage: Storage, found: list[Checkpoint]) -> N
 @step("checkpoints", "look for {series}")
 def finished_checkpoints(config: Config, storage: Storage, shards: CorpusShards) -> list[Checkpoint] | None:
     """The checkpoints, for a later stage; None if one is still to be trained."""
-    from tasks import checkpoints
+    from tasks.pretraining import checkpoints
 
     return checkpoints.find_checkpoints(config, storage, shards)

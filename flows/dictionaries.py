@@ -28,7 +28,7 @@ def dictionaries(config: Config) -> None:
 @step("dictionaries", "layer {layers}")
 def fetch_or_train(config: Config, storage: Storage, shards: CorpusShards) -> list[Dictionary]:
     """Fetch, copy or train the dictionaries that are missing."""
-    from tasks import dictionaries
+    from tasks.dictionaries import dictionaries
 
     with reported_progress("dictionaries") as progress:
         return dictionaries.prepare_dictionaries(config, storage, shards, progress)
@@ -37,7 +37,7 @@ def fetch_or_train(config: Config, storage: Storage, shards: CorpusShards) -> li
 @step("dictionaries", "check layer {layers}")
 def check_quality(config: Config, storage: Storage, ready: list[Dictionary]) -> None:
     """Hold the dictionaries against their expectations."""
-    from tasks import validation
+    from tasks.engine import validation
 
     validation.check_dictionaries(config, storage, ready)
 
@@ -45,6 +45,6 @@ def check_quality(config: Config, storage: Storage, ready: list[Dictionary]) -> 
 @step("dictionaries", "look for layer {layers}")
 def finished_dictionaries(config: Config, storage: Storage, shards: CorpusShards) -> list[Dictionary] | None:
     """The dictionaries, for a later stage; None if any is missing or no longer the one asked for."""
-    from tasks import dictionaries
+    from tasks.dictionaries import dictionaries
 
     return dictionaries.find_dictionaries(config, storage, shards)

@@ -32,7 +32,7 @@ def extract_and_encode(
     config: Config, storage: Storage, shards: CorpusShards, dictionaries: list[Dictionary]
 ) -> list[FeatureShard]:
     """Make the feature shards that are missing: one forward for all layers, encoded on the device."""
-    from tasks import features
+    from tasks.graph import features
 
     with reported_progress("features") as progress:
         return features.extract_features(config, storage, shards, dictionaries, progress)
@@ -43,7 +43,7 @@ def check_activations(
     config: Config, storage: Storage, activated: list[FeatureShard], dictionaries: list[Dictionary]
 ) -> None:
     """Hold the feature shards against their expectations."""
-    from tasks import validation
+    from tasks.engine import validation
 
     validation.check_features(config, storage, activated, dictionaries)
 
@@ -53,6 +53,6 @@ def finished_features(
     config: Config, storage: Storage, shards: CorpusShards, dictionaries: list[Dictionary]
 ) -> list[FeatureShard] | None:
     """The feature shards, for a later stage; None if any is missing."""
-    from tasks import features
+    from tasks.graph import features
 
     return features.find_feature_shards(config, storage, shards, dictionaries)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from flows.checkpoints import finished_checkpoints
 from flows.support import needed, open_storage, reported_progress, stage_flow, step
 from flows.tokenize import finished_tokens
-from infra.errors import ConfigError
 from infra.storage import Storage
 from schemas.config import Config, consolidation_of
+from schemas.errors import ConfigError
 from schemas.work import Checkpoint, GeneratedTexts
 
 
@@ -30,7 +30,7 @@ def generations(config: Config) -> None:
 @step("generations", "{series}")
 def continue_prompts(config: Config, storage: Storage, checkpoints: list[Checkpoint]) -> list[GeneratedTexts]:
     """Generate what is missing."""
-    from tasks import generations
+    from tasks.pretraining import generations
 
     with reported_progress("generations") as progress:
         return generations.generate_texts(config, storage, checkpoints, progress)
@@ -39,6 +39,6 @@ def continue_prompts(config: Config, storage: Storage, checkpoints: list[Checkpo
 @step("generations", "check {series}")
 def check_texts(config: Config, storage: Storage, written: list[GeneratedTexts]) -> None:
     """Hold the texts against their expectations."""
-    from tasks import consolidation_validation
+    from tasks.pretraining import checks as consolidation_validation
 
     consolidation_validation.check_generations(config, storage, written)

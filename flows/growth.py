@@ -6,9 +6,9 @@ from flows.artifacts import show_growth
 from flows.checkpoints import finished_checkpoints
 from flows.support import needed, open_storage, reported_progress, stage_flow, step
 from flows.tokenize import finished_tokens
-from infra.errors import ConfigError
 from infra.storage import Storage
 from schemas.config import Config, consolidation_of
+from schemas.errors import ConfigError
 from schemas.work import Checkpoint, CorpusShards, GrownSae
 
 
@@ -34,7 +34,7 @@ def train_along(
     config: Config, storage: Storage, shards: CorpusShards, checkpoints: list[Checkpoint]
 ) -> list[GrownSae]:
     """Make the SAEs and graphs that are missing, by the spine's own stages."""
-    from tasks import growth
+    from tasks.pretraining import growth
 
     with reported_progress("growth") as progress:
         return growth.grow(config, storage, shards, checkpoints, progress)
@@ -43,6 +43,6 @@ def train_along(
 @step("growth", "check {series}")
 def check_growth(config: Config, storage: Storage, grown: list[GrownSae]) -> None:
     """Hold the SAE series against its expectations."""
-    from tasks import consolidation_validation
+    from tasks.pretraining import checks as consolidation_validation
 
     consolidation_validation.check_growth(config, storage, grown)

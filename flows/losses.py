@@ -30,7 +30,7 @@ def read_heldout(
     config: Config, storage: Storage, shards: CorpusShards, checkpoints: list[Checkpoint]
 ) -> list[LossShard]:
     """Compute the losses that are missing."""
-    from tasks import losses
+    from tasks.pretraining import losses
 
     with reported_progress("losses") as progress:
         return losses.compute_losses(config, storage, shards, checkpoints, progress)
@@ -39,6 +39,6 @@ def read_heldout(
 @step("losses", "check {series}")
 def check_losses(config: Config, storage: Storage, measured: list[LossShard]) -> None:
     """Hold the loss shards against their expectations."""
-    from tasks import consolidation_validation
+    from tasks.pretraining import checks as consolidation_validation
 
     consolidation_validation.check_losses(config, storage, measured)

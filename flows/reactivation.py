@@ -30,7 +30,7 @@ def reactivation(config: Config) -> None:
 @step("reactivation", "{cases}")
 def encode_prompts(config: Config, storage: Storage, dictionaries: list[Dictionary]) -> list[CaseFeatures]:
     """Check the cases' file, and encode the prompts of the cases that are missing."""
-    from tasks import cases, reactivation
+    from tasks.steering import cases, reactivation
 
     cases.check_cases(config, storage)
     with reported_progress("reactivation") as progress:
@@ -46,6 +46,6 @@ def check_reactivation(
     read: list[CaseFeatures],
 ) -> None:
     """Hold the cases against their expectations."""
-    from tasks import steering_validation
+    from tasks.steering import checks as steering_validation
 
     steering_validation.check_reactivation(config, storage, shards, dictionaries, read)

@@ -25,7 +25,7 @@ def report(config: Config) -> None:
 @step("report", "write")
 def write_report(config: Config, storage: Storage) -> str:
     """Draw the figures and write the file; its URL."""
-    from tasks import report
+    from tasks.report import report
 
     with reported_progress("report") as progress:
         return report.write_report(storage, config.duckdb, progress)

@@ -19,11 +19,11 @@ from flows.support import open_storage, stage_flow, watching
 from flows.tables import tables
 from flows.tokenize import tokenize
 from infra.addresses import refuse_secrets
-from infra.errors import ConfigError
 from infra.run_api import ChosenApi, run_api
 from infra.run_log import tracebacks
 from infra.terminal import terminal_progress
 from schemas.config import Config
+from schemas.errors import ConfigError
 from schemas.work import Stage
 
 
@@ -68,7 +68,7 @@ def check(config: Config, stages: tuple[Stage, ...]) -> None:
     Raises:
         FunctokError: if they do not fit, or the model's files do not hold it.
     """
-    from tasks.preflight import check_fit, check_model
+    from tasks.graph.preflight import check_fit, check_model
 
     storage = open_storage(config)
     check_fit(config, storage)
@@ -82,7 +82,7 @@ def stages_to_run(config: Config, only: Stage | None, start_from: Stage | None) 
     Raises:
         ConfigError: if both choices are made, or the one made does not apply to the configuration.
     """
-    from tasks.plan import stages_of
+    from tasks.engine.plan import stages_of
 
     if only is not None and start_from is not None:
         raise ConfigError("`only` and `start_from` exclude each other", hint="leave one of them empty")
@@ -130,17 +130,17 @@ def run(
 def imports(stages: tuple[Stage, ...]) -> Iterator[ModuleType]:
     """Import what the stages will use, one library at a time."""
     libraries: dict[Stage, tuple[str, ...]] = {
-        "tokenize": ("transformers", "tasks.tokenization", "tasks.validation"),
-        "dictionaries": ("torch", "tasks.dictionaries", "sae_lens"),
-        "features": ("tasks.features",),
-        "reactivation": ("tasks.reactivation", "sae_lens"),
-        "steering": ("tasks.steering", "sae_lens"),
-        "checkpoints": ("tasks.checkpoints", "tasks.pretraining"),
-        "losses": ("tasks.losses",),
-        "growth": ("tasks.growth", "sae_lens"),
-        "generations": ("tasks.generations",),
-        "tables": ("tasks.tables", "great_expectations"),
-        "report": ("tasks.report",),
+        "tokenize": ("transformers", "tasks.corpus.tokenization", "tasks.engine.validation"),
+        "dictionaries": ("torch", "tasks.dictionaries.dictionaries", "sae_lens"),
+        "features": ("tasks.graph.features",),
+        "reactivation": ("tasks.steering.reactivation", "sae_lens"),
+        "steering": ("tasks.steering.steering", "sae_lens"),
+        "checkpoints": ("tasks.pretraining.checkpoints", "tasks.pretraining.training"),
+        "losses": ("tasks.pretraining.losses",),
+        "growth": ("tasks.pretraining.growth", "sae_lens"),
+        "generations": ("tasks.pretraining.generations",),
+        "tables": ("tasks.graph.tables", "great_expectations"),
+        "report": ("tasks.report.report",),
     }
     for stage in stages:
         for library in libraries[stage]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from infra.errors import FunctokError
 from infra.interrupt import was_interrupted
+from schemas.errors import FunctokError
 
 if TYPE_CHECKING:
     from prefect import Task

@@ -32,7 +32,7 @@ def find_and_steer(
     config: Config, storage: Storage, shards: CorpusShards, dictionaries: list[Dictionary]
 ) -> tuple[list[TraitFeatures], list[SteeredPrompt]]:
     """Find the traits' features and run the experiments that are missing."""
-    from tasks import steering
+    from tasks.steering import steering
 
     with reported_progress("steering") as progress:
         return steering.run_steering(config, storage, shards, dictionaries, progress)
@@ -47,6 +47,6 @@ def check_steering(
     steered: list[SteeredPrompt],
 ) -> None:
     """Hold traits and experiments against their expectations."""
-    from tasks import steering_validation
+    from tasks.steering import checks as steering_validation
 
     steering_validation.check_steering(config, storage, dictionaries, traits, steered)

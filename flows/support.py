@@ -21,12 +21,12 @@ from prefect.tasks import exponential_backoff
 
 from flows.retry import worth_retrying
 from infra.addresses import refuse_secrets, root_name, short_name
-from infra.errors import ConfigError, FunctokError
 from infra.interrupt import require_uninterrupted
 from infra.prefect_api import note_process
 from infra.progress import Progress
 from infra.storage import Storage
 from infra.terminal import PlainLines
+from schemas.errors import ConfigError, FunctokError
 from schemas.work import Stage
 
 if TYPE_CHECKING:

@@ -10,13 +10,13 @@ from flows.features import finished_features
 from flows.support import needed, open_storage, reported_progress, stage_flow, step
 from flows.tokenize import finished_tokens
 from infra.duck import Catalog
-from infra.errors import FunctokError
 from infra.storage import Storage
 from schemas.config import Config
+from schemas.errors import FunctokError
 from schemas.work import CorpusShards, Dictionary, FeatureShard, SteeringResults
 
 if TYPE_CHECKING:
-    from tasks.consolidation_plan import ConsolidationResults
+    from tasks.pretraining.table_plan import ConsolidationResults
 
 
 @stage_flow("tables", "tables of {config.title}")
@@ -72,7 +72,7 @@ def tables(config: Config) -> None:
 @step("tables", "corpus")
 def build_corpus_tables(config: Config, storage: Storage, shards: CorpusShards) -> Catalog:
     """Documents, rejects, occurrences, tokens with their ranks and shares."""
-    from tasks import tables
+    from tasks.graph import tables
 
     with reported_progress("tables") as progress:
         return tables.build_corpus_tables(config, storage, shards, progress)
@@ -87,7 +87,7 @@ def build_graph_tables(
     dictionaries: list[Dictionary],
 ) -> Catalog:
     """Edges, degrees, coverage, rarefied degrees and the power law, per layer."""
-    from tasks import tables
+    from tasks.graph import tables
 
     with reported_progress("tables") as progress:
         return tables.build_graph_tables(config, storage, shards, features, dictionaries, progress)
@@ -98,7 +98,7 @@ def finished_steering(
     config: Config, storage: Storage, shards: CorpusShards, dictionaries: list[Dictionary]
 ) -> SteeringResults | None:
     """What reactivation and steering have made; None if any of it is missing."""
-    from tasks import steering_stages
+    from tasks.steering import results as steering_stages
 
     return steering_stages.find_steering_results(config, storage, shards, dictionaries)
 
@@ -108,7 +108,7 @@ def build_steering_tables(
     config: Config, storage: Storage, shards: CorpusShards, results: SteeringResults, catalog: Catalog
 ) -> Catalog:
     """Reactivation, traits and the effects of steering, beside what the candidate already has."""
-    from tasks import steering_tables
+    from tasks.steering import tables as steering_tables
 
     with reported_progress("tables") as progress:
         return steering_tables.build_steering_tables(config, storage, shards, results, progress, onto=catalog)
@@ -119,7 +119,7 @@ def finished_consolidation(
     config: Config, storage: Storage, shards: CorpusShards
 ) -> ConsolidationResults | None:
     """What the checkpoint stages have made; None if any of it is missing."""
-    from tasks import consolidation
+    from tasks.pretraining import results as consolidation
 
     return consolidation.find_results(config, storage, shards)
 
@@ -129,7 +129,7 @@ def build_consolidation_tables(
     config: Config, storage: Storage, shards: CorpusShards, results: ConsolidationResults, catalog: Catalog
 ) -> Catalog:
     """Loss buckets, learned features and graphs by checkpoint, beside what the candidate already has."""
-    from tasks import consolidation_tables
+    from tasks.pretraining import tables as consolidation_tables
 
     with reported_progress("tables") as progress:
         return consolidation_tables.build_consolidation_tables(
@@ -140,7 +140,7 @@ def build_consolidation_tables(
 @step("tables", "check")
 def check_tables(config: Config, storage: Storage, catalog: Catalog) -> None:
     """Hold the candidate tables against their expectations; nobody has seen them yet."""
-    from tasks import validation
+    from tasks.engine import validation
 
     validation.check_tables(config, storage, catalog)
 
@@ -148,6 +148,6 @@ def check_tables(config: Config, storage: Storage, catalog: Catalog) -> None:
 @step("tables", "publish")
 def publish(config: Config, storage: Storage, catalog: Catalog) -> None:
     """Let readers see the checked tables, all at once."""
-    from tasks import tables
+    from tasks.graph import tables
 
     tables.publish(storage, catalog)

@@ -28,7 +28,7 @@ def train_tokenizer(config: Config, storage: Storage) -> Config:
     """Train the corpus' own tokenizer, where that is asked for; the configuration that names it."""
     if config.consolidation is None or not config.consolidation.trains_tokenizer:
         return config
-    from tasks import corpus_tokenizer
+    from tasks.corpus import tokenizer_training as corpus_tokenizer
 
     with reported_progress("tokenize") as progress:
         corpus_tokenizer.train_tokenizer(config, storage, progress)
@@ -38,7 +38,7 @@ def train_tokenizer(config: Config, storage: Storage) -> Config:
 @step("tokenize", "{corpus}")
 def cut_and_count(config: Config, storage: Storage) -> CorpusShards:
     """Cut the corpus files into token shards with counts; finished ones are kept."""
-    from tasks import tokenization
+    from tasks.corpus import tokenization
 
     with reported_progress("tokenize") as progress:
         return tokenization.tokenize_corpus(config, storage, progress)
@@ -47,7 +47,7 @@ def cut_and_count(config: Config, storage: Storage) -> CorpusShards:
 @step("tokenize", "check")
 def check_tokens(config: Config, storage: Storage, shards: CorpusShards) -> None:
     """Hold the shards against their expectations."""
-    from tasks import validation
+    from tasks.engine import validation
 
     validation.check_tokenize(config, storage, shards)
 
@@ -58,7 +58,8 @@ def finished_tokens(config: Config, storage: Storage) -> tuple[Config, CorpusSha
 
     With it the configuration that names its tokenizer, where that was trained here.
     """
-    from tasks import corpus_tokenizer, tokenization
+    from tasks.corpus import tokenization
+    from tasks.corpus import tokenizer_training as corpus_tokenizer
 
     resolved = corpus_tokenizer.with_tokenizer(config, storage)
     shards = None if resolved is None else tokenization.find_corpus_shards(resolved, storage)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from infra.errors import ConfigError, FunctokError, whole_message
 from infra.interrupt import end_interrupted, interruptible
 from infra.last_words import last_words
+from schemas.errors import ConfigError, FunctokError, whole_message
 from schemas.work import Stage
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def status(
     from rich.console import Console
     from rich.table import Table
 
-    from tasks.plan import plan_run
+    from tasks.engine.plan import plan_run
 
     loaded, storage = _open(config, assignments, root)
     table = Table(title=f"{config} → {storage.root}", title_justify="left")
@@ -160,7 +160,7 @@ def catalog(
 ) -> None:
     """Write a DuckDB file whose views are the tables, so that any DuckDB client can open it."""
     from schemas.config import DuckDb
-    from tasks.tables import write_catalog_file
+    from tasks.graph.tables import write_catalog_file
 
     write_catalog_file(_published(root, endpoint_url), str(path), DuckDb())
     typer.echo(f"{path}: open it with any DuckDB client")
@@ -170,7 +170,7 @@ def catalog(
 def report(root: RootOption = None, endpoint_url: EndpointOption = None, debug: DebugOption = False) -> None:
     """(Re)write the HTML report from the tables."""
     from schemas.config import DuckDb
-    from tasks.report import write_report
+    from tasks.report.report import write_report
 
     typer.echo(write_report(_published(root, endpoint_url), DuckDb()))
 

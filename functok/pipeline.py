@@ -10,15 +10,15 @@ from typing import Any
 
 from infra.addresses import refuse_secrets
 from infra.duck import CATALOG, connect, read_catalog, telling_damage
-from infra.errors import FunctokError
 from infra.published import REPORT
 from infra.run_api import chosen_api
 from infra.storage import Storage
 from infra.terminal import printable
 from schemas.config import Config
+from schemas.errors import FunctokError
 from schemas.work import Stage
-from tasks.plan import is_up_to_date, plan_run, stages_of
-from tasks.report_text import label, shared_texts
+from tasks.engine.plan import is_up_to_date, plan_run, stages_of
+from tasks.report.text import label, shared_texts
 
 TOP_RANKS = 10
 
@@ -121,7 +121,7 @@ def show_consolidation(storage: Storage, console: Any) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from tasks.report_consolidation import final_losses, findings_text
+    from tasks.pretraining.report import final_losses, findings_text
 
     with connect(storage) as connection:
         losses, findings = final_losses(connection), findings_text(connection)
@@ -144,7 +144,7 @@ def show_consolidation(storage: Storage, console: Any) -> None:
 
 def show_steering(storage: Storage, console: Any) -> None:
     """Print whether the findings of PAPER 1.3 hold here."""
-    from tasks.report_steering import steering_findings_text
+    from tasks.steering.report import steering_findings_text
 
     with connect(storage) as connection:
         findings = steering_findings_text(connection)

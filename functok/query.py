@@ -18,10 +18,10 @@ import duckdb
 import pyarrow as pa
 
 from infra.duck import connect, read_catalog, telling_damage
-from infra.errors import ConfigError, FunctokError
 from infra.interrupt import ends_query_only, one_query
 from infra.storage import Storage
 from infra.terminal import printable
+from schemas.errors import ConfigError, FunctokError
 
 _ROWS_SHOWN = 1000
 _BATCH = 10_000

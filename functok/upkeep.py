@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import groupby
 
-from infra.errors import ConfigError, DamagedError
 from infra.storage import REPAIR, Storage
 from infra.terminal import printable, terminal_progress
 from schemas.config import Config
+from schemas.errors import ConfigError, DamagedError
 
 _SHOWN = 20
 
@@ -29,7 +29,7 @@ def verify(
         ConfigError: if nothing is stored there.
         DamagedError: if anything is damaged and `repair` is not asked for.
     """
-    from tasks import verify as verification
+    from tasks.engine import verify as verification
 
     with terminal_progress(plain=debug) as progress:
         found = verification.verify_root(storage, progress)
@@ -76,7 +76,7 @@ def collect(storage: Storage, configs: Sequence[Config], *, delete: bool, hours:
         ConfigError: if a configuration is of another root, or not finished.
         DamagedError: if the catalogue is damaged.
     """
-    from tasks.gc import delete_garbage, find_garbage
+    from tasks.engine.gc import delete_garbage, find_garbage
 
     found = find_garbage(storage, configs, older_than=3600 * hours)
     for why, group in groupby(found, key=lambda entry: entry.why):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit
 
-from infra.errors import ConfigError
+from schemas.errors import ConfigError
 
 if TYPE_CHECKING:
     from schemas.config import Config

@@ -25,7 +25,7 @@ from typing import IO, Any
 
 import psutil
 
-from infra.errors import ConfigError, FunctokError
+from schemas.errors import ConfigError, FunctokError
 
 GRACE_SECONDS = 8.0
 """How long a child may take to end after SIGTERM before it is killed."""

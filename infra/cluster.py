@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
-from infra.errors import ConfigError
 from schemas.config import Dask
+from schemas.errors import ConfigError
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")

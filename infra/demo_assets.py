@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from infra.errors import FunctokError
+from schemas.errors import FunctokError
 
 
 class AssetError(FunctokError):

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import yaml
 
 from infra.addresses import without_credentials
-from infra.errors import ConfigError, FunctokError
 from infra.manifest import content_key
+from schemas.errors import ConfigError, FunctokError
 
 if TYPE_CHECKING:
     from prefect import Flow

@@ -25,11 +25,11 @@ from typing import Any
 import duckdb
 
 from infra.cluster import available_cores
-from infra.errors import ConfigError, FunctokError
 from infra.interrupt import ends_on_interrupt
 from infra.storage import Storage
 from infra.verified import check_content, check_files
 from schemas.config import DuckDb
+from schemas.errors import ConfigError, FunctokError
 from schemas.tables import TABLES
 
 CATALOG = "catalog.json"

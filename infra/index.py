@@ -18,8 +18,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from infra.errors import StorageError
 from infra.storage import Storage
+from schemas.errors import StorageError
 
 INDEXES = "index"
 VERSION = 1

@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from infra.errors import DamagedError
 from infra.index import read_known, remember_files
 from infra.storage import REPAIR, Storage, StoredFile, json_bytes, unsealed
+from schemas.errors import DamagedError
 
 MANIFEST = "manifest.json"
 

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from infra.addresses import without_credentials
-from infra.errors import ConfigError
 from infra.web_server import is_loopback, own_origins
+from schemas.errors import ConfigError
 
 PROJECT = Path(__file__).resolve().parent.parent
 """Where `prefect.yaml` lies."""

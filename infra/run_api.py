@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.addresses import without_credentials
-from infra.errors import FunctokError
 from infra.prefect_server import prefect_environment
+from schemas.errors import FunctokError
 
 if TYPE_CHECKING:
     from infra.temporary_server import TemporaryServer

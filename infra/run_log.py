@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from infra.errors import FunctokError
+from schemas.errors import FunctokError
 
 LOGGERS = ("prefect.flow_runs", "prefect.task_runs", "prefect.engine")
 """Where Prefect tells of failures: in the logs that the UI shows, and in what a worker prints."""

@@ -27,9 +27,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.addresses import root_name
-from infra.errors import ConfigError, DamagedError, FunctokError, StorageError
 from infra.remote_reading import ReadingFileSystem, RemoteFile
 from infra.storage_errors import told, way_out
+from schemas.errors import ConfigError, DamagedError, FunctokError, StorageError
 
 LOCAL_CACHE = Path(os.environ.get("FUNCTOK_CACHE", Path.home() / ".cache" / "functok"))
 _AT_ONCE = 16

@@ -29,7 +29,7 @@ from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 
-from infra.errors import FunctokError
+from schemas.errors import FunctokError
 
 START_SECONDS = 180.0
 """How long the server may take: 3 s on two idle cores, 10 s more where the empty database must be made."""

@@ -23,11 +23,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra.errors import DamagedError
 from infra.hashing import file_hash, recall, remember
 from infra.manifest import Manifest, forget, manifests_of
 from infra.remote_reading import WHOLE
 from infra.storage import REPAIR, FoundFile, Storage
+from schemas.errors import DamagedError
 
 _AT_ONCE = 8
 

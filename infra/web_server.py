@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from infra.errors import FunctokError
 from infra.published import GREETING, PAGES, REPORT, KnownRoot, known_root, known_roots, report_page
+from schemas.errors import FunctokError
 
 if TYPE_CHECKING:
     from starlette.requests import Request

@@ -2,7 +2,7 @@
 
 Each section is read by named stages only; the stages' content keys pick out what they depend on, so that
 changing an unrelated setting recomputes nothing. `schemas.sections` has the spine's sections,
-`schemas.consolidation` those of PAPER 1.4, `schemas.steering` that of PAPER 1.3.
+`schemas.pretraining.section` those of PAPER 1.4, `schemas.steering.section` that of PAPER 1.3.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Annotated, Any, get_args
 from pydantic import Field, ValidationError, model_validator
 
 from infra.addresses import refuse_secrets, root_name, short_name
-from infra.errors import ConfigError
-from schemas.consolidation import (
+from schemas.errors import ConfigError
+from schemas.pretraining.section import (
     Consolidation,
     Generations,
     Growth,
@@ -42,7 +42,7 @@ from schemas.sections import (
     Train,
     Windows,
 )
-from schemas.steering import Steering
+from schemas.steering.section import Steering
 
 __all__ = [
     "Activations",

@@ -5,7 +5,7 @@
   order of a file's rows is tested first, and only a file that is not sorted by its key is grouped by it.
 - `Query`: a SELECT of the rows that offend, for whatever spans tables.
 
-Each sees the views of its stage (`tasks.validation` makes them). Where `shard` is true it is asked of one
+Each sees the views of its stage (`tasks.engine.validation` makes them). Where `shard` is true it is asked of one
 folder at a time, so memory is bounded by a shard and not by the corpus; the folders' shard-local documents
 are disjoint, so what is unique in each is unique in all. Views of a folder carry its `folder` and the
 columns of `shards` beside their own.

@@ -14,14 +14,14 @@ consolidation's own).
 
 from __future__ import annotations
 
-from schemas.consolidation_expectations import CHECKPOINTS, GENERATIONS, GROWTH, LOSSES
-from schemas.consolidation_table_expectations import CONSOLIDATION
 from schemas.expectation import Expectation, Keys, Query, Rows, differ
-from schemas.feature_expectations import FEATURES
-from schemas.reactivation_expectations import REACTIVATION
-from schemas.steering_expectations import STEERING
-from schemas.steering_table_expectations import STEERING_TABLES
-from schemas.table_expectations import TABLES
+from schemas.graph.expectations import FEATURES
+from schemas.graph.table_expectations import TABLES
+from schemas.pretraining.expectations import CHECKPOINTS, GENERATIONS, GROWTH, LOSSES
+from schemas.pretraining.table_expectations import CONSOLIDATION
+from schemas.steering.expectations import STEERING
+from schemas.steering.reactivation_expectations import REACTIVATION
+from schemas.steering.table_expectations import STEERING_TABLES
 from schemas.work import Stage
 
 TOKENIZE: tuple[Expectation, ...] = (

@@ -157,8 +157,8 @@ class Checkpoint:
     Attributes:
         series: Name of the run; the column `model` of the tables.
         step: Optimizer step that it was saved at.
-        model: How `tasks.models` finds it: a folder of the storage, a local one, or a hub revision.
-        key: Content key of its weights (`tasks.models.model_key`).
+        model: How `tasks.models.model` finds it: a folder of the storage, a local one, or a hub revision.
+        key: Content key of its weights (`tasks.models.model.model_key`).
         layer: Block that the series' SAEs read; None where no SAE series is asked for.
         tokens: Tokens that it was shown, where that is known.
         parameters: Numbers in its weights, tied ones once, where that is known.
@@ -175,7 +175,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldoutPart:
-    """Held-out documents of one token shard (`tasks.heldout`).
+    """Held-out documents of one token shard (`tasks.corpus.heldout`).
 
     Attributes:
         shard: The token shard.

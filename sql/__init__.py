@@ -4,5 +4,13 @@ from importlib.resources import files
 
 
 def read_sql(table: str) -> str:
-    """The SELECT that makes `table`."""
-    return files(__name__).joinpath(f"{table}.sql").read_text(encoding="utf-8")
+    """The SELECT that makes `table`, from the room that it is in.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    name = f"{table}.sql"
+    for room in files(__name__).iterdir():
+        if room.is_dir() and (query := room / name).is_file():
+            return query.read_text(encoding="utf-8")
+    raise FileNotFoundError(f"there is no sql/…/{name}")

@@ -37,8 +37,8 @@ from schemas.work import (
     HeldoutPart,
     LossShard,
 )
-from tasks.consolidation_plan import ConsolidationResults
-from tasks.heldout import heldout_parts
+from tasks.corpus.heldout import heldout_parts
+from tasks.pretraining.table_plan import ConsolidationResults
 
 SERIES, STEPS, LAYER, D_SAE, WINDOW = ("small", "large"), (1, 10), 1, 300, 7
 PROMPTS = ("The", "In 1999,")

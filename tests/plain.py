@@ -28,7 +28,7 @@ class InThisProcess:
 
     def __exit__(self, *_: Any) -> None: ...
     def run(self, jobs: Any) -> Any:
-        from tasks.token_shards import tokenize_file
+        from tasks.corpus.token_shards import tokenize_file
 
         return [tokenize_file(job) for job in jobs]
 
@@ -41,7 +41,12 @@ def run_plain(config: Config, storage: Storage | None = None, *, checked: bool =
         storage: Where; default: its own root.
         checked: Also validate at the stage boundaries.
     """
-    from tasks import corpus_tokenizer, dictionaries, features, report, tables, tokenization, validation
+    from tasks.corpus import tokenization
+    from tasks.corpus import tokenizer_training as corpus_tokenizer
+    from tasks.dictionaries import dictionaries
+    from tasks.engine import validation
+    from tasks.graph import features, tables
+    from tasks.report import report
 
     storage = storage or Storage(config.storage.root, config.storage.endpoint_url)
     if config.consolidation is not None and config.consolidation.trains_tokenizer:
@@ -82,7 +87,10 @@ def _steer(
     checked: bool,
 ) -> Catalog:
     """The stages reactivation and steering, and their tables."""
-    from tasks import reactivation, steering, steering_stages, steering_tables, steering_validation
+    from tasks.steering import checks as steering_validation
+    from tasks.steering import reactivation, steering
+    from tasks.steering import results as steering_stages
+    from tasks.steering import tables as steering_tables
 
     cases = reactivation.compute_reactivations(config, storage, made)
     traits, steered = steering.run_steering(config, storage, shards, made)
@@ -98,15 +106,10 @@ def _consolidate(
     config: Config, storage: Storage, shards: CorpusShards, catalog: Catalog, *, checked: bool
 ) -> Catalog:
     """The checkpoint stages and their tables."""
-    from tasks import (
-        checkpoints,
-        consolidation,
-        consolidation_tables,
-        consolidation_validation,
-        generations,
-        growth,
-        losses,
-    )
+    from tasks.pretraining import checkpoints, generations, growth, losses
+    from tasks.pretraining import checks as consolidation_validation
+    from tasks.pretraining import results as consolidation
+    from tasks.pretraining import tables as consolidation_tables
 
     found = checkpoints.prepare_checkpoints(config, storage, shards)
     measured = losses.compute_losses(config, storage, shards, found)
@@ -143,7 +146,7 @@ def _killing(prefix: str, nth: int) -> None:
 
 
 if __name__ == "__main__":
-    from tasks import tokenization
+    from tasks.corpus import tokenization
 
     tokenization._Watched = InThisProcess  # type: ignore[misc, assignment]
     _killing(sys.argv[2], int(sys.argv[3]))

@@ -7,7 +7,7 @@ from collections import Counter
 from html.parser import HTMLParser
 
 from infra.storage import Storage
-from tasks.report import REPORT
+from tasks.report.report import REPORT
 
 
 class Page(HTMLParser):

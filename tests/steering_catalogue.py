@@ -30,8 +30,8 @@ from schemas.work import (
     SteeringResults,
     TraitFeatures,
 )
-from tasks.steering_tables import build_steering_tables
-from tasks.tables import publish
+from tasks.graph.tables import publish
+from tasks.steering.tables import build_steering_tables
 
 Row = dict[str, Any]
 

@@ -14,8 +14,8 @@ from infra.progress import Progress, silent
 from infra.storage import Storage
 from schemas.config import Config, Series
 from schemas.work import CorpusShards
-from tasks import tokenization
-from tasks.pretraining import find_trained, train_series, training_losses_file
+from tasks.corpus import tokenization
+from tasks.pretraining.training import find_trained, train_series, training_losses_file
 
 BATCH_TOKENS = 256
 STEPS = 20

@@ -1,4 +1,4 @@
-"""`tasks.pretraining_worker` as a program that can die on the way, and that can shard over CPU processes.
+"""`tasks.pretraining.worker` as a program that can die on the way, and that can shard over CPU processes.
 
 `python tests/training_program.py CONFIG SERIES [--die-at-step N] [--die-at-write N] [--sharded]`
 """
@@ -14,8 +14,8 @@ from typing import Any
 import plain
 
 from schemas.config import Config
-from tasks import pretraining_worker
-from tasks.pretraining_trainer import Trainer
+from tasks.pretraining import worker as pretraining_worker
+from tasks.pretraining.trainer import Trainer
 
 
 def _die_at_step(number: int) -> None:

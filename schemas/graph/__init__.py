@@ -1,0 +1,1 @@
+"""What must hold of the token-feature graph (PAPER 1.2)."""

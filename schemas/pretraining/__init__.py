@@ -1,0 +1,1 @@
+"""The section, tables and expectations of the experiment pretraining (PAPER 1.4)."""

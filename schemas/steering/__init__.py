@@ -1,0 +1,1 @@
+"""The section, cases, tables and expectations of the experiment steering (PAPER 1.3)."""

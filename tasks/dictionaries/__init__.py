@@ -1,0 +1,1 @@
+"""Sparse autoencoders: fetched, read or trained, and what they are trained on."""

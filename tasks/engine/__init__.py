@@ -1,0 +1,1 @@
+"""Units, stages, checks and tables: written once, for all stages."""

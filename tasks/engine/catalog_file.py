@@ -1,0 +1,85 @@
+"""`functok catalog PATH`: the published tables as a DuckDB file that any client can open."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+
+import duckdb
+
+from infra.duck import create_views, open_duckdb, read_catalog
+from infra.storage import Storage
+from infra.verified import check_files
+from schemas.config import DuckDb
+from schemas.errors import ConfigError, StorageError
+
+LEFT_IN_PLACE = ("activations", "edges", "occurrences", "token_losses")
+"""Views over the Parquet files themselves; every other table is copied, so that it opens without them."""
+
+_DUCKDB_MAGIC = b"DUCK"
+
+STORAGE_VERSION = "v1.5.0"
+"""Written in the format of DuckDB 1.5, which clients of 2.0 and of 1.5 read."""
+
+
+def write_catalog_file(storage: Storage, path: str, resources: DuckDb) -> None:
+    """Write a DuckDB file whose views in `main` are the published tables.
+
+    Small tables are copied into the schema `data`; those of `LEFT_IN_PLACE` are views over absolute paths (or
+    URLs: a client needs its own access to those).
+
+    Args:
+        storage: The root whose tables are published.
+        path: The file to write; replaced whole if it is there.
+        resources: Limits of DuckDB.
+
+    Raises:
+        ConfigError: if nothing is published, or `path` is a folder or a file that is no DuckDB database.
+        DamagedError: if a file that is copied is not what was written.
+        StorageError: if the file cannot be written or a table cannot be read.
+    """
+    catalog = read_catalog(storage)
+    if not catalog.tables:
+        raise ConfigError(f"nothing is published under {storage.root}", hint="run `functok run` first")
+    target = Path(path).absolute()
+    if target.is_dir():
+        raise ConfigError(f"{target} is a folder", hint="give the name of a file")
+    if target.exists() and _magic(target) != _DUCKDB_MAGIC:
+        raise ConfigError(
+            f"{target} is there and is no DuckDB file", hint="give another name: it is not overwritten"
+        )
+    copied = [name for table, name in catalog.tables.items() if table not in LEFT_IN_PLACE]
+    copied += [
+        file.name for table, files in catalog.sharded.items() if table not in LEFT_IN_PLACE for file in files
+    ]
+    check_files(storage, copied)
+    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open_duckdb(storage, resources) as connection:
+            place = str(aside).replace("'", "''")
+            connection.execute(f"ATTACH '{place}' AS made (STORAGE_VERSION '{STORAGE_VERSION}')")
+            connection.execute("USE made")
+            connection.execute("CREATE SCHEMA data")
+            create_views(connection, storage, catalog, shards_schema="data", checked=False)
+            for table in (*catalog.tables, *catalog.sharded):
+                if table not in LEFT_IN_PLACE:
+                    connection.execute(f"CREATE TABLE data.{table} AS SELECT * FROM main.{table}")
+                    connection.execute(f"CREATE OR REPLACE VIEW main.{table} AS SELECT * FROM data.{table}")
+                    connection.execute(f"DROP TABLE IF EXISTS data._shards_{table}")
+            connection.execute("USE memory")
+            connection.execute("DETACH made")
+        aside.replace(target)
+    except (duckdb.Error, OSError) as error:
+        raise StorageError(
+            f"cannot write the catalogue {target}: {error}",
+            hint="check the path and its space, and that the tables are there (`functok status`)",
+        ) from error
+    finally:
+        for leftover in (aside, aside.with_name(f"{aside.name}.wal")):
+            leftover.unlink(missing_ok=True)
+
+
+def _magic(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(12)[8:]

@@ -1,0 +1,251 @@
+"""`functok gc`: what nothing reaches any more, and why; and deleting it beside a run without harm.
+
+Certainly dead, whatever is configured, once it is older than a limit:
+
+- what killed writers left: files put aside, folders named by a key and without a manifest, files that a finished
+  folder's manifest does not name, uploads to S3 that were never completed;
+- replaced tables: those that the catalogue does not name and that are older than it. Younger ones may be a run's that
+  has not published yet.
+
+Finished work (shards, features, dictionaries, residuals, …) is never dead merely because the catalogue does not name
+it: another configuration of this root may. Given all configurations that matter, what none of them asks for is told
+too; each must be finished up to its tables, as only then all of its keys are known.
+
+Nothing finished is removed while its age is below the limit, and what is unfinished is asked for once more right
+before it is removed: a run that works meanwhile has younger files. What is removed are the files that were found, one
+by one, and never a folder with all that is in it; names that no stage makes are left alone.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from infra import storage as storage_module
+from infra.duck import CATALOG, Catalog, read_catalog
+from infra.manifest import MANIFEST, asked_for, forget
+from infra.storage import FoundFile, Storage, is_temporary, unsealed
+from infra.verified import read_bytes
+from schemas.config import Config
+from schemas.errors import ConfigError
+
+UNITS = (
+    *("tokenizers", "tokens", "dictionaries", "residuals", "features", "reactivation", "traits", "steering"),
+    *("models", "training", "checkpoints", "heldout", "losses", "growth", "generations", "tables"),
+)
+"""Top folders whose folders are each made as one."""
+
+_UNIT = re.compile(r"[^/]+/([a-z0-9_-]+-)?[0-9a-f]{20}(/(\d{5}(-first-\d+)?|state-\d+))?")
+"""How stages name the folders that they make: by a key, and below it shards and states by number."""
+
+Kind = Literal["unfinished", "table", "unit", "file", "upload", "cache"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Garbage:
+    """Something that nothing reaches.
+
+    Attributes:
+        name: Folder, file or upload, relative to the root; a local path where it is of the local cache.
+        kind: What it is, which says how it is removed.
+        n_bytes: Its bytes; 0 where the store does not say.
+        why: Why it is dead, in words.
+        files: Of a folder, the files that are dead.
+        upload_id: Of an upload, the store's name for it.
+    """
+
+    name: str
+    kind: Kind
+    n_bytes: int
+    why: str
+    files: tuple[str, ...] = ()
+    upload_id: str = ""
+
+
+def find_garbage(
+    storage: Storage, configs: Sequence[Config] = (), *, older_than: float, now: float | None = None
+) -> list[Garbage]:
+    """What nothing reaches.
+
+    Args:
+        storage: The root.
+        configs: All configurations that matter, each finished; none: finished work is left alone.
+        older_than: Seconds; what is younger is left alone.
+        now: The time, in seconds since 1970; default: now.
+
+    Raises:
+        ConfigError: if a configuration is of another root, or not finished.
+        DamagedError: if the catalogue is damaged.
+    """
+    reached = reached_by(storage, configs) if configs else None
+    before = (time.time() if now is None else now) - older_than
+    catalog = read_catalog(storage)
+    listing = storage.listing()
+    finished = {name[: -len(MANIFEST) - 1] for name in listing if name.endswith(f"/{MANIFEST}")}
+    by_owner: dict[str, dict[str, FoundFile]] = {}
+    loose: dict[str, dict[str, FoundFile]] = {}
+    found: list[Garbage] = []
+    for name, file in listing.items():
+        owner, folder = _owner(name, finished), name.rpartition("/")[0]
+        if is_temporary(name):
+            if file.modified < before:
+                why = "put aside by a writer that was killed"
+                found.append(Garbage(name=name, kind="file", n_bytes=file.size, why=why))
+        elif owner is not None:
+            by_owner.setdefault(owner, {})[name] = file
+        elif name.split("/", 1)[0] in UNITS and _UNIT.fullmatch(folder) and not name.endswith(".json"):
+            loose.setdefault(folder, {})[name] = file
+    for folder, files in loose.items():
+        if _newest(files) < before:
+            why = "without a manifest: its writer was killed"
+            found.append(_of_folder(folder, "unfinished", files, why))
+    named = _named(catalog)
+    published = listing[CATALOG].modified if CATALOG in listing else 0.0
+    for folder, files in sorted(by_owner.items()):
+        if _newest(files) >= before or folder in named or (reached is not None and folder in reached):
+            found += _unnamed(storage, folder, files, before)
+        elif folder.startswith("tables/"):
+            if _newest(files) < published:
+                why = "replaced: the catalogue does not name it"
+                found.append(_of_folder(folder, "table", files, why))
+        elif reached is not None and folder.split("/", 1)[0] in UNITS:
+            why = "no configuration given needs it"
+            found.append(_of_folder(folder, "unit", files, why))
+        else:
+            found += _unnamed(storage, folder, files, before)
+    tops = {name.split("/", 1)[0] for name in listing}
+    for name, file in listing.items():
+        if (
+            name.startswith("index/")
+            and name.split("/")[1].split(".")[0] not in tops
+            and file.modified < before
+        ):
+            why = "an index of what is no longer there"
+            found.append(Garbage(name=name, kind="file", n_bytes=file.size, why=why))
+    for upload in storage.unfinished_uploads():
+        if upload.started < before:
+            why = "an upload that was never completed"
+            found.append(
+                Garbage(name=upload.name, kind="upload", n_bytes=0, why=why, upload_id=upload.upload_id)
+            )
+    return sorted([*found, *_in_cache(before)], key=lambda entry: (entry.why, entry.name))
+
+
+def delete_garbage(storage: Storage, garbage: Sequence[Garbage]) -> list[Garbage]:
+    """Remove what was found, except what somebody has finished or published meanwhile.
+
+    Returns:
+        What was removed.
+    """
+    removed = []
+    for entry in garbage:
+        if entry.kind == "unfinished" and storage.exists(f"{entry.name}/{MANIFEST}"):
+            continue
+        if entry.kind == "table" and entry.name in _named(read_catalog(storage)):
+            continue
+        if entry.kind == "cache":
+            shutil.rmtree(entry.name, ignore_errors=True)
+        elif entry.kind == "upload":
+            storage.abort_upload(entry.name, entry.upload_id)
+        else:
+            if entry.kind in {"table", "unit"}:
+                # First of all: without it the folder is not done, whatever is left if this is killed.
+                storage.delete(f"{entry.name}/{MANIFEST}")
+                forget(storage, entry.name)
+            for name in entry.files or (entry.name,):
+                storage.delete(name)
+        removed.append(entry)
+    return removed
+
+
+def reached_by(storage: Storage, configs: Sequence[Config]) -> set[str]:
+    """The folders that these configurations ask for when they look for what is done.
+
+    Raises:
+        ConfigError: if one is of another root, or has anything to do.
+    """
+    from tasks.corpus.graph_documents import graph_shards
+    from tasks.corpus.tokenization import find_corpus_shards
+    from tasks.corpus.tokenizer_training import with_tokenizer
+    from tasks.dictionaries.residuals import find_residuals
+    from tasks.engine.plan import plan_run, stages_of
+
+    reached: set[str] = set()
+    for config in configs:
+        if Storage(config.storage.root, config.storage.endpoint_url) != storage:
+            raise ConfigError(
+                f"the configurations have several roots: {config.storage.root} and {storage.root}",
+                hint="collect one root at a time",
+            )
+        with asked_for() as asked:
+            plans = plan_run(config, storage)
+            # Of two configurations one has its tables published, and the other's are replaced ones.
+            working = set(stages_of(config)) - {"tables", "report"}
+            undone = [plan.stage for plan in plans if plan.stage in working and plan.missing != 0]
+            resolved = with_tokenizer(config, storage)
+            shards = None if resolved is None or undone else find_corpus_shards(resolved, storage)
+            if resolved is None or shards is None:
+                raise ConfigError(
+                    f"a configuration of {storage.root} has the stage {(undone or ['tokenize'])[0]} to do: what it "
+                    "needs is not known yet",
+                    hint="run it first, or leave its --config out: then only what is certainly dead is told",
+                )
+            if resolved.activations.keep_dense:
+                layers = [entry.layer for entry in resolved.sae]
+                find_residuals(resolved, storage, graph_shards(resolved, shards, storage), layers)
+        reached |= asked | {shard.folder for shard in shards.shards}
+    return reached
+
+
+def _owner(name: str, finished: set[str]) -> str | None:
+    """The nearest finished folder that a file lies in, or None."""
+    folder = name.rpartition("/")[0]
+    while folder:
+        if folder in finished:
+            return folder
+        folder = folder.rpartition("/")[0]
+    return None
+
+
+def _unnamed(storage: Storage, folder: str, files: Mapping[str, FoundFile], before: float) -> list[Garbage]:
+    """The files of a finished folder that its manifest does not name."""
+    value = unsealed(read_bytes(storage, f"{folder}/{MANIFEST}"), storage.url(f"{folder}/{MANIFEST}"))
+    named = {f"{folder}/{name}" for name in (*value["files"], MANIFEST)}
+    why = "in a finished folder whose manifest does not name it"
+    return [
+        Garbage(name=name, kind="file", n_bytes=file.size, why=why)
+        for name, file in files.items()
+        if name not in named and file.modified < before
+    ]
+
+
+def _named(catalog: Catalog) -> set[str]:
+    """The folders of what is published."""
+    names = [*catalog.tables.values(), *(file.name for files in catalog.sharded.values() for file in files)]
+    return {name.rpartition("/")[0] for name in names}
+
+
+def _of_folder(folder: str, kind: Kind, files: Mapping[str, FoundFile], why: str) -> Garbage:
+    n_bytes = sum(file.size for file in files.values())
+    return Garbage(name=folder, kind=kind, n_bytes=n_bytes, why=why, files=tuple(files))
+
+
+def _newest(files: Mapping[str, FoundFile]) -> float:
+    return max(file.modified for file in files.values())
+
+
+def _in_cache(before: float) -> list[Garbage]:
+    """Copies in the local cache whose making was killed."""
+    found = []
+    for folder in ("objects", "training-text"):
+        for path in sorted((storage_module.LOCAL_CACHE / folder).glob(".*")):
+            if path.is_dir() and path.stat().st_mtime < before:
+                size = sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
+                why = "in the local cache: a copy whose making was killed"
+                found.append(Garbage(name=str(path), kind="cache", n_bytes=size, why=why))
+    return found

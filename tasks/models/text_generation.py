@@ -1,0 +1,100 @@
+"""Continuations with transformers' own `generate`, free of what a checkpoint would like its texts to be (PAPER 1.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from schemas.errors import ModelError
+
+
+def continuations(
+    module: Any,
+    name: str,
+    batches: Sequence[torch.Tensor],
+    max_new_tokens: int,
+    *,
+    temperature: float | None = None,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_ids: Iterable[int] = (),
+) -> list[list[int]]:
+    """Continue batches, one after another; each batch's sampling starts from `seed`.
+
+    Keys and values of earlier tokens are cached: after the prompt, a forward sees one token of each row. A row that
+    has ended is filled up until all rows of its batch have.
+
+    Args:
+        module: The transformers model with its head.
+        name: What errors call it.
+        batches: (rows, n) ids each, on the model's device, rows of equal length: nothing is padded.
+        max_new_tokens: New tokens at most.
+        temperature: Of sampling; None: greedy.
+        top_p: Nucleus of sampling.
+        seed: Of sampling; the random state of the process is left as it was.
+        stop_ids: Ids that end a text; not in the result. The model's own end-of-text ids count as well.
+
+    Returns:
+        The new ids of each row of each batch, in order.
+
+    Raises:
+        ModelError: if logits are not finite.
+    """
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    def refuse_not_finite(_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        # Minus infinity is a token that the model rules out.
+        if bool((scores.isnan() | (scores == torch.inf)).any()):
+            raise ModelError(f"the logits of {name} are not finite", hint="try model.dtype = 'float32'")
+        return scores
+
+    stops = sorted({*stop_ids, *_own_stops(module)})
+    sampling: dict[str, Any] = (
+        {} if temperature is None else {"temperature": temperature, "top_p": top_p, "top_k": 0}
+    )
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature is not None,
+        eos_token_id=stops or None,
+        pad_token_id=stops[0] if stops else 0,
+        use_cache=True,
+        **sampling,
+    )
+    texts = []
+    seeded = range(torch.cuda.device_count() if module.device.type == "cuda" else 0)
+    with torch.random.fork_rng(devices=seeded), _bare(module):
+        for ids in batches:
+            torch.manual_seed(seed)
+            made = module.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=settings,
+                logits_processor=LogitsProcessorList([refuse_not_finite]),
+            )
+            texts += [_cut(row, stops) for row in made[:, ids.shape[1] :].tolist()]
+    return texts
+
+
+def _cut(new: list[int], stops: Sequence[int]) -> list[int]:
+    end = next((place for place, token in enumerate(new) if token in stops), len(new))
+    return new[:end]
+
+
+def _own_stops(module: Any) -> list[int]:
+    own = getattr(module.generation_config, "eos_token_id", None)
+    return [own] if isinstance(own, int) else list(own or ())
+
+
+@contextmanager
+def _bare(module: Any) -> Iterator[None]:
+    # What a checkpoint's own generation_config says (penalties, another top_k) fills every gap in ours.
+    from transformers import GenerationConfig
+
+    own, module.generation_config = module.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        module.generation_config = own

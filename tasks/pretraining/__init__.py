@@ -1,0 +1,1 @@
+"""Experiment: losses and features along pre-training (PAPER 1.4)."""

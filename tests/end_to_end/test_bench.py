@@ -1,0 +1,129 @@
+"""The benches run on tiny inputs and print what the table of bench/README.md is made of. No time is asserted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from bench import run_all
+from bench.overhead import Program
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bench")
+    tiny.save_model(folder / "model")
+    tiny.write_jsonl(folder / "corpus.jsonl", tiny.texts(30))
+    return folder
+
+
+def run_bench(bench: str, *options: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", f"bench.{bench}", *options],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report: dict[str, Any] = json.loads(done.stdout)
+    assert report["bench"] == bench
+    assert {"cpu", "cores", "versions", "date"} <= set(report["machine"])
+    assert report["limits"]
+    for figure in report["figures"]:
+        assert 0 < figure["min"] <= figure["median"] <= figure["max"]
+    return report
+
+
+def test_tokenization(data: Path) -> None:
+    report = run_bench(
+        "tokenization",
+        *("--model", str(data / "model"), "--corpus", str(data / "corpus.jsonl"), "--rounds", "2"),
+    )
+    documents = tiny.texts(30)
+    assert report["input"]["documents"] == 30
+    assert report["input"]["characters"] == sum(map(len, documents))
+    assert report["figures"][0]["target"] == "≥ 0.9"
+    assert all(len(run_all.rows(report)[0].split(" | ")) == 7 for _ in report["figures"])
+
+
+def test_extraction(data: Path) -> None:
+    report = run_bench(
+        "extraction",
+        *("--model", str(data / "model"), "--corpus", str(data / "corpus.jsonl"), "--rounds", "1"),
+        *("--tokens", "1500", "--context-size", "64", "--layers", "0", "1", "--d-sae", "64", "--l0", "8"),
+    )
+    assert [figure.get("target") for figure in report["figures"]] == ["≥ 0.9", "≥ 1.5", None, "≤ 4", "≤ 1.5"]
+    assert 0 < report["input"]["tokens"] <= 1500
+    assert 4 < report["sizes"]["mean_l0"] < 16
+    assert report["flops"]["encode"] == 2 * 2 * tiny.D_MODEL * 64
+    assert report["flops"]["up_to_deepest"] < report["flops"]["whole"]
+
+
+def test_losses(data: Path) -> None:
+    report = run_bench(
+        "losses",
+        *("--model", str(data / "model"), "--corpus", str(data / "corpus.jsonl"), "--rounds", "1"),
+        *("--tokens", "1500", "--context-size", "64"),
+    )
+    assert [figure.get("target") for figure in report["figures"]] == ["≥ 0.9", None]
+    assert 0 < report["input"]["predictions"] < report["input"]["tokens"] <= 1500
+
+
+def test_training(data: Path) -> None:
+    report = run_bench(
+        "training",
+        *("--corpus", str(data / "corpus.jsonl"), "--rounds", "1", "--steps", "2", "--vocabulary", "300"),
+        *(
+            "--hidden-size",
+            "32",
+            "--layers",
+            "1",
+            "--heads",
+            "2",
+            "--context-size",
+            "32",
+            "--batch-tokens",
+            "128",
+        ),
+    )
+    assert [figure.get("target") for figure in report["figures"]] == ["≥ 0.9", None]
+    assert report["last_loss"]["ours"] == pytest.approx(report["last_loss"]["bare_loop"], rel=1e-4)
+    assert report["input"]["tokens"] == 256
+    # One block of 4 x 32 x 32 and 3 x 32 x 96 weights, and the tied matrix of 300 tokens.
+    assert report["flops"]["per_token"] == 6 * (4 * 32 * 32 + 3 * 32 * 96 + 300 * 32) + 12 * 32 * 32
+
+
+def test_programs_of_the_overhead_bench_fail_loudly(tmp_path: Path) -> None:
+    program = Program(tmp_path)
+    program.fresh()
+    with pytest.raises(SystemExit, match="no way"):
+        program.run(sys.executable, program.script("bad.py", "raise ValueError('no way')"))
+
+
+def test_table_replaces_what_is_between_the_marks() -> None:
+    figure = {"what": "a|b", "median": 0.95, "min": 0.9, "max": 1.0, "n": 3, "target": "≥ 0.9", "met": True}
+    report = {
+        "command": ["bench.x", "--rounds", "3"],
+        "machine": {"cpu": "C", "cores": 2, "date": "2026-01-01"},
+        "figures": [figure, figure | {"median": 0.5, "met": False}],
+    }
+    readme = run_all.README.read_text(encoding="utf-8")
+    once = run_all.render(readme, [report])
+    assert run_all.render(once, [report]) == once
+    assert (
+        "| a\\|b | `python -m bench.x --rounds 3` | ≥ 0.9 | 0.95 (0.9 … 1, n = 3) | met | C, 2 cores |"
+        in once
+    )
+    assert "**missed**" in once
+    assert once.startswith(readme.partition("<!-- results")[0])
