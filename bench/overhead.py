@@ -33,7 +33,7 @@ import sys
 sys.path[:0] = [{here!r}, {tests!r}]
 if __name__ == "__main__":
     from plain import run_plain
-    from schemas.config import load_config
+    from infra.config_file import load_config
     run_plain(load_config({config!r}, {assignments!r}, {root!r}))
 """
 _LISTING = """

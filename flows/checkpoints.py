@@ -10,7 +10,7 @@ from schemas.config import Config, consolidation_of
 from schemas.work import Checkpoint, CorpusShards
 
 
-@stage_flow("checkpoints", "checkpoints of {config.title}")
+@stage_flow("checkpoints", "checkpoints of {title}")
 def checkpoints(config: Config) -> None:
     """Train the models that are trained here, and find the checkpoints of all others.
 

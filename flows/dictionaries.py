@@ -10,7 +10,7 @@ from schemas.config import Config
 from schemas.work import CorpusShards, Dictionary
 
 
-@stage_flow("dictionaries", "dictionaries for {config.title}")
+@stage_flow("dictionaries", "dictionaries for {title}")
 def dictionaries(config: Config) -> None:
     """Make the dictionary of every layer ready, and check that it fits the model's residual stream.
 

@@ -11,7 +11,7 @@ from schemas.config import Config
 from schemas.work import CorpusShards, Dictionary, FeatureShard
 
 
-@stage_flow("features", "features of {config.title}")
+@stage_flow("features", "features of {title}")
 def features(config: Config) -> None:
     """Read the residual stream after each layer and encode it with that layer's dictionary.
 

@@ -11,7 +11,7 @@ from schemas.errors import ConfigError
 from schemas.work import Checkpoint, GeneratedTexts
 
 
-@stage_flow("generations", "texts of {config.title}")
+@stage_flow("generations", "texts of {title}")
 def generations(config: Config) -> None:
     """Continue the prompts with every checkpoint, greedily and sampled with a fixed seed.
 

@@ -12,7 +12,7 @@ from schemas.errors import ConfigError
 from schemas.work import Checkpoint, CorpusShards, GrownSae
 
 
-@stage_flow("growth", "feature growth of {config.title}")
+@stage_flow("growth", "feature growth of {title}")
 def growth(config: Config) -> None:
     """Train SAEs of one size along pre-training, judge them on held-out text, and make each one's graph.
 

@@ -10,7 +10,7 @@ from schemas.config import Config, consolidation_of
 from schemas.work import Checkpoint, CorpusShards, LossShard
 
 
-@stage_flow("losses", "losses of {config.title}")
+@stage_flow("losses", "losses of {title}")
 def losses(config: Config) -> None:
     """Read held-out documents with every checkpoint.
 

@@ -11,7 +11,7 @@ from schemas.config import Config, steering_of
 from schemas.work import CaseFeatures, CorpusShards, Dictionary
 
 
-@stage_flow("reactivation", "reactivation with {config.title}")
+@stage_flow("reactivation", "reactivation with {title}")
 def reactivation(config: Config) -> None:
     """Read the features of prompts that differ in one place, to see them come back at later tokens.
 

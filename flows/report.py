@@ -9,7 +9,7 @@ from infra.storage import Storage
 from schemas.config import Config
 
 
-@stage_flow("report", "report on {config.title}")
+@stage_flow("report", "report on {title}")
 def report(config: Config) -> None:
     """Write `report.html`: the paper's figures and tables in one file.
 

@@ -18,7 +18,7 @@ from flows.steering import steering
 from flows.support import open_storage, stage_flow, watching
 from flows.tables import tables
 from flows.tokenize import tokenize
-from infra.addresses import refuse_secrets
+from infra.config_file import refuse_secrets
 from infra.run_api import ChosenApi, run_api
 from infra.run_log import tracebacks
 from infra.terminal import terminal_progress
@@ -27,7 +27,7 @@ from schemas.errors import ConfigError
 from schemas.work import Stage
 
 
-@stage_flow("reproduce", "reproduce with {config.title}")
+@stage_flow("reproduce", "reproduce with {title}")
 def reproduce(config: Config, only: Stage | None = None, start_from: Stage | None = None) -> None:
     """Run every stage that the configuration asks for; each does what is missing.
 

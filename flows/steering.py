@@ -11,7 +11,7 @@ from schemas.config import Config, steering_of
 from schemas.work import CorpusShards, Dictionary, SteeredPrompt, TraitFeatures
 
 
-@stage_flow("steering", "steering of {config.title}")
+@stage_flow("steering", "steering of {title}")
 def steering(config: Config) -> None:
     """Find the features of each trait, and sweep every experiment's strengths, places and controls.
 

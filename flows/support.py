@@ -20,7 +20,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.tasks import exponential_backoff
 
 from flows.retry import worth_retrying
-from infra.addresses import refuse_secrets, root_name, short_name
+from infra.addresses import root_name, short_name, title_of
+from infra.config_file import refuse_secrets
 from infra.interrupt import require_uninterrupted
 from infra.prefect_api import note_process
 from infra.progress import Progress
@@ -57,9 +58,13 @@ def stage_flow(name: str, run_name: str) -> Callable[[Callable[P, R]], Flow[P, R
 
     Args:
         name: Name of the flow and of its deployment.
-        run_name: Name of its runs; parameters are filled in.
+        run_name: Name of its runs; `{title}` is what the run is about and where it writes.
     """
-    return flow(name=name, flow_run_name=run_name, persist_result=False, on_running=[note_process])
+
+    def named() -> str:
+        return run_name.format(title=title_of(runtime.flow_run.parameters["config"]))
+
+    return flow(name=name, flow_run_name=named, persist_result=False, on_running=[note_process])
 
 
 def step(

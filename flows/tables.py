@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tasks.pretraining.table_plan import ConsolidationResults
 
 
-@stage_flow("tables", "tables of {config.title}")
+@stage_flow("tables", "tables of {title}")
 def tables(config: Config) -> None:
     """Build the tables from the shards, check them against each other, and publish them as one.
 

@@ -9,7 +9,7 @@ from schemas.config import Config
 from schemas.work import CorpusShards
 
 
-@stage_flow("tokenize", "tokenize for {config.title}")
+@stage_flow("tokenize", "tokenize for {title}")
 def tokenize(config: Config) -> None:
     """Tokenize what is missing of the corpus into shards with counts.
 

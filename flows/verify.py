@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tasks.engine.verify import Verification
 
 
-@stage_flow("verify", "verify {config.title}")
+@stage_flow("verify", "verify {title}")
 def verify(config: Config, repair: bool = False) -> None:
     """Read everything under the root and hold it against its hashes.
 

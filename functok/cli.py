@@ -254,8 +254,8 @@ def up(
 
 
 def _open(path: Path, assignments: list[str] | None, root: str | None) -> tuple[Any, Storage]:
+    from infra.config_file import load_config
     from infra.storage import Storage
-    from schemas.config import load_config
 
     config = load_config(path, assignments, root)
     return config, Storage(config.storage.root, config.storage.endpoint_url)

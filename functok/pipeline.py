@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from infra.addresses import refuse_secrets
+from infra.config_file import refuse_secrets
 from infra.duck import CATALOG, connect, read_catalog, telling_damage
 from infra.published import REPORT
 from infra.run_api import chosen_api

@@ -5,17 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl, urlsplit
-
-from schemas.errors import ConfigError
 
 if TYPE_CHECKING:
     from schemas.config import Config
-
-_SECRET_KEY = re.compile(r"signature|token|secret|password|credential|api_?key|^sig$", re.IGNORECASE)
-_FREE_TEXT = "prompts"
 
 
 def storage_options(url: str, endpoint_url: str | None) -> dict[str, Any]:
@@ -50,6 +43,11 @@ def short_name(model: str) -> str:
     return model if is_hub_id else model.rstrip("/").rsplit("/", 1)[-1]
 
 
+def title_of(config: Config) -> str:
+    """What a run is about and where it writes, for its name: `SmolLM2-135M in demo-3f9a1c`."""
+    return f"{short_name(config.subject)} in {root_name(config.storage.root, config.storage.endpoint_url)}"
+
+
 def without_credentials(url: str) -> str:
     """A URL, chained or not, without `user:password@` and without a query, which may be a signature."""
     links = []
@@ -68,45 +66,6 @@ def failed_at(url: str, error: BaseException) -> str:
     """An address and what may be shown of an error in reading it: its text may hold the address, and that a secret."""
     shown = without_credentials(url)
     return f"{shown}: {error if shown == url else type(error).__name__}"
-
-
-def refuse_secrets(config: Config) -> None:
-    """Refuse addresses with secrets: Prefect keeps parameters, and the tables name their sources.
-
-    Every text of the configuration may be an address, chained or not, but those for a model to read.
-
-    Raises:
-        ConfigError: naming the setting, not the secret.
-    """
-    for place, address in _texts(config.model_dump(), ""):
-        if any(_has_secret(link) for link in address.split("::")):
-            raise ConfigError(
-                f"{place} carries a password, a token or a signature, which would be stored with the run",
-                hint="give credentials through the environment (AWS_*, HF_TOKEN, .netrc)",
-            )
-
-
-def _texts(value: Any, place: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, str):
-        yield place, value
-        return
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in inner:
-        if key != _FREE_TEXT:
-            yield from _texts(item, f"{place}.{key}" if place else str(key))
-
-
-def _has_secret(link: str) -> bool:
-    try:
-        parts = urlsplit(link)
-    except ValueError:
-        return False
-    # A user name alone is a token on the web, and no secret to log in elsewhere with (sftp://me@host).
-    user = parts.username if parts.scheme in {"http", "https"} else None
-    # github://organization:repository@reference is no password.
-    password = parts.password if parts.scheme != "github" else None
-    keys = [key for key, _ in parse_qsl(parts.query)]
-    return bool(parts.scheme and (password or user)) or any(_SECRET_KEY.search(key) for key in keys)
 
 
 def is_unreachable(error: BaseException) -> bool:

@@ -62,7 +62,7 @@ def deployment_parameters(config: str, environment: Mapping[str, str] | None = N
     Raises:
         ConfigError: if the file is not a valid configuration.
     """
-    from schemas.config import load_config
+    from infra.config_file import load_config
 
     environment = os.environ if environment is None else environment
     chosen = Path(environment.get("FUNCTOK_CONFIG") or PROJECT / config)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import difflib
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
@@ -11,6 +12,31 @@ class Section(BaseModel):
     """Base of all sections: immutable, and unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def explain(item: Any, root: type[Section]) -> str:
+    """What is wrong with one value, from one of a `ValidationError`'s `errors()`.
+
+    Args:
+        item: The error: its type, its message and its place.
+        root: The model that was validated, where the known keys of an unknown one's place are found.
+    """
+    if item["type"] != "extra_forbidden":
+        return str(item["msg"]).removeprefix("Value error, ")
+    section = root
+    for part in item["loc"][:-1]:
+        if part in section.model_fields:
+            section = _section_in(section.model_fields[part].annotation) or section
+    near = difflib.get_close_matches(str(item["loc"][-1]), list(section.model_fields), n=1)
+    meant = f"did you mean {near[0]}? " if near else ""
+    return f"no such key; {meant}known: {', '.join(section.model_fields)}"
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    """The section that a field holds, itself, optional or in a list."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _section_in(part))), None)
 
 
 class Csv(Section):

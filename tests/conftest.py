@@ -42,7 +42,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import plain
     import tiny
 
-    from schemas.config import load_config
+    from infra.config_file import load_config
     from tasks.graph import extraction
 
     folder = tmp_path_factory.mktemp("finished")

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
+from infra.config_file import load_config
 from infra.duck import Catalog
 from infra.storage import Storage
-from schemas.config import Config, consolidation_of, load_config
+from schemas.config import Config, consolidation_of
 from schemas.work import CorpusShards, Dictionary
 
 

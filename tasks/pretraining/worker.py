@@ -10,9 +10,10 @@ from pathlib import Path
 
 import psutil
 
+from infra.config_file import load_config
 from infra.progress import Progress, silent
 from infra.storage import Storage
-from schemas.config import Config, load_config
+from schemas.config import Config
 from schemas.errors import ConfigError, FunctokError
 from tasks.pretraining.launch import FAILURE, REPORT, write_whole
 

@@ -377,7 +377,7 @@ def test_a_registered_dictionary_of_another_layer_is_refused(
 
 @pytest.mark.parametrize("name", ["paper-graph", "gemma3-270m"])
 def test_the_configurations_name_dictionaries_that_the_registry_has(name: str) -> None:
-    from schemas.config import load_config
+    from infra.config_file import load_config
 
     config = load_config(Path(__file__).parents[2] / "configs" / f"{name}.toml")
     assert config.sae

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from functok import cli
-from schemas.config import Config, load_config
+from infra.config_file import load_config
+from schemas.config import Config
 from schemas.errors import ConfigError, whole_message
 
 REPOSITORY = Path(__file__).parents[2]

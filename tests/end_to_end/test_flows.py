@@ -18,6 +18,7 @@ from botocore.exceptions import ClientError, EndpointConnectionError
 from distributed import KilledWorker
 
 import tasks
+from infra.addresses import title_of
 from infra.duck import CATALOG, Catalog
 from infra.progress import Progress
 from infra.storage import Storage
@@ -764,8 +765,8 @@ def test_a_failure_reaches_the_caller_as_itself_and_stops_the_run(config: Config
     assert stages.journal[-1] == "check features"
     assert stages.journal.count("check features") == 1
     states = {run["name"]: run["state_type"] for run in last_runs("flow_runs")[:4]}
-    assert states[f"reproduce with {config.title}"] == "FAILED"
-    assert states[f"features of {config.title}"] == "FAILED"
+    assert states[f"reproduce with {title_of(config)}"] == "FAILED"
+    assert states[f"features of {title_of(config)}"] == "FAILED"
 
 
 def client_error(status: int) -> ClientError:
@@ -1012,7 +1013,9 @@ def test_a_run_says_where_it_lives(counting: Config, stages: StandIn) -> None:
     from infra.prefect_api import PROCESS
 
     reproduce(counting)
-    [run, *_] = [run for run in last_runs("flow_runs") if run["name"] == f"reproduce with {counting.title}"]
+    [run, *_] = [
+        run for run in last_runs("flow_runs") if run["name"] == f"reproduce with {title_of(counting)}"
+    ]
     assert run["labels"][PROCESS] == f"{socket.gethostname()}:{os.getpid()}"
 
 

@@ -16,10 +16,11 @@ from s3 import BUCKET, S3Root
 
 from functok.cli import main
 from infra import storage as storage_module
+from infra.config_file import load_config
 from infra.duck import CATALOG, connect, read_catalog
 from infra.manifest import Manifest, commit
 from infra.storage import Storage
-from schemas.config import Config, load_config
+from schemas.config import Config
 from schemas.errors import ConfigError
 from tasks.engine.gc import Garbage, delete_garbage, find_garbage
 from tasks.engine.verify import verify_root

@@ -16,10 +16,11 @@ from s3 import S3Root
 from functok.cli import main
 from infra import storage as storage_module
 from infra import verified
+from infra.config_file import load_config
 from infra.duck import CATALOG, Catalog, connect, read_catalog, telling_damage
 from infra.manifest import MANIFEST, Manifest, commit
 from infra.storage import Storage
-from schemas.config import Config, load_config
+from schemas.config import Config
 from schemas.errors import DamagedError, FunctokError
 from tasks.engine.verify import repair, verify_root
 from tasks.graph import extraction

@@ -16,12 +16,12 @@ from s3 import S3Root, free_port
 from flows.retry import is_transient
 from infra.addresses import (
     is_unreachable,
-    refuse_secrets,
     root_name,
     short_name,
     storage_options,
     without_credentials,
 )
+from infra.config_file import refuse_secrets
 from infra.storage import Storage
 from schemas.config import Config, Sae
 from schemas.errors import ConfigError, CorpusError, StorageError
@@ -117,7 +117,7 @@ def refusing(url: str, *_: object, **__: object) -> None:
 
 READERS: dict[str, Callable[[Config, Storage], object]] = {
     "tokenization": find_corpus_shards,
-    "corpus_tokenizer": find_tokenizer,
+    "tokenizer_training": find_tokenizer,
     "records": lambda asked, _: list(read_records(SIGNED, asked.corpus)),
 }
 
@@ -128,9 +128,9 @@ def test_a_file_that_cannot_be_read_is_named_without_its_query(
 ) -> None:
     asked, storage = config(tmp_path, "a.txt"), Storage(str(tmp_path))
     monkeypatch.setattr("fsspec.open", refusing)
-    for plans in ("tokenization", "corpus_tokenizer"):
-        monkeypatch.setattr(f"tasks.{plans}.corpus_files", lambda _: [SIGNED])
-        monkeypatch.setattr(f"tasks.{plans}.content_hash", refusing)
+    for plans in ("tokenization", "tokenizer_training"):
+        monkeypatch.setattr(f"tasks.corpus.{plans}.corpus_files", lambda _: [SIGNED])
+        monkeypatch.setattr(f"tasks.corpus.{plans}.content_hash", refusing)
     monkeypatch.setattr("tasks.corpus.tokenization.load_tokenizer", lambda *_: None)
     monkeypatch.setattr("tasks.corpus.tokenizer_training._vocabulary_size", lambda _: 300)
     with pytest.raises(CorpusError, match=r"https://host/a\.txt: OSError") as caught:

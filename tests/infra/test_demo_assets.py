@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from infra import demo_assets
+from infra.config_file import load_config
 from infra.demo_assets import Asset, AssetError, fetch
-from schemas.config import load_config
 
 CONTENT = b"weights" * 1000
 ASSET = Asset(

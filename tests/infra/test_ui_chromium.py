@@ -18,10 +18,11 @@ import pytest
 from browser import chromium
 from s3 import free_port
 
+from infra.config_file import load_config
 from infra.prefect_api import health
 from infra.prefect_server import PROJECT, server_environment
 from infra.storage import Storage
-from schemas.config import Config, load_config
+from schemas.config import Config
 from schemas.errors import FunctokError
 
 if TYPE_CHECKING:

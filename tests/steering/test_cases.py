@@ -13,8 +13,9 @@ import pytest
 import tiny
 from builders import Cut, Document, make_config, make_dictionary, write_corpus
 
+from infra.config_file import load_config
 from infra.storage import Storage
-from schemas.config import Config, load_config
+from schemas.config import Config
 from schemas.errors import ConfigError, ModelError, StorageError
 from schemas.steering.section import Case, Cases, Steering, short
 from tasks.corpus.function_tokens import function_token_ids
