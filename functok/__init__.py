@@ -1,3 +1,5 @@
 """functok: which tokens open a language model's memory?"""
 
-__version__ = "0.1.0"
+from schemas.version import __version__
+
+__all__ = ["__version__"]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from functok import __version__
 from infra.addresses import without_credentials
 from infra.storage import Storage
 from schemas.config import Config, Series, Steering
+from schemas.version import __version__
 from schemas.work import CorpusShards
 from tasks.corpus.graph_documents import graph_shards
 from tasks.corpus.heldout import heldout_parts

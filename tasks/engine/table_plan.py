@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from functok import __version__
 from infra.addresses import without_credentials
 from infra.duck import Catalog, ShardFile
 from infra.manifest import content_key
 from schemas.config import Config
 from schemas.errors import ConfigError
+from schemas.version import __version__
 from schemas.work import CorpusShards, Dictionary, FeatureShard
 from tasks.corpus.run_info import steering_values
 from tasks.graph import power_law as powerlaw_fit
