@@ -21,12 +21,12 @@ import torch
 from bench.common import Side, alternate, emit, figure, parser_with_data, ratio, say, spread
 from infra.storage import Storage
 from schemas.config import Config
-from schemas.work import LossShard
+from schemas.pretraining.work import LossShard
 
 
 def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
     """Compare on the first `arguments.tokens` tokens of a corpus; everything is written under `root`."""
-    from schemas.work import Checkpoint
+    from schemas.pretraining.work import Checkpoint
     from tasks.corpus.heldout import heldout_parts
     from tasks.corpus.tokenization import tokenize_corpus
     from tasks.corpus.windows import read_heldout_tokens

@@ -25,16 +25,9 @@ from infra.duck import CATALOG, connect, read_catalog, telling_damage
 from infra.published import REPORT, browser_address, note_root, report_page
 from infra.storage import Storage
 from schemas.config import Config
-from schemas.work import (
-    CaseFeatures,
-    Checkpoint,
-    CorpusShards,
-    Dictionary,
-    FeatureShard,
-    GrownSae,
-    SteeredPrompt,
-    TraitFeatures,
-)
+from schemas.pretraining.work import Checkpoint, GrownSae
+from schemas.steering.work import CaseFeatures, SteeredPrompt, TraitFeatures
+from schemas.work import CorpusShards, Dictionary, FeatureShard
 from tasks.report.text import label, shared_texts
 
 COVERAGE_RANKS = 10

@@ -8,7 +8,7 @@ from flows.tokenize import finished_tokens
 from infra.storage import Storage
 from schemas.config import Config, consolidation_of
 from schemas.errors import ConfigError
-from schemas.work import Checkpoint, GeneratedTexts
+from schemas.pretraining.work import Checkpoint, GeneratedTexts
 
 
 @stage_flow("generations", "texts of {title}")

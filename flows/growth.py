@@ -9,7 +9,8 @@ from flows.tokenize import finished_tokens
 from infra.storage import Storage
 from schemas.config import Config, consolidation_of
 from schemas.errors import ConfigError
-from schemas.work import Checkpoint, CorpusShards, GrownSae
+from schemas.pretraining.work import Checkpoint, GrownSae
+from schemas.work import CorpusShards
 
 
 @stage_flow("growth", "feature growth of {title}")

@@ -7,7 +7,8 @@ from flows.support import needed, open_storage, reported_progress, stage_flow, s
 from flows.tokenize import finished_tokens
 from infra.storage import Storage
 from schemas.config import Config, consolidation_of
-from schemas.work import Checkpoint, CorpusShards, LossShard
+from schemas.pretraining.work import Checkpoint, LossShard
+from schemas.work import CorpusShards
 
 
 @stage_flow("losses", "losses of {title}")

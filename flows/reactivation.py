@@ -8,7 +8,8 @@ from flows.support import needed, open_storage, reported_progress, stage_flow, s
 from flows.tokenize import finished_tokens
 from infra.storage import Storage
 from schemas.config import Config, steering_of
-from schemas.work import CaseFeatures, CorpusShards, Dictionary
+from schemas.steering.work import CaseFeatures
+from schemas.work import CorpusShards, Dictionary
 
 
 @stage_flow("reactivation", "reactivation with {title}")

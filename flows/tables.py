@@ -13,7 +13,8 @@ from infra.duck import Catalog
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.errors import FunctokError
-from schemas.work import CorpusShards, Dictionary, FeatureShard, SteeringResults
+from schemas.steering.work import SteeringResults
+from schemas.work import CorpusShards, Dictionary, FeatureShard
 
 if TYPE_CHECKING:
     from tasks.pretraining.table_plan import ConsolidationResults

@@ -30,7 +30,7 @@ from infra.storage import Storage
 from infra.verified import check_content, check_files
 from schemas.config import DuckDb
 from schemas.errors import ConfigError, FunctokError
-from schemas.tables import TABLES
+from schemas.tables import SHARDED_SELECT, TABLES
 
 CATALOG = "catalog.json"
 
@@ -266,36 +266,6 @@ def _create_view(
         check_files(storage, names)
         raise
     is_in_use = True
-
-
-SHARDED_SELECT = {
-    "documents": "s.doc_offset + f.doc AS doc_id, s.source, f.n_chars, f.n_tokens",
-    # whatever else its files say: those of older roots do not count what was lost
-    "rejects": "s.source, f.* EXCLUDE (filename)",
-    "occurrences": "s.doc_offset + f.doc AS doc_id, f.position, f.token_id",
-    "activations": "s.layer, s.doc_offset + f.doc AS doc_id, f.position, f.token_id, f.feature_id, f.activation",
-    # one file a layer, made by the table stage
-    "edges": "f.layer, f.token_id, f.feature_id, f.n, f.max_activation, f.sum_activation",
-    "token_losses": "s.model, s.step, s.doc_offset + f.doc AS doc_id, f.position, f.loss, f.current_token_id, "
-    "f.token_id",
-    # one file a checkpoint, made by the table stage
-    "document_losses": "s.model, s.step, f.doc_id, f.bucket, f.n, f.loss",
-    "checkpoint_degree": "s.model, s.step, f.layer, f.token_id, f.token, f.rank, f.count, f.is_function, f.degree, "
-    "f.rarefied_degree, f.m",
-    "checkpoint_graph": "s.model, s.step, f.layer, f.dictionary_size, f.n_tokens, f.n_edges, f.mean_l0, "
-    "f.activated_features, f.function_features, f.content_features, f.function_coverage, f.content_coverage, "
-    "f.top10_coverage",
-    # inputs of the table stage, not published
-    "shard_token_counts": "f.token_id, f.count, f.doc_count",
-    "shard_edges": "s.layer, f.token_id, f.feature_id, f.n",
-    "shard_graph_counts": "s.layer, f.token_id, f.count",
-    "shard_document_losses": "s.doc_offset + f.doc AS doc_id, f.current_is_function, f.next_is_function, f.n, "
-    "f.loss_units",
-    "shard_prompt_tokens": 'f."case", f.relation, f.prompt, f.position, f.token_id, f.token, f.in_text, f.in_place, '
-    "f.looked_at",
-    # `source` is the case here: what is active in its prompts does not name it
-    "shard_prompt_features": 's.source AS "case", f.prompt, f.position, f.layer, f.feature_id, f.activation',
-}
 
 
 def view_of_shards(

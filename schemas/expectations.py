@@ -1,202 +1,29 @@
-"""What must hold at every stage boundary (`schemas.expectation` has the kinds).
+"""What must hold at every stage boundary (`schemas.expectation` has the kinds), put together from what each room asks.
 
-To add an expectation, add a line to a suite: the stage will ask it, record it, show it in Data Docs and in the
-`expectations` table, and fail where it is not met, naming the rows.
+To add an expectation, add a line to a suite in `schemas.<room>`: the stage will ask it, record it, show it in Data Docs
+and in the `expectations` table, and fail where it is not met, naming the rows.
 
-Views of the `tokenize` suite: `shards` (one row a shard, with what its manifest says and what was found in its
-files), `vocabulary`, and of each shard `documents`, `rejects`, `token_counts` and, where kept, `occurrences`. Of
-`dictionaries`: `dictionaries` (with the gate's figures) and `wanted` (the configured layers). Of `features`:
-`shards`, `dictionaries`, and of each shard `activations`, `edges`, `counts` and its token shard's `token_counts`.
-Of `reactivation`, `steering` and the checkpoint stages: see the modules of their expectations. Of `tables`: the tables
-of the catalogue, and `settings` (the configuration's numbers that tables depend on), and `made_with` (those of the
-consolidation's own).
+The modules of the suites say which views they are asked of. Those of `tables` are the tables of the catalogue, and
+`settings` (the configuration's numbers that tables depend on), and `made_with` (those that a group's own key keeps).
 """
 
 from __future__ import annotations
 
-from schemas.expectation import Expectation, Keys, Query, Rows, differ
-from schemas.graph.expectations import FEATURES
-from schemas.graph.table_expectations import TABLES
-from schemas.pretraining.expectations import CHECKPOINTS, GENERATIONS, GROWTH, LOSSES
-from schemas.pretraining.table_expectations import CONSOLIDATION
-from schemas.steering.expectations import STEERING
-from schemas.steering.reactivation_expectations import REACTIVATION
-from schemas.steering.table_expectations import STEERING_TABLES
-from schemas.work import Stage
+from schemas.expectation import Expectation
+from schemas.experiments import all_rooms
 
-TOKENIZE: tuple[Expectation, ...] = (
-    Query(
-        name="shards follow each other",
-        table="shards",
-        meaning="A shard's first document number is the number of documents before it.",
-        offenders="""SELECT * FROM (SELECT folder, source, doc_offset,
-            coalesce(sum(n_documents) OVER (ORDER BY place ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0)
-            AS documents_before FROM shards) WHERE doc_offset <> documents_before""",
-    ),
-    Query(
-        name="documents + rejects = records read",
-        table="shards",
-        meaning="Every record read is a document or a reject, and each is in its file.",
-        offenders="""SELECT folder, source, n_records, n_documents, n_rejects,
-            found_documents, found_rejects FROM shards WHERE n_documents + n_rejects IS DISTINCT FROM n_records
-            OR found_documents <> n_documents OR found_rejects <> n_rejects""",
-    ),
-    Query(
-        name="sum(documents.n_tokens) = sum(tokens.count)",
-        table="shards",
-        meaning="Documents, token counts and the manifest agree on how many tokens there are.",
-        offenders="""SELECT folder, source, n_tokens, found_document_tokens, found_counted_tokens FROM shards
-            WHERE found_document_tokens <> n_tokens OR found_counted_tokens <> n_tokens""",
-    ),
-    Keys(
-        name="document keys are unique",
-        table="documents",
-        shard=True,
-        meaning="No document number stands twice in a shard.",
-        columns=("doc",),
-    ),
-    Rows(
-        name="document numbers are in range",
-        table="documents",
-        shard=True,
-        meaning="0 ≤ doc < documents of the shard.",
-        must="doc BETWEEN 0 AND n_documents - 1",
-        show="folder, doc, line",
-    ),
-    Rows(
-        name="documents have text",
-        table="documents",
-        shard=True,
-        meaning="A document has characters; tokens are counted from 0.",
-        must="n_chars > 0 AND n_tokens >= 0 AND line >= 0",
-        show="folder, doc, line, n_chars, n_tokens",
-    ),
-    Rows(
-        name="rejects say why",
-        table="rejects",
-        shard=True,
-        meaning="Every reject has a reason, and says how many bytes it stands for.",
-        must="length(reason) > 0 AND lost_bytes >= 0",
-        show="folder, line, reason, lost_bytes",
-    ),
-    Keys(
-        name="counted tokens are unique",
-        table="token_counts",
-        shard=True,
-        meaning="A shard counts a token in one row.",
-        columns=("token_id",),
-    ),
-    Rows(
-        name="token counts are possible",
-        table="token_counts",
-        shard=True,
-        meaning="1 ≤ doc_count ≤ count, and no more documents than the shard has.",
-        must="doc_count BETWEEN 1 AND least(count, n_documents)",
-        show="folder, token_id, count, doc_count",
-    ),
-    Query(
-        name="token ids are in the vocabulary",
-        table="token_counts",
-        shard=True,
-        needs=("vocabulary",),
-        meaning="Every token id is one of the tokenizer's.",
-        offenders="SELECT folder, token_id, count FROM token_counts ANTI JOIN vocabulary USING (token_id)",
-    ),
-    Keys(
-        name="occurrence keys are unique",
-        table="occurrences",
-        shard=True,
-        meaning="A position of a document holds one token.",
-        columns=("doc", "position"),
-    ),
-    Rows(
-        name="positions are from 0",
-        table="occurrences",
-        shard=True,
-        meaning="position ≥ 0 in a document of the shard.",
-        must="position >= 0 AND doc BETWEEN 0 AND n_documents - 1",
-        show="folder, doc, position, token_id",
-    ),
-    Query(
-        name="sum(tokens.count) = count(occurrences)",
-        table="token_counts",
-        shard=True,
-        needs=("occurrences",),
-        meaning="Each token's count and document count are those of its occurrences.",
-        offenders=differ(
-            """SELECT folder, token_id, count(*) AS count, count(DISTINCT doc) AS doc_count
-            FROM occurrences GROUP BY ALL""",
-            "SELECT folder, token_id, count, doc_count FROM token_counts",
-            "folder, token_id",
-            "count",
-            "doc_count",
-        ),
-    ),
-    Query(
-        name="documents.n_tokens = occurrences grouped",
-        table="documents",
-        shard=True,
-        needs=("occurrences",),
-        meaning="Each document has as many occurrences as it has tokens.",
-        offenders=differ(
-            "SELECT folder, doc, count(*) AS n_tokens FROM occurrences GROUP BY ALL",
-            "SELECT folder, doc, n_tokens FROM documents WHERE n_tokens > 0",
-            "folder, doc",
-            "n_tokens",
-        ),
-    ),
-)
-
-DICTIONARIES: tuple[Expectation, ...] = (
-    Keys(
-        name="one dictionary a layer",
-        table="dictionaries",
-        meaning="No layer has two dictionaries.",
-        columns=("layer",),
-    ),
-    Query(
-        name="every layer has its dictionary",
-        table="dictionaries",
-        needs=("wanted",),
-        meaning="The configured layers are the layers that have dictionaries.",
-        offenders="""SELECT layer, d.key AS dictionary FROM wanted FULL JOIN dictionaries AS d USING (layer)
-            WHERE wanted.source IS NULL OR d.layer IS NULL""",
-    ),
-    Rows(
-        name="dictionaries are whole",
-        table="dictionaries",
-        meaning="A dictionary has latents, and its folder is committed.",
-        must="d_sae > 0 AND committed",
-        show="layer, folder, d_sae, committed",
-    ),
-    Rows(
-        name="figures are possible",
-        table="dictionaries",
-        meaning="Explained variance ≤ 1, 0 < L0 ≤ latents, 0 ≤ alive share ≤ 1, held-out tokens > 0.",
-        must="""NOT trained OR (explained_variance <= 1 AND isfinite(explained_variance_all) AND l0 > 0
-            AND l0 <= d_sae AND alive_share BETWEEN 0 AND 1 AND heldout_tokens > 0)""",
-        show="layer, folder, d_sae, explained_variance, explained_variance_all, l0, alive_share, heldout_tokens",
-    ),
-    Rows(
-        name="trained dictionaries pass their gate",
-        table="dictionaries",
-        meaning="A dictionary trained here reaches what its gate asks, on held-out tokens.",
-        must="""NOT trained OR (explained_variance >= min_explained_variance
-            AND abs(l0 / k - 1) <= max_l0_deviation AND alive_share >= min_alive_share)""",
-        show="""layer, folder, explained_variance, min_explained_variance, l0, k, max_l0_deviation,
-            alive_share, min_alive_share""",
-    ),
-)
-
-SUITES: dict[Stage, tuple[Expectation, ...]] = {
-    "tokenize": TOKENIZE,
-    "dictionaries": DICTIONARIES,
-    "features": FEATURES,
-    "reactivation": REACTIVATION,
-    "steering": STEERING,
-    "checkpoints": CHECKPOINTS,
-    "losses": LOSSES,
-    "growth": GROWTH,
-    "generations": GENERATIONS,
-    "tables": TABLES + CONSOLIDATION + STEERING_TABLES,
+SUITES: dict[str, tuple[Expectation, ...]] = {
+    **{stage: suite for room in all_rooms() for stage, suite in room.suites.items()},
+    "tables": tuple(entry for room in all_rooms() for entry in room.table_expectations),
 }
+
+GROUPED: dict[str, dict[str, str]] = {
+    table: views for room in all_rooms() for table, views in room.grouped.items()
+}
+"""Tables that are a file a shard: the views that expectations ask of them, and what each is grouped by.
+
+They are made of one scan of the table, as each scan opens every shard's file.
+"""
+
+TOTALS: dict[str, str] = {table: totals for room in all_rooms() for table, totals in room.totals.items()}
+"""What each of these views has besides its groups."""

@@ -1,38 +1,25 @@
-"""The values that stages hand to each other: names of finished folders and small numbers, never data."""
+"""The values that the spine's stages hand to each other: names of finished folders and small numbers, never data.
+
+Those between the stages of an experiment are in its own `schemas.<experiment>.work`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from schemas.sections import Model
+from schemas.experiments import all_rooms
 
-Stage = Literal[
-    "tokenize",
-    "dictionaries",
-    "features",
-    "reactivation",
-    "steering",
-    "checkpoints",
-    "losses",
-    "growth",
-    "generations",
-    "tables",
-    "report",
-]
-STAGES: tuple[Stage, ...] = (
-    "tokenize",
-    "dictionaries",
-    "features",
-    "reactivation",
-    "steering",
-    "checkpoints",
-    "losses",
-    "growth",
-    "generations",
-    "tables",
-    "report",
-)
+STAGES: tuple[str, ...] = (*(stage for room in all_rooms() for stage in room.stages), "tables", "report")
+"""All stages' names, in the order in which they run."""
+
+if TYPE_CHECKING:
+    StageName = str
+else:
+    # A form and the command line offer the choice.
+    StageName = Literal[STAGES]
+
+Stage = StageName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,29 +138,6 @@ class FeatureShard:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """One checkpoint of a pre-training run, wherever it comes from.
-
-    Attributes:
-        series: Name of the run; the column `model` of the tables.
-        step: Optimizer step that it was saved at.
-        model: How `tasks.models.model` finds it: a folder of the storage, a local one, or a hub revision.
-        key: Content key of its weights (`tasks.models.model.model_key`).
-        layer: Block that the series' SAEs read; None where no SAE series is asked for.
-        tokens: Tokens that it was shown, where that is known.
-        parameters: Numbers in its weights, tied ones once, where that is known.
-    """
-
-    series: str
-    step: int
-    model: Model
-    key: str
-    layer: int | None = None
-    tokens: int | None = None
-    parameters: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class HeldoutPart:
     """Held-out documents of one token shard (`tasks.corpus.heldout`).
 
@@ -189,100 +153,6 @@ class HeldoutPart:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossShard:
-    """One checkpoint's losses over one held-out part.
-
-    Its folder holds `document_losses.parquet` and, where kept, `token_losses.parquet`.
-    """
-
-    checkpoint: Checkpoint
-    part: HeldoutPart
-    folder: str
-    n_predictions: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class GrownSae:
-    """One checkpoint's SAE, judged on held-out text, and its graph.
-
-    Attributes:
-        checkpoint: The checkpoint.
-        dictionary: Its SAE.
-        folder: Folder of `learned.parquet`, one row of the table `learned_features` without model and step.
-        features: The checkpoint's graph, by the spine's own features stage.
-    """
-
-    checkpoint: Checkpoint
-    dictionary: Dictionary
-    folder: str
-    features: tuple[FeatureShard, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class GeneratedTexts:
-    """One checkpoint's continuations; its folder holds `generations.parquet`."""
-
-    checkpoint: Checkpoint
-    folder: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerFolder:
-    """What one layer says of a case or of a trait: a folder of its own, so that another SAE makes it alone anew."""
-
-    layer: int
-    folder: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class CaseFeatures:
-    """The features of one case's prompts, at every position and layer.
-
-    Attributes:
-        case: Its name.
-        folder: Holds `prompt_tokens.parquet`.
-        layers: Ascending; the folder of each holds `prompt_features.parquet`.
-        n_tokens: Tokens of its prompts, special ones not counted.
-    """
-
-    case: str
-    folder: str
-    layers: tuple[LayerFolder, ...]
-    n_tokens: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class TraitFeatures:
-    """A trait's strongest features at every layer, and how well each layer tells its prompts apart.
-
-    Attributes:
-        trait: Its name.
-        layers: Ascending; the folder of each holds `trait_layers.parquet`, one row, and `trait_features.parquet`.
-    """
-
-    trait: str
-    layers: tuple[LayerFolder, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SteeredPrompt:
-    """One experiment's whole sweep; its folder holds `steering.parquet`."""
-
-    case: str
-    prompt: str
-    folder: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class SteeringResults:
-    """What the stages reactivation and steering have made, each in the order of the cases' file."""
-
-    cases: tuple[CaseFeatures, ...] = ()
-    traits: tuple[TraitFeatures, ...] = ()
-    experiments: tuple[SteeredPrompt, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
 class StagePlan:
     """What a stage has, and what a run would do now.
 
@@ -293,7 +163,7 @@ class StagePlan:
         details: A line for each unit or group that would be made.
     """
 
-    stage: Stage
+    stage: StageName
     done: int
     missing: int | None
     reason: str

@@ -27,16 +27,9 @@ from builders import (
 from infra.manifest import Manifest
 from infra.storage import Storage
 from schemas.config import Config, Model
+from schemas.pretraining.work import Checkpoint, GeneratedTexts, GrownSae, LossShard
 from schemas.tables import SHARD_FILES
-from schemas.work import (
-    Checkpoint,
-    CorpusShards,
-    FeatureShard,
-    GeneratedTexts,
-    GrownSae,
-    HeldoutPart,
-    LossShard,
-)
+from schemas.work import CorpusShards, FeatureShard, HeldoutPart
 from tasks.corpus.heldout import heldout_parts
 from tasks.pretraining.table_plan import ConsolidationResults
 

@@ -21,15 +21,9 @@ from infra.duck import Catalog
 from infra.manifest import Manifest
 from infra.storage import Storage
 from schemas.config import Config
+from schemas.steering.work import CaseFeatures, LayerFolder, SteeredPrompt, SteeringResults, TraitFeatures
 from schemas.tables import SHARD_FILES
-from schemas.work import (
-    CaseFeatures,
-    CorpusShards,
-    LayerFolder,
-    SteeredPrompt,
-    SteeringResults,
-    TraitFeatures,
-)
+from schemas.work import CorpusShards
 from tasks.graph.tables import publish
 from tasks.steering.tables import build_steering_tables
 

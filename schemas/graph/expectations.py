@@ -1,4 +1,8 @@
-"""What must hold of feature shards (see `schemas.expectations`), the graph's and those of checkpoints."""
+"""What must hold of feature shards, the graph's and those of checkpoints.
+
+Views of the suite `features`: `shards`, `dictionaries`, and of each shard `activations`, `edges`, `counts` and its
+token shard's `token_counts`.
+"""
 
 from __future__ import annotations
 

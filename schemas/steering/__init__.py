@@ -1,1 +1,24 @@
-"""The section, cases, tables and expectations of the experiment steering (PAPER 1.3)."""
+"""Reactivation and steering (PAPER 1.3)."""
+
+from __future__ import annotations
+
+from schemas.room import Room
+from schemas.steering.expectations import STEERING
+from schemas.steering.reactivation_expectations import REACTIVATION
+from schemas.steering.table_expectations import STEERING_TABLES
+from schemas.steering.tables import SHARD_FILES, SHARDED, TABLES
+
+ROOM = Room(
+    stages=("reactivation", "steering"),
+    shard_files=SHARD_FILES,
+    group="steering",
+    tables=TABLES,
+    together=(
+        ("prompt_tokens", "reactivations", "reactivation_positions", "reactivation_scores"),
+        ("trait_layers", "trait_features"),
+        ("steering", "steering_effects"),
+    ),
+    sharded=SHARDED,
+    suites={"reactivation": REACTIVATION, "steering": STEERING},
+    table_expectations=STEERING_TABLES,
+)

@@ -12,9 +12,7 @@ from infra.storage import Storage
 from infra.verified import check_files
 from schemas.config import DuckDb
 from schemas.errors import ConfigError, StorageError
-
-LEFT_IN_PLACE = ("activations", "edges", "occurrences", "token_losses")
-"""Views over the Parquet files themselves; every other table is copied, so that it opens without them."""
+from schemas.tables import LEFT_IN_PLACE
 
 _DUCKDB_MAGIC = b"DUCK"
 

@@ -8,30 +8,9 @@ import pyarrow as pa
 
 from infra.duck import Catalog
 from schemas.expectation import Query
-from schemas.tables import TABLES
+from schemas.tables import TABLES, TOGETHER
 from tasks.engine.data_docs import Finding
 from tasks.engine.offenders import SHOWN
-
-GROUPS: dict[str, tuple[str, ...]] = {
-    "corpus": ("documents", "rejects", "tokens"),
-    "graph": (
-        "activations",
-        "edges",
-        "token_degree",
-        "feature_degree",
-        "coverage",
-        "graph_summary",
-        "dictionaries",
-    ),
-    "consolidation": ("checkpoints", "document_losses", "loss_buckets"),
-}
-TOGETHER = (
-    ("learned_features", "checkpoint_degree", "checkpoint_graph"),
-    ("prompt_tokens", "reactivations", "reactivation_positions", "reactivation_scores"),
-    ("trait_layers", "trait_features"),
-    ("steering", "steering_effects"),
-)
-"""Where one of a line is there, all are."""
 
 _COLUMNS = Query(
     name="tables have their columns",
@@ -49,9 +28,10 @@ def check_columns(connection: Any, catalog: Catalog, views: set[str]) -> Finding
         catalog: The catalogue; its groups say which tables there should be.
         views: Names of the views that are there.
     """
-    tables = views | {table for group in catalog.lineage for table in GROUPS.get(group, ())}
-    for together in TOGETHER:
-        tables |= set(together) if views.intersection(together) else set()
+    tables = set(views)
+    for group, together in TOGETHER:
+        if group in catalog.lineage or (not group and views.intersection(together)):
+            tables |= set(together)
     offenders = []
     for table in sorted(tables & set(TABLES)):
         described = connection.execute(f"DESCRIBE {table}").fetchall() if table in views else []

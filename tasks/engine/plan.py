@@ -10,15 +10,8 @@ from infra.addresses import without_credentials
 from infra.index import distrusted
 from infra.storage import Storage
 from schemas.config import Config
-from schemas.work import (
-    STAGES,
-    CorpusShards,
-    Dictionary,
-    FeatureShard,
-    Stage,
-    StagePlan,
-    SteeringResults,
-)
+from schemas.steering.work import SteeringResults
+from schemas.work import STAGES, CorpusShards, Dictionary, FeatureShard, Stage, StagePlan
 
 if TYPE_CHECKING:
     from tasks.pretraining.tables import ConsolidationResults

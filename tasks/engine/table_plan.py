@@ -15,6 +15,7 @@ from infra.duck import Catalog, ShardFile
 from infra.manifest import content_key
 from schemas.config import Config
 from schemas.errors import ConfigError
+from schemas.tables import MEMBERS
 from schemas.version import __version__
 from schemas.work import CorpusShards, Dictionary, FeatureShard
 from tasks.corpus.run_info import steering_values
@@ -35,13 +36,6 @@ REACTIVATION_TABLES = ("prompt_tokens", "reactivations", "reactivation_positions
 TRAIT_TABLES = ("trait_layers", "trait_features")
 EXPERIMENT_TABLES = ("steering", "steering_effects")
 """In the order in which they are made."""
-
-MEMBERS: dict[str, tuple[str, ...]] = {
-    "corpus": (*CORPUS_TABLES, "documents", "rejects", "occurrences"),
-    "graph": (*GRAPH_TABLES, "activations", "edges"),
-    "consolidation": (*CONSOLIDATION_TABLES, *CHECKPOINT_TABLES, "token_losses"),
-    "steering": (*REACTIVATION_TABLES, *TRAIT_TABLES, *EXPERIMENT_TABLES),
-}
 
 
 @dataclass(frozen=True, kw_only=True)

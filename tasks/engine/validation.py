@@ -19,10 +19,9 @@ from infra.duck import Catalog, create_views, open_duckdb
 from infra.manifest import MANIFEST, load_all
 from infra.storage import Storage
 from schemas.config import Config
-from schemas.expectations import SUITES
-from schemas.graph.table_expectations import GROUPED, TOTALS
+from schemas.expectations import GROUPED, SUITES, TOTALS
+from schemas.tables import LEFT_IN_PLACE
 from schemas.work import CorpusShards, Dictionary, FeatureShard
-from tasks.engine.catalog_file import LEFT_IN_PLACE
 from tasks.engine.columns import check_columns
 from tasks.engine.offenders import find_in_views
 from tasks.engine.shard_checks import (

@@ -25,8 +25,9 @@ from infra.progress import Progress, one_by_one, silent
 from infra.storage import Storage, StoredFile
 from schemas.config import Config
 from schemas.errors import DamagedError, StorageError
+from schemas.steering.work import SteeringResults
 from schemas.tables import TABLES
-from schemas.work import CorpusShards, Dictionary, FeatureShard, SteeringResults
+from schemas.work import CorpusShards, Dictionary, FeatureShard
 from tasks.corpus.run_info import run_info_rows
 from tasks.engine.catalog_file import write_catalog_file
 from tasks.engine.table_plan import (

@@ -12,7 +12,8 @@ from infra.cluster import extraction_client, one_at_a_time
 from infra.storage import Storage
 from schemas.config import Config, Model
 from schemas.errors import FunctokError, ModelError
-from schemas.work import Checkpoint, Stage
+from schemas.pretraining.work import Checkpoint
+from schemas.work import Stage
 from tasks.dictionaries.residuals import with_padding_for
 from tasks.models.devices import settle, usable_devices
 from tasks.models.files import explained, location, revision

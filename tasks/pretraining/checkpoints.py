@@ -17,7 +17,8 @@ from infra.progress import Progress, silent
 from infra.storage import Storage
 from schemas.config import Config, Model, Revision, Series, Subfolder, consolidation_of
 from schemas.errors import ConfigError, FunctokError, ModelError
-from schemas.work import Checkpoint, CorpusShards
+from schemas.pretraining.work import Checkpoint
+from schemas.work import CorpusShards
 from tasks.models.model import is_gguf, model_key
 from tasks.pretraining.checkpoint_steps import differing, step_of
 

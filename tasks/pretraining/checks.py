@@ -14,8 +14,9 @@ from infra.manifest import load_all
 from infra.storage import Storage
 from schemas.config import Config, Consolidation
 from schemas.expectations import SUITES
+from schemas.pretraining.work import Checkpoint, GeneratedTexts, GrownSae, LossShard
 from schemas.tables import SHARD_FILES, TABLES
-from schemas.work import Checkpoint, GeneratedTexts, GrownSae, HeldoutPart, LossShard
+from schemas.work import HeldoutPart
 from tasks.engine.offenders import Unit, find_in_views
 from tasks.engine.shard_checks import (
     FEATURE_TOTALS,

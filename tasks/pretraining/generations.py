@@ -14,8 +14,8 @@ from infra.progress import Progress, silent
 from infra.storage import Storage
 from schemas.config import Config, Generations, consolidation_of
 from schemas.errors import FunctokError, ModelError
+from schemas.pretraining.work import Checkpoint, GeneratedTexts
 from schemas.tables import SHARD_FILES
-from schemas.work import Checkpoint, GeneratedTexts
 from tasks.models.tokenizers import LoadedTokenizer, load_tokenizer
 from tasks.pretraining.checkpoint_jobs import named, open_checkpoint, run_by_checkpoint
 

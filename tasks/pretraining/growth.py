@@ -14,7 +14,8 @@ from infra.progress import Progress, silent
 from infra.storage import Storage
 from schemas.config import Config, Sae
 from schemas.errors import ConfigError, FunctokError, about
-from schemas.work import Checkpoint, CorpusShards, Dictionary, FeatureShard, GrownSae
+from schemas.pretraining.work import Checkpoint, GrownSae
+from schemas.work import CorpusShards, Dictionary, FeatureShard
 from tasks.dictionaries.dictionaries import find_dictionaries, prepare_dictionaries
 from tasks.dictionaries.facts import check_layer
 from tasks.graph.extraction import forget_loaded

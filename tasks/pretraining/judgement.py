@@ -14,7 +14,8 @@ from infra.progress import Progress, silent
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.errors import CorpusError, ModelError
-from schemas.work import Checkpoint, Dictionary, HeldoutPart
+from schemas.pretraining.work import Checkpoint
+from schemas.work import Dictionary, HeldoutPart
 from tasks.corpus.windows import Batch, read_heldout_tokens
 from tasks.dictionaries.dictionaries import load_dictionary
 from tasks.dictionaries.encoding import Encoder, build_encoder

@@ -25,8 +25,9 @@ from infra.progress import Progress, silent
 from infra.storage import Storage
 from schemas.config import Config, Growth, consolidation_of
 from schemas.errors import CorpusError
+from schemas.pretraining.work import Checkpoint
 from schemas.tables import SHARD_FILES
-from schemas.work import Checkpoint, CorpusShards, Dictionary, HeldoutPart
+from schemas.work import CorpusShards, Dictionary, HeldoutPart
 from tasks.corpus.heldout import document_hashes, heldout_key, heldout_parts
 from tasks.dictionaries.dictionaries import training_parts
 from tasks.dictionaries.residuals import forward_key

@@ -25,8 +25,9 @@ from infra.progress import Progress, silent
 from infra.storage import Storage, StoredFile
 from schemas.config import Config
 from schemas.errors import FunctokError, ModelError, about
+from schemas.pretraining.work import Checkpoint, LossShard
 from schemas.tables import SHARD_FILES
-from schemas.work import Checkpoint, CorpusShards, HeldoutPart, LossShard
+from schemas.work import CorpusShards, HeldoutPart
 from tasks.corpus.function_tokens import function_token_ids
 from tasks.corpus.heldout import heldout_key, heldout_parts
 from tasks.corpus.windows import ShardTokens, read_heldout_tokens

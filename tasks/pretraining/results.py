@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from infra.storage import Storage
 from schemas.config import Config, Series, consolidation_of
-from schemas.work import Checkpoint, CorpusShards, Stage, StagePlan
+from schemas.pretraining.work import Checkpoint
+from schemas.work import CorpusShards, Stage, StagePlan
 from tasks.pretraining.checkpoints import find_checkpoints, find_series
 from tasks.pretraining.table_plan import ConsolidationResults
 

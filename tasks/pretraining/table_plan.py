@@ -10,7 +10,8 @@ from infra.addresses import without_credentials
 from infra.duck import Catalog, ShardFile
 from infra.manifest import content_key
 from schemas.config import Config
-from schemas.work import Checkpoint, CorpusShards, GeneratedTexts, GrownSae, LossShard
+from schemas.pretraining.work import Checkpoint, GeneratedTexts, GrownSae, LossShard
+from schemas.work import CorpusShards
 from tasks.engine.table_plan import CONSOLIDATION_TABLES, VERSION, Group, corpus_group
 from tasks.graph.edges import edge_folder
 

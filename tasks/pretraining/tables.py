@@ -17,8 +17,9 @@ from infra.progress import Progress, one_by_one, silent
 from infra.storage import Storage, StoredFile
 from schemas.config import Config
 from schemas.errors import StorageError
+from schemas.pretraining.work import GrownSae
 from schemas.tables import TABLES
-from schemas.work import CorpusShards, GrownSae
+from schemas.work import CorpusShards
 from tasks.engine.table_plan import Group, corpus_group, graph_inputs, merged
 from tasks.engine.table_sql import ensure_folder, write_table
 from tasks.graph.edges import edge_files, ensure_edges

@@ -17,7 +17,8 @@ from infra.progress import Progress, silent
 from infra.storage import Storage
 from schemas.config import Config, Model, Series
 from schemas.errors import FunctokError
-from schemas.work import Checkpoint, CorpusShards
+from schemas.pretraining.work import Checkpoint
+from schemas.work import CorpusShards
 from tasks.models.files import IN_STORAGE
 from tasks.models.model import model_key
 from tasks.pretraining.plan import TrainingPlan, plan_training

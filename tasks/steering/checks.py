@@ -15,8 +15,9 @@ from schemas.config import Config, steering_of
 from schemas.errors import ExpectationError, StorageError
 from schemas.expectations import SUITES
 from schemas.steering.section import Cases, Trait
+from schemas.steering.work import CaseFeatures, SteeredPrompt, TraitFeatures
 from schemas.tables import SHARD_FILES
-from schemas.work import CaseFeatures, CorpusShards, Dictionary, SteeredPrompt, TraitFeatures
+from schemas.work import CorpusShards, Dictionary
 from tasks.engine.offenders import find_in_views
 from tasks.engine.shard_checks import put, rows_table
 from tasks.engine.verdicts import check_key, conclude, passed

@@ -15,7 +15,8 @@ from infra.storage import Storage
 from schemas.config import Config, steering_of
 from schemas.errors import about
 from schemas.steering.section import Cases, Steer
-from schemas.work import Dictionary, TraitFeatures
+from schemas.steering.work import TraitFeatures
+from schemas.work import Dictionary
 from tasks.models.model import model_key
 from tasks.models.tokenizers import load_tokenizer
 from tasks.steering.conditions import Condition, Moved, conditions_of, moved_features, random_features

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from infra.manifest import content_key
-from schemas.work import LayerFolder
+from schemas.steering.work import LayerFolder
 
 
 def layer_folders(place: str, of_layers: Mapping[int, Mapping[str, Any]]) -> tuple[LayerFolder, ...]:

@@ -10,7 +10,7 @@ from infra.storage import Storage
 from schemas.config import Config, steering_of
 from schemas.errors import ConfigError
 from schemas.steering.section import Trait
-from schemas.work import TraitFeatures
+from schemas.steering.work import TraitFeatures
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,9 @@ from infra.storage import Storage
 from schemas.config import Config
 from schemas.errors import FunctokError, about
 from schemas.steering.section import Case
+from schemas.steering.work import CaseFeatures, LayerFolder
 from schemas.tables import SHARD_FILES
-from schemas.work import CaseFeatures, Dictionary, LayerFolder
+from schemas.work import Dictionary
 from tasks.dictionaries.encoding import Encoder
 from tasks.graph.features import round_mantissa
 from tasks.models.model import LoadedModel, load_model, model_key

@@ -6,16 +6,8 @@ from collections.abc import Sequence
 
 from infra.storage import Storage
 from schemas.config import Config
-from schemas.work import (
-    CaseFeatures,
-    CorpusShards,
-    Dictionary,
-    Stage,
-    StagePlan,
-    SteeredPrompt,
-    SteeringResults,
-    TraitFeatures,
-)
+from schemas.steering.work import CaseFeatures, SteeredPrompt, SteeringResults, TraitFeatures
+from schemas.work import CorpusShards, Dictionary, Stage, StagePlan
 
 
 def steering_stages(config: Config) -> tuple[Stage, ...]:

@@ -22,8 +22,9 @@ from infra.storage import Storage
 from schemas.config import Config
 from schemas.errors import FunctokError, about
 from schemas.steering.section import Cases
+from schemas.steering.work import SteeredPrompt, TraitFeatures
 from schemas.tables import SHARD_FILES
-from schemas.work import CorpusShards, Dictionary, SteeredPrompt, TraitFeatures
+from schemas.work import CorpusShards, Dictionary
 from tasks.corpus.function_tokens import function_token_ids
 from tasks.dictionaries.dictionaries import load_dictionary
 from tasks.dictionaries.facts import Facts, facts_of

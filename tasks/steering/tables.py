@@ -16,8 +16,9 @@ from infra.duck import Catalog, create_views, open_duckdb, read_catalog
 from infra.progress import Progress, one_by_one, silent
 from infra.storage import Storage, StoredFile
 from schemas.config import Config, steering_of
+from schemas.steering.work import SteeringResults
 from schemas.tables import TABLES
-from schemas.work import CorpusShards, SteeringResults
+from schemas.work import CorpusShards
 from tasks.engine.table_plan import Group, corpus_group, merged
 from tasks.engine.table_sql import ensure_folder, explained, write_table
 from tasks.graph.tables import build_corpus

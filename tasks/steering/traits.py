@@ -23,8 +23,9 @@ from infra.storage import Storage
 from schemas.config import Config, steering_of
 from schemas.errors import FunctokError, about
 from schemas.steering.section import Trait
+from schemas.steering.work import LayerFolder, TraitFeatures
 from schemas.tables import SHARD_FILES
-from schemas.work import Dictionary, LayerFolder, TraitFeatures
+from schemas.work import Dictionary
 from tasks.dictionaries.encoding import Encoder
 from tasks.models.devices import choose_device
 from tasks.models.model import LoadedModel, load_model, model_key

@@ -14,7 +14,8 @@ from tiny import save_tokenizer, texts, write_jsonl
 from infra.storage import Storage
 from schemas.config import Config, Model
 from schemas.errors import CorpusError, StorageError
-from schemas.work import Checkpoint, CorpusShards
+from schemas.pretraining.work import Checkpoint
+from schemas.work import CorpusShards
 from tasks.corpus import tokenization
 from tasks.corpus.heldout import document_hashes, heldout_documents, heldout_parts
 from tasks.pretraining.growth import find_growth

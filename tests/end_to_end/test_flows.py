@@ -24,23 +24,10 @@ from infra.progress import Progress
 from infra.storage import Storage
 from schemas.config import Config, Model
 from schemas.errors import ConfigError, CorpusError, ExpectationError, FunctokError, StorageError
+from schemas.pretraining.work import Checkpoint, GeneratedTexts, GrownSae, LossShard
+from schemas.steering.work import CaseFeatures, LayerFolder, SteeredPrompt, SteeringResults, TraitFeatures
 from schemas.tables import SHARD_FILES, TABLES
-from schemas.work import (
-    CaseFeatures,
-    Checkpoint,
-    CorpusShards,
-    Dictionary,
-    FeatureShard,
-    GeneratedTexts,
-    GraphShard,
-    GrownSae,
-    LayerFolder,
-    LossShard,
-    SteeredPrompt,
-    SteeringResults,
-    TokenShard,
-    TraitFeatures,
-)
+from schemas.work import CorpusShards, Dictionary, FeatureShard, GraphShard, TokenShard
 from tasks.steering.values import HeatMap, HeatPanel
 
 SHARD = TokenShard(folder="tokens/k/0", source="a.txt", doc_offset=0, n_documents=3, n_tokens=40, n_rejects=1)

@@ -37,9 +37,9 @@ from infra.manifest import load
 from infra.storage import Storage
 from schemas.config import Config, DuckDb
 from schemas.errors import ConfigError, ExpectationError, StorageError
-from schemas.tables import TABLES
+from schemas.tables import MEMBERS, TABLES
 from schemas.work import CorpusShards, FeatureShard, GraphShard, TokenShard
-from tasks.engine.table_plan import MEMBERS, graph_inputs, subject_of
+from tasks.engine.table_plan import graph_inputs, subject_of
 from tasks.graph.edges import edge_files, ensure_edges, token_ranges
 from tasks.graph.power_law import fit_power_law
 from tasks.graph.tables import (

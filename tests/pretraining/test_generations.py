@@ -12,8 +12,8 @@ import tiny
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.errors import ModelError
+from schemas.pretraining.work import Checkpoint, GeneratedTexts
 from schemas.tables import SHARD_FILES
-from schemas.work import Checkpoint, GeneratedTexts
 from tasks.models.language_model import load_language_model
 from tasks.models.model import model_key
 from tasks.models.tokenizers import LoadedTokenizer, load_tokenizer

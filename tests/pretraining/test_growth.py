@@ -20,7 +20,8 @@ from tiny import D_MODEL, N_LAYERS, build_sae, save_model, texts, write_jsonl
 from infra.storage import Storage
 from schemas.config import Config, Model
 from schemas.errors import ConfigError, CorpusError, DictionaryError
-from schemas.work import Checkpoint, CorpusShards, Dictionary, GrownSae
+from schemas.pretraining.work import Checkpoint, GrownSae
+from schemas.work import CorpusShards, Dictionary
 from tasks.corpus import tokenization
 from tasks.corpus.heldout import heldout_documents
 from tasks.corpus.windows import read_heldout_tokens

@@ -20,7 +20,8 @@ import torch
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.errors import ModelError
-from schemas.work import Checkpoint, CorpusShards, LossShard
+from schemas.pretraining.work import Checkpoint, LossShard
+from schemas.work import CorpusShards
 from tasks.corpus.tokenization import tokenize_corpus
 from tasks.graph.tables import build_corpus_tables
 from tasks.pretraining import checkpoint_jobs, losses

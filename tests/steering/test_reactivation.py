@@ -16,8 +16,9 @@ from infra.manifest import MANIFEST
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.errors import ConfigError, ModelError
+from schemas.steering.work import CaseFeatures
 from schemas.tables import SHARD_FILES
-from schemas.work import CaseFeatures, CorpusShards, Dictionary
+from schemas.work import CorpusShards, Dictionary
 from tasks.dictionaries.dictionaries import prepare_dictionaries
 from tasks.models.model import load_model
 from tasks.steering import reactivation

@@ -20,8 +20,9 @@ from pydantic import ValidationError
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.errors import ConfigError, DictionaryError, FunctokError, ModelError
+from schemas.steering.work import SteeredPrompt, TraitFeatures
 from schemas.tables import SHARD_FILES
-from schemas.work import CorpusShards, Dictionary, SteeredPrompt, TraitFeatures
+from schemas.work import CorpusShards, Dictionary
 from tasks.corpus import tokenization
 from tasks.corpus.function_tokens import function_token_ids
 from tasks.dictionaries.dictionaries import prepare_dictionaries

@@ -13,7 +13,8 @@ import tiny
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.errors import ConfigError
-from schemas.work import CorpusShards, Dictionary, SteeringResults
+from schemas.steering.work import SteeringResults
+from schemas.work import CorpusShards, Dictionary
 from tasks.corpus import tokenization
 from tasks.dictionaries import dictionaries
 from tasks.engine import validation

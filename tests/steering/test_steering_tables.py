@@ -21,8 +21,8 @@ from infra.duck import Catalog, ShardFile, connect, open_duckdb, read_catalog
 from infra.storage import Storage
 from schemas.errors import ExpectationError
 from schemas.steering.table_expectations import STEERING_TABLES
+from schemas.steering.work import SteeringResults
 from schemas.tables import TABLES
-from schemas.work import SteeringResults
 from tasks.engine.offenders import find_in_views
 from tasks.engine.table_plan import EXPERIMENT_TABLES, REACTIVATION_TABLES, TRAIT_TABLES
 from tasks.engine.validation import check_tables

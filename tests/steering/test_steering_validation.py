@@ -17,16 +17,9 @@ from infra.storage import Storage
 from schemas.config import Config
 from schemas.errors import DamagedError, ExpectationError, StorageError
 from schemas.expectations import SUITES
+from schemas.steering.work import CaseFeatures, LayerFolder, SteeredPrompt, TraitFeatures
 from schemas.tables import SHARD_FILES, VOCABULARY
-from schemas.work import (
-    CaseFeatures,
-    CorpusShards,
-    Dictionary,
-    LayerFolder,
-    Stage,
-    SteeredPrompt,
-    TraitFeatures,
-)
+from schemas.work import CorpusShards, Dictionary, Stage
 from tasks.engine import verdicts
 from tasks.engine.data_docs import Finding
 from tasks.engine.verdicts import expectations_table

@@ -18,8 +18,9 @@ from infra.storage import Storage
 from schemas.config import Config
 from schemas.errors import ConfigError, DictionaryError
 from schemas.steering.section import Trait
+from schemas.steering.work import LayerFolder, TraitFeatures
 from schemas.tables import SHARD_FILES
-from schemas.work import CorpusShards, Dictionary, LayerFolder, TraitFeatures
+from schemas.work import CorpusShards, Dictionary
 from tasks.dictionaries.dictionaries import prepare_dictionaries
 from tasks.dictionaries.encoding import build_encoder
 from tasks.steering import contrasts, traits
