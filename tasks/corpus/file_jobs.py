@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from infra.manifest import Manifest
 from infra.storage import Storage
 from schemas.config import Corpus
 from tasks.corpus.files import CorpusFile
@@ -35,9 +34,13 @@ class Budget:
 
     def after(self, shards: FileShards) -> Budget:
         """What a file leaves of it."""
+        return self.without(shards.n_documents, shards.n_tokens)
+
+    def without(self, documents: int, tokens: int) -> Budget:
+        """What is left when so much is taken."""
         return Budget(
-            documents=None if self.documents is None else self.documents - shards.n_documents,
-            tokens=None if self.tokens is None else self.tokens - shards.n_tokens,
+            documents=None if self.documents is None else self.documents - documents,
+            tokens=None if self.tokens is None else self.tokens - tokens,
         )
 
 
@@ -71,12 +74,10 @@ class FileShards:
     Attributes:
         shards: In order.
         is_cut: Whether a limit ended it before the file did.
-        manifests: Of those shards whose manifests were made or read on the way, by folder.
     """
 
     shards: tuple[ShardEntry, ...]
     is_cut: bool
-    manifests: dict[str, Manifest] = field(default_factory=dict, compare=False)
 
     @property
     def n_documents(self) -> int:

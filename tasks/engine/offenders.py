@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unit:
+class Views:
     """One folder's views.
 
     Attributes:
@@ -83,7 +83,7 @@ def find_in_units(
     connection: Any,
     storage: Storage,
     expectations: Sequence[Expectation],
-    units: Sequence[Unit],
+    units: Sequence[Views],
     totals: Mapping[str, Mapping[str, str]],
     views: set[str],
     threads: int = 0,
@@ -108,7 +108,7 @@ def find_in_units(
         StorageError: if a file cannot be read.
     """
 
-    def ask(unit: Unit) -> Answer:
+    def ask(unit: Views) -> Answer:
         asked = applying(expectations, views | set(unit.files))
 
         def run() -> Answer:
