@@ -12,8 +12,8 @@ from infra.storage import Storage
 from schemas.config import Config
 from schemas.work import CorpusShards
 from sql import read_sql
-from tasks.engine.table_plan import Group, corpus_group
-from tasks.engine.table_sql import explained
+from tasks.corpus.tables import corpus_group
+from tasks.engine.tables import Tables, explained
 
 _computed: dict[str, npt.NDArray[np.int32]] = {}
 """By the key of the corpus' tables: a run asks several times before the table stage has made them."""
@@ -40,7 +40,7 @@ def function_token_ids(config: Config, storage: Storage, shards: CorpusShards) -
     return ids
 
 
-def _compute(config: Config, storage: Storage, shards: CorpusShards, group: Group) -> npt.NDArray[np.int32]:
+def _compute(config: Config, storage: Storage, shards: CorpusShards, group: Tables) -> npt.NDArray[np.int32]:
     query = f"SELECT token_id FROM ({read_sql('tokens')}) WHERE is_function ORDER BY token_id"
     with (
         open_duckdb(storage, config.duckdb) as connection,

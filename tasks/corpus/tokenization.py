@@ -24,7 +24,6 @@ from infra.addresses import failed_at, without_credentials
 from infra.cluster import tokenization_client
 from infra.hashing import content_hash
 from infra.manifest import Manifest, commit, load, load_all
-from infra.progress import Progress, silent
 from infra.storage import Storage
 from schemas.config import Config, Corpus
 from schemas.errors import CorpusError
@@ -149,12 +148,10 @@ class Tokenize(Stage[FileUnit, CorpusShards]):
             done[job.folder] = shards
         return done
 
-    def prepare(
-        self, run: Run, missing: Sequence[FileUnit], progress: Progress = silent
-    ) -> Sequence[FileUnit]:
+    def prepare(self, run: Run, missing: Sequence[FileUnit]) -> Sequence[FileUnit]:
         """Put the tokenizer where workers find it, and see what was begun."""
         if not missing[0].jobs:
-            train_tokenizer(run.config, run.storage, progress)
+            train_tokenizer(run.config, run.storage, run.tell)
             return []
         config = with_tokenizer(run.config, run.storage)
         assert config is not None

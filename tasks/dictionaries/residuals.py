@@ -7,19 +7,21 @@ bfloat16 residual of gemma-2-9b is 7 KB a token and layer, its features about 0.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from infra.manifest import Manifest, commit, content_key, load_all
-from infra.progress import Progress, silent
-from infra.storage import Storage
+from infra.manifest import Manifest, content_key
+from infra.storage import Storage, StoredFile
 from schemas.config import Config
 from schemas.work import GraphShard
 from tasks.corpus.windows import Batch, ShardTokens, batches, read_shard_tokens
+from tasks.engine.run import Run
+from tasks.engine.stage import Made, Stage, Unit
 from tasks.models.model import LoadedModel, load_model, model_key
 from tasks.models.tokenizers import LoadedTokenizer, load_tokenizer
 
@@ -77,68 +79,91 @@ def place_of(part: GraphShard, layer: int) -> Place:
     return part.shard.folder, part.n_documents, layer
 
 
-def find_residuals(
-    config: Config, storage: Storage, parts: Sequence[GraphShard], layers: Sequence[int]
-) -> dict[Place, ResidualShard]:
-    """Finished residuals by `place_of` their part and layer."""
-    forward = forward_key(config, model_key(config.model, storage))
-    wanted = {residual_folder(part, layer, forward): (part, layer) for part in parts for layer in layers}
-    done = load_all(storage, wanted)
-    return {
-        place_of(part, layer): ResidualShard(layer=layer, folder=folder, part=part)
-        for folder, (part, layer) in wanted.items()
-        if folder in done
-    }
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ResidualUnit(Unit):
+    """One layer's residuals of one part."""
+
+    part: GraphShard
+    layer: int
 
 
-def write_residuals(
-    config: Config,
-    storage: Storage,
-    parts: Sequence[GraphShard],
-    layers: Sequence[int],
-    progress: Progress = silent,
-) -> list[ResidualShard]:
-    """Make what is missing of the residuals of `parts` at `layers`, one forward for all missing layers.
+class Residuals(Stage[ResidualUnit, dict[Place, ResidualShard]]):
+    """The residuals of some parts at some layers, one forward for all layers that a part lacks.
 
-    Returns:
-        All of them, parts in order, layers ascending within a part.
+    No stage of its own: whoever needs residuals makes them by the way.
+
+    Args:
+        parts: The parts.
+        layers: The layers.
     """
-    wanted = sorted(set(layers))
-    done = find_residuals(config, storage, parts, wanted)
-    # Files of equal content share parts: each is made once, however often it stands in the corpus.
-    missing: dict[tuple[str, int], tuple[GraphShard, list[int]]] = {}
-    for part in parts:
-        absent = [layer for layer in wanted if place_of(part, layer) not in done]
-        if absent:
-            missing[part.shard.folder, part.n_documents] = part, absent
-    total = sum(part.n_tokens for part, _ in missing.values())
-    seen = 0
-    if missing:
-        model, tokenizer = load_model(config.model, storage), load_tokenizer(config.model, storage)
-        forward = forward_key(config, model.key)
-        tokenizer = with_padding_for(model.vocabulary, tokenizer)
-        for part, absent in missing.values():
-            _write_part(config, storage, part, absent, model, tokenizer, forward)
-            seen += part.n_tokens
-            progress(seen, total, "tokens, residuals")
-        done = find_residuals(config, storage, parts, wanted)
-    return [replace(done[place_of(part, layer)], part=part) for part in parts for layer in wanted]
+
+    name = "residuals"
+    measure = "tokens, residuals"
+    things = "residuals"
+
+    def __init__(self, parts: Sequence[GraphShard], layers: Sequence[int]) -> None:
+        self.parts, self.layers = tuple(parts), sorted(set(layers))
+        self._loaded: tuple[LoadedModel, LoadedTokenizer] | None = None
+
+    def units(self, run: Run) -> Sequence[ResidualUnit]:
+        """A unit a part and layer."""
+        forward = forward_key(run.config, model_key(run.config.model, run.storage))
+        return [
+            ResidualUnit(
+                top="residuals",
+                inputs={"version": VERSION, "part": part_key(part), "layer": layer, "forward": forward},
+                about=f"layer {layer}, {part.shard.folder}",
+                # One forward gives all layers of a part.
+                size=part.n_tokens if layer == self.layers[0] else 0,
+                together=(part.shard.folder, part.n_documents),
+                part=part,
+                layer=layer,
+            )
+            for part in self.parts
+            for layer in self.layers
+        ]
+
+    def make(self, run: Run, group: Sequence[ResidualUnit]) -> Iterator[Made]:
+        """The residuals of one part."""
+        if self._loaded is None:
+            model, tokenizer = load_model(run.config.model, run.storage), load_tokenizer(run.config.model, run.storage)
+            self._loaded = model, with_padding_for(model.vocabulary, tokenizer)
+        model, tokenizer = self._loaded
+        tokens = read_shard_tokens(run.storage, group[0].part)
+        layers = [unit.layer for unit in group]
+        dense = _dense(run.config, tokens, layers, model, tokenizer)
+        doc = torch.from_numpy(tokens.doc[tokens.rows].astype(np.int32))
+        for unit in group:
+            residuals = dense.pop(unit.layer)
+            yield Made.of(
+                unit, partial(_write, run.storage, unit, residuals, doc), {"n_tokens": len(residuals)}
+            )
+
+    def close(self) -> None:
+        """Free the model."""
+        self._loaded = None
+
+    def result(
+        self, run: Run, units: Sequence[ResidualUnit], done: Mapping[str, Manifest]
+    ) -> dict[Place, ResidualShard]:
+        """All of them, by `place_of` their part and layer."""
+        return self.there(run)
+
+    def there(self, run: Run) -> dict[Place, ResidualShard]:
+        """Those that are finished, by `place_of` their part and layer."""
+        found = run.find(self)
+        return {
+            place_of(unit.part, unit.layer): ResidualShard(layer=unit.layer, folder=unit.folder, part=unit.part)
+            for unit in found.units
+            if unit.folder in found.done
+        }
 
 
-def _write_part(
-    config: Config,
-    storage: Storage,
-    part: GraphShard,
-    layers: list[int],
-    model: LoadedModel,
-    tokenizer: LoadedTokenizer,
-    forward: dict[str, object],
-) -> None:
-    from safetensors.torch import save_file
-
-    tokens = read_shard_tokens(storage, part)
-    row_of_token = rows_of_tokens(tokens)
-    n_rows = len(tokens.rows)
+def _dense(
+    config: Config, tokens: ShardTokens, layers: list[int], model: LoadedModel, tokenizer: LoadedTokenizer
+) -> dict[int, torch.Tensor]:
+    """By layer, (n_rows, d_model) residuals in the model's dtype, special tokens left out."""
+    row_of_token, n_rows = rows_of_tokens(tokens), len(tokens.rows)
     dense = {layer: torch.empty((n_rows, model.d_model), dtype=model.dtype) for layer in layers}
     for batch in shard_batches(config, tokens, tokenizer):
         kept = torch.from_numpy(batch.token >= 0)
@@ -150,16 +175,17 @@ def _write_part(
             dense[layer][rows] = hidden[kept.to(hidden.device)].cpu()
 
         model.forward(torch.from_numpy(batch.input_ids), layers, receive)
-    doc = torch.from_numpy(tokens.doc[tokens.rows].astype(np.int32))
-    for layer in layers:
-        folder = residual_folder(part, layer, forward)
-        with tempfile.TemporaryDirectory() as aside:
-            local = Path(aside) / f"layer-{layer}.safetensors"
-            save_file({"residuals": dense.pop(layer), "doc": doc}, local)
-            written = storage.upload(local.parent, folder)
-        inputs = {"part": part_key(part), "layer": layer, "forward": forward, "version": VERSION}
-        manifest = Manifest(stage="residuals", inputs=inputs, stats={"n_tokens": n_rows})
-        commit(storage, folder, manifest, written)
+    return dense
+
+
+def _write(
+    storage: Storage, unit: ResidualUnit, residuals: torch.Tensor, doc: torch.Tensor
+) -> list[StoredFile]:
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory() as aside:
+        save_file({"residuals": residuals, "doc": doc}, Path(aside) / f"layer-{unit.layer}.safetensors")
+        return storage.upload(Path(aside), unit.folder)
 
 
 def rows_of_tokens(tokens: ShardTokens) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

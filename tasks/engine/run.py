@@ -70,20 +70,20 @@ class Run:
     Args:
         config: The configuration, its tokenizer resolved where that can be.
         storage: Where everything is.
+
+    Attributes:
+        tell: Who is told of progress that has a measure of its own (training, steps of a stage in a stage); nobody on a
+            worker.
     """
 
-    def __init__(self, config: Config, storage: Storage) -> None:
-        self.config, self.storage = config, storage
+    def __init__(self, config: Config, storage: Storage, tell: Progress = silent) -> None:
+        self.config, self.storage, self.tell = config, storage, tell
         self._found: dict[Stage[Any, Any], Found[Any]] = {}
         self._results: dict[Stage[Any, Any], Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Results may name every shard of a corpus: a worker gets what it needs with its units.
-        return {**self.__dict__, "_found": {}, "_results": {}}
-
-    def under(self, config: Config) -> Run:
-        """Another configuration on the same storage."""
-        return Run(config, self.storage)
+        return {**self.__dict__, "tell": silent, "_found": {}, "_results": {}}
 
     def find(self, stage: Stage[U, Any]) -> Found[U]:
         """What is there of a stage whose needs are finished.
@@ -157,16 +157,18 @@ def make(run: Run, stage: Stage[Any, R], progress: Progress = silent) -> R:
 
 
 def _make(run: Run, stage: Stage[U, Any], missing: Sequence[U], progress: Progress) -> None:
-    groups = _groups(stage.prepare(run, missing, progress))
-    watch = _Watch(stage, groups, progress)
     manifests: dict[str, Manifest] = {}
+    before, run.tell = run.tell, progress
     try:
+        groups = _groups(stage.prepare(run, missing))
+        watch = _Watch(stage, groups, progress)
         with stage.client(run, groups) as client:
             made = _here(run, stage, groups, watch) if client is None else _on(client, run, stage, groups, watch)
             for some in made:
                 manifests |= some
     finally:
         stage.close()
+        run.tell = before
     stage.remember(run, groups, manifests)
 
 
@@ -248,7 +250,8 @@ class _Watch:
         self._tell()
 
     def _tell(self) -> None:
-        self._progress(sum(self._done), sum(self._sizes), self._measure)
+        if self._measure:
+            self._progress(sum(self._done), sum(self._sizes), self._measure)
 
 
 def _here(

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 import pyarrow as pa
 
 from infra.manifest import Manifest, content_key, load_all, remember
-from infra.progress import Progress, silent
 from infra.storage import StoredFile
 from schemas.config import Config
 from schemas.errors import FunctokError
@@ -125,7 +124,8 @@ class Stage(ABC, Generic[U, R]):
 
     Attributes:
         name: Its name: of its flow, its manifests, its expectations.
-        measure: What sizes count, and of what, as progress says it: `tokens, features`.
+        measure: What sizes count, and of what, as progress says it: `tokens, features`. Empty where what is made tells
+            its own progress (`Run.tell`).
         things: What its units are, for messages: `feature shards`.
         changed: Why units may be missing, for `functok status`.
         needs: Stages whose results it reads; they are finished before its units are asked for.
@@ -171,7 +171,7 @@ class Stage(ABC, Generic[U, R]):
         """Why units that are there are not used."""
         return ()
 
-    def prepare(self, run: Run, missing: Sequence[U], progress: Progress = silent) -> Sequence[U]:
+    def prepare(self, run: Run, missing: Sequence[U]) -> Sequence[U]:
         """What is done once for all units that are missing, before the first is made.
 
         Checks that need no costly work, and what would cost requests of its own if each unit asked for it.

@@ -16,7 +16,7 @@ from infra.storage import Storage
 from schemas.config import DuckDb
 from schemas.errors import ExpectationError
 from schemas.work import FeatureShard
-from tasks.engine.table_sql import explained, write_table
+from tasks.engine.tables import explained, write_table
 
 VERSION = 1
 """Raise when what is in an edges file changes."""

@@ -28,7 +28,6 @@ from tasks.dictionaries.encoding import Encoder, build_encoder
 from tasks.dictionaries.residuals import (
     Place,
     ResidualShard,
-    find_residuals,
     place_of,
     rows_of_tokens,
     shard_batches,
@@ -60,7 +59,7 @@ def compute_features(
     part: GraphShard,
     dictionaries: Sequence[Dictionary],
     key_of_model: str,
-    on_disk: Mapping[Place, ResidualShard] | None = None,
+    on_disk: Mapping[Place, ResidualShard],
 ) -> tuple[ShardTokens, dict[int, LayerFeatures]]:
     """The features of one part for the layers of `dictionaries`, with one forward for all of them.
 
@@ -72,7 +71,7 @@ def compute_features(
         part: Which tokens.
         dictionaries: Of the layers that are wanted.
         key_of_model: `model_key` where the work was planned.
-        on_disk: Finished residuals by their place (`find_residuals`); None to look for them.
+        on_disk: Finished residuals by their place (`tasks.dictionaries.residuals`).
 
     Raises:
         ModelError: if the model here is another one, a layer, window or token id does not fit it, or a residual is
@@ -109,8 +108,6 @@ def compute_features(
             )
         )
 
-    if on_disk is None:
-        on_disk = find_residuals(config, storage, [part], layers)
     for layer in layers:
         shard = on_disk.get(place_of(part, layer))
         if shard is None:
