@@ -8,7 +8,7 @@ from prefect import get_run_logger
 
 from flows.artifacts import show_damage
 from flows.reproduce import reproduce
-from flows.support import open_storage, reported_progress, stage_flow, step
+from flows.stage import open_storage, reported_progress, stage_flow, step
 from infra.storage import REPAIR, Storage
 from schemas.config import Config
 from schemas.errors import DamagedError
@@ -52,5 +52,5 @@ def read_everything(config: Config, storage: Storage) -> Verification:
     """Hash every file and hold it against its manifest."""
     from tasks.engine import verify as verification
 
-    with reported_progress("verify") as progress:
+    with reported_progress("verify", config) as progress:
         return verification.verify_root(storage, progress)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -19,8 +19,12 @@ from schemas.work import CorpusShards
 from tasks.corpus.graph_documents import graph_shards
 from tasks.corpus.tokenization import TOKENIZE
 from tasks.engine.run import Run
-from tasks.engine.stage import Stage
+from tasks.engine.stage import Shown, Stage
 from tasks.engine.tables import VERSION, TableGroup, Tables, ensure_folder, explained, write_table
+from tasks.models.token_texts import label, shared_texts
+
+FUNCTION_TOKENS_SHOWN = 200
+"""Rows of Prefect's table at most; the paper's corpus has 122 function tokens."""
 
 Facts = Callable[[Run], Mapping[str, object]]
 """What an experiment says of a run in `run_info`: no secret."""
@@ -59,6 +63,28 @@ class CorpusTables(TableGroup):
         )
         progress(2, 2, "corpus tables")
         return group
+
+    def shown(self, connection: Any, config: Config) -> Iterable[Shown]:
+        """The function tokens."""
+        shared = shared_texts(connection)
+        rows = connection.execute(
+            "SELECT rank, token, token_id, count, share, doc_share FROM tokens WHERE is_function ORDER BY rank LIMIT ?",
+            [FUNCTION_TOKENS_SHOWN],
+        ).fetchall()
+        yield Shown(
+            name="function-tokens",
+            description=f"Function tokens: the most frequent, up to {config.function_tokens.share:.0%} of all",
+            rows=[
+                {
+                    "rank": rank,
+                    "token": label(token, token_id, shared),
+                    "count": count,
+                    "share": f"{share:.2%}",
+                    "documents": f"{documents:.1%}",
+                }
+                for rank, token, token_id, count, share, documents in rows
+            ],
+        )
 
     def _write_info(self, run: Run, group: Tables) -> StoredFile:
         values = {**_run_info(run, group), **{k: v for facts in self._facts for k, v in facts(run).items()}}

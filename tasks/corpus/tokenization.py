@@ -69,6 +69,7 @@ class Tokenize(Stage[FileUnit, CorpusShards]):
     measure = "bytes, tokenization"
     things = "token shards"
     changed = "files are new or changed, or what tokenization reads of the configuration is"
+    libraries = ("transformers",)
     alone = False
     retries = 1
 

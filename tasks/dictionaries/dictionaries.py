@@ -91,6 +91,7 @@ class Dictionaries(Stage[DictionaryUnit, list[Dictionary]]):
     measure = ""
     things = "dictionaries"
     changed = "a layer's is new, or what makes it changed"
+    libraries = ("torch", "sae_lens")
 
     @property
     def needs(self) -> tuple[Stage[Any, Any], ...]:

@@ -23,7 +23,7 @@ from infra.manifest import Manifest, commit
 from infra.progress import Progress, silent
 from infra.storage import Storage
 from schemas.config import Config
-from schemas.errors import FunctokError
+from schemas.errors import FunctokError, not_finished
 from schemas.work import StagePlan
 from tasks.engine.stage import Made, Stage, Unit
 
@@ -114,11 +114,7 @@ class Run:
         if found.refused:
             raise found.refused[0]
         if found.missing:
-            raise FunctokError(
-                f"the stage {stage.name} is not finished for this configuration in {self.storage.root}",
-                stage=stage.name,
-                hint=f"run it first: functok run CONFIG --only {stage.name} (functok status says what is missing)",
-            )
+            raise not_finished(stage.name, self.storage.root)
         if stage not in self._results:
             self._results[stage] = stage.result(self, found.units, found.done)
         return cast("R", self._results[stage])

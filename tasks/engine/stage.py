@@ -115,6 +115,21 @@ class Shown:
     rows: Sequence[Mapping[str, Any]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Image:
+    """A picture for those who watch.
+
+    Attributes:
+        name: Names it, in a word or two with hyphens.
+        description: What it shows.
+        url: Its address, such as a data URI.
+    """
+
+    name: str
+    description: str
+    url: str
+
+
 U = TypeVar("U", bound=Unit)
 R = TypeVar("R")
 
@@ -132,6 +147,7 @@ class Stage(ABC, Generic[U, R]):
         overlaps: Whether what is made is written beside the making of the next; then at most one waits to be written.
         alone: Whether a process makes one group at a time (a model, a device); several threads may else.
         retries: How often a worker tries a group again before the run fails.
+        libraries: Libraries that take seconds to import and that it uses: they are imported while a server starts.
     """
 
     name: ClassVar[str]
@@ -141,6 +157,7 @@ class Stage(ABC, Generic[U, R]):
     overlaps: ClassVar[bool] = False
     alone: ClassVar[bool] = True
     retries: ClassVar[int] = 0
+    libraries: ClassVar[tuple[str, ...]] = ()
 
     @property
     def needs(self) -> tuple[Stage[Any, Any], ...]:

@@ -28,7 +28,7 @@ from schemas.work import StagePlan
 from sql import read_sql
 from tasks.engine.checks import expectations_table
 from tasks.engine.run import Run
-from tasks.engine.stage import Stage
+from tasks.engine.stage import Image, Shown, Stage
 
 VERSION = 1
 """Raise when the SQL or what runs it changes what is in a table."""
@@ -107,6 +107,10 @@ class TableGroup(ABC):
             ConfigError: if DuckDB cannot work within its limits.
             StorageError: if a file cannot be read or written.
         """
+
+    def shown(self, connection: Any, config: Config) -> Iterable[Shown | Image]:
+        """What people see of its published tables in Prefect; the connection is one of `infra.duck.connect`."""
+        return ()
 
     def beside(self, storage: Storage, catalog: Catalog) -> Mapping[str, pa.Table]:
         """Small tables that the expectations on its tables read besides, told by the catalogue alone."""

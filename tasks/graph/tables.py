@@ -6,7 +6,7 @@ be many times larger than memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,11 +25,12 @@ from tasks.corpus.tables import build_tokens, corpus_group
 from tasks.corpus.tokenization import TOKENIZE
 from tasks.dictionaries.dictionaries import DICTIONARIES
 from tasks.engine.run import Run
-from tasks.engine.stage import Stage
+from tasks.engine.stage import Shown, Stage
 from tasks.engine.tables import VERSION, TableGroup, Tables, ensure_folder, selected, write_table
 from tasks.graph import power_law
 from tasks.graph.edges import edge_files, ensure_edges
 from tasks.graph.features import FEATURES
+from tasks.models.token_texts import label, shared_texts
 
 GRAPH_TABLES = ("dictionaries", "token_degree", "feature_degree", "coverage", "graph_summary")
 """In the order in which they are made."""
@@ -103,7 +104,37 @@ class GraphTables(TableGroup):
         return graph
 
 
+    def shown(self, connection: Any, config: Config) -> Iterable[Shown]:
+        """PAPER 1.2's table: a row for each of the first ranks, a column for each layer."""
+        rows: dict[int, dict[str, Any]] = {}
+        for rank, token, layer, coverage in top_coverage(connection):
+            row = rows.setdefault(rank, {"rank": rank, "token": token})
+            row[f"layer {layer}"] = f"{coverage:.2%}"
+        yield Shown(
+            name="coverage",
+            description="Share of the activated features that the most frequent tokens reach together",
+            rows=list(rows.values()),
+        )
+
+
 GRAPH = GraphTables()
+
+TOP_RANKS = 10
+"""The ranks of PAPER 1.2's table."""
+
+
+def top_coverage(connection: Any) -> list[tuple[int, str, int, float]]:
+    """(rank, token as people read it, layer, coverage) of the first ranks of each layer, by rank and layer."""
+    shared = shared_texts(connection)
+    found = connection.execute(
+        "SELECT rank, token, token_id, layer, coverage FROM coverage "
+        "QUALIFY row_number() OVER (PARTITION BY layer ORDER BY rank) <= ? ORDER BY rank, layer",
+        [TOP_RANKS],
+    ).fetchall()
+    return [
+        (rank, label(token, token_id, shared), layer, coverage)
+        for rank, token, token_id, layer, coverage in found
+    ]
 
 
 def graph_group(

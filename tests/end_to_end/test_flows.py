@@ -810,7 +810,7 @@ def test_steps_are_retried_by_type(
 ) -> None:
     from prefect import flow
 
-    from flows.support import step
+    from flows.stage import step
 
     calls: list[int] = []
 
@@ -869,7 +869,7 @@ def test_progress_artifact_is_updated_at_most_once_a_second(
 
 @pytest.mark.usefixtures("prefect_api")
 def test_steps_report_to_the_terminal_that_watches(config: Config, stages: StandIn) -> None:
-    from flows.support import watching
+    from flows.stage import watching
     from flows.tokenize import tokenize
 
     seen: list[tuple[int, int, str]] = []
