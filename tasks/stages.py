@@ -63,6 +63,12 @@ def stage_named(name: str) -> Stage[Any, Any]:
     return {stage.name: stage for stage in every}[name]
 
 
+def unit_folders() -> set[str]:
+    """The top folders whose folders are each made as one, whatever a configuration asks for."""
+    every = (*spine(), *(stage for one in EXPERIMENTS for stage in experiment(one).stages))
+    return {TABLES, *(top for stage in every for top in stage.tops)}
+
+
 def table_groups(config: Config) -> list[TableGroup]:
     """The groups of tables that a configuration asks for, in the order in which they are made."""
     from tasks.corpus.tables import CorpusTables

@@ -70,6 +70,7 @@ class Tokenize(Stage[FileUnit, CorpusShards]):
     things = "token shards"
     changed = "files are new or changed, or what tokenization reads of the configuration is"
     libraries = ("transformers",)
+    tops = ("tokens", "tokenizers", "models", "heldout")
     alone = False
     retries = 1
 

@@ -92,6 +92,7 @@ class Dictionaries(Stage[DictionaryUnit, list[Dictionary]]):
     things = "dictionaries"
     changed = "a layer's is new, or what makes it changed"
     libraries = ("torch", "sae_lens")
+    tops = ("dictionaries", "residuals")
 
     @property
     def needs(self) -> tuple[Stage[Any, Any], ...]:

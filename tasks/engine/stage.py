@@ -148,6 +148,7 @@ class Stage(ABC, Generic[U, R]):
         alone: Whether a process makes one group at a time (a model, a device); several threads may else.
         retries: How often a worker tries a group again before the run fails.
         libraries: Libraries that take seconds to import and that it uses: they are imported while a server starts.
+        tops: Top folders of the storage whose folders are its units, or are made by the way.
     """
 
     name: ClassVar[str]
@@ -158,6 +159,7 @@ class Stage(ABC, Generic[U, R]):
     alone: ClassVar[bool] = True
     retries: ClassVar[int] = 0
     libraries: ClassVar[tuple[str, ...]] = ()
+    tops: ClassVar[tuple[str, ...]] = ()
 
     @property
     def needs(self) -> tuple[Stage[Any, Any], ...]:

@@ -66,6 +66,7 @@ class Features(Stage[FeatureUnit, list[FeatureShard]]):
     things = "feature shards"
     changed = "they are new or damaged, or their model, windows or dictionary changed"
     overlaps = True
+    tops = ("features",)
 
     @property
     def needs(self) -> tuple[Stage[Any, Any], ...]:

@@ -33,12 +33,7 @@ from infra.storage import FoundFile, Storage, is_temporary, unsealed
 from infra.verified import read_bytes
 from schemas.config import Config
 from schemas.errors import ConfigError
-
-UNITS = (
-    *("tokenizers", "tokens", "dictionaries", "residuals", "features", "reactivation", "traits", "steering"),
-    *("models", "training", "checkpoints", "heldout", "losses", "growth", "generations", "tables"),
-)
-"""Top folders whose folders are each made as one."""
+from tasks.stages import open_run, plan_run, unit_folders, working_stages
 
 _UNIT = re.compile(r"[^/]+/([a-z0-9_-]+-)?[0-9a-f]{20}(/(\d{5}(-first-\d+)?|state-\d+))?")
 """How stages name the folders that they make: by a key, and below it shards and states by number."""
@@ -83,6 +78,7 @@ def find_garbage(
         DamagedError: if the catalogue is damaged.
     """
     reached = reached_by(storage, configs) if configs else None
+    units = unit_folders()
     before = (time.time() if now is None else now) - older_than
     catalog = read_catalog(storage)
     listing = storage.listing()
@@ -98,7 +94,7 @@ def find_garbage(
                 found.append(Garbage(name=name, kind="file", n_bytes=file.size, why=why))
         elif owner is not None:
             by_owner.setdefault(owner, {})[name] = file
-        elif name.split("/", 1)[0] in UNITS and _UNIT.fullmatch(folder) and not name.endswith(".json"):
+        elif name.split("/", 1)[0] in units and _UNIT.fullmatch(folder) and not name.endswith(".json"):
             loose.setdefault(folder, {})[name] = file
     for folder, files in loose.items():
         if _newest(files) < before:
@@ -113,7 +109,7 @@ def find_garbage(
             if _newest(files) < published:
                 why = "replaced: the catalogue does not name it"
                 found.append(_of_folder(folder, "table", files, why))
-        elif reached is not None and folder.split("/", 1)[0] in UNITS:
+        elif reached is not None and folder.split("/", 1)[0] in units:
             why = "no configuration given needs it"
             found.append(_of_folder(folder, "unit", files, why))
         else:
@@ -171,9 +167,9 @@ def reached_by(storage: Storage, configs: Sequence[Config]) -> set[str]:
     """
     from tasks.corpus.graph_documents import graph_shards
     from tasks.corpus.tokenization import find_corpus_shards
-    from tasks.corpus.tokenizer_training import with_tokenizer
-    from tasks.dictionaries.residuals import find_residuals
-    from tasks.engine.plan import plan_run, stages_of
+    from tasks.corpus.graph_documents import graph_shards
+    from tasks.corpus.tokenization import TOKENIZE
+    from tasks.dictionaries.residuals import Residuals
 
     reached: set[str] = set()
     for config in configs:
@@ -185,19 +181,18 @@ def reached_by(storage: Storage, configs: Sequence[Config]) -> set[str]:
         with asked_for() as asked:
             plans = plan_run(config, storage)
             # Of two configurations one has its tables published, and the other's are replaced ones.
-            working = set(stages_of(config)) - {"tables", "report"}
+            working = {stage.name for stage in working_stages(config)}
             undone = [plan.stage for plan in plans if plan.stage in working and plan.missing != 0]
-            resolved = with_tokenizer(config, storage)
-            shards = None if resolved is None or undone else find_corpus_shards(resolved, storage)
-            if resolved is None or shards is None:
+            if undone:
                 raise ConfigError(
-                    f"a configuration of {storage.root} has the stage {(undone or ['tokenize'])[0]} to do: what it "
-                    "needs is not known yet",
+                    f"a configuration of {storage.root} has the stage {undone[0]} to do: what it needs is not known yet",
                     hint="run it first, or leave its --config out: then only what is certainly dead is told",
                 )
-            if resolved.activations.keep_dense:
-                layers = [entry.layer for entry in resolved.sae]
-                find_residuals(resolved, storage, graph_shards(resolved, shards, storage), layers)
+            run = open_run(config, storage)
+            shards = run.result(TOKENIZE)
+            if config.activations.keep_dense:
+                layers = [entry.layer for entry in config.sae]
+                Residuals(graph_shards(config, shards, storage), layers).there(run)
         reached |= asked | {shard.folder for shard in shards.shards}
     return reached
 
