@@ -14,7 +14,7 @@ import typer
 from infra.interrupt import end_interrupted, interruptible
 from infra.last_words import last_words
 from schemas.errors import ConfigError, FunctokError, whole_message
-from schemas.work import Stage
+from schemas.work import StageName
 
 if TYPE_CHECKING:
     from infra.storage import Storage
@@ -73,9 +73,9 @@ class Format(StrEnum):
 def run(
     config: ConfigArgument,
     assignments: SetOption = None,
-    only: Annotated[Stage | None, typer.Option("--only", help="Run this stage alone.")] = None,
+    only: Annotated[StageName | None, typer.Option("--only", help="Run this stage alone.")] = None,
     start_from: Annotated[
-        Stage | None, typer.Option("--from", help="Run this stage and those after it.")
+        StageName | None, typer.Option("--from", help="Run this stage and those after it.")
     ] = None,
     verify: VerifyOption = False,
     root: RootOption = None,
@@ -107,7 +107,7 @@ def status(
     from rich.console import Console
     from rich.table import Table
 
-    from tasks.engine.plan import plan_run
+    from tasks.stages import plan_run
 
     loaded, storage = _open(config, assignments, root)
     table = Table(title=f"{config} → {storage.root}", title_justify="left")
@@ -160,7 +160,7 @@ def catalog(
 ) -> None:
     """Write a DuckDB file whose views are the tables, so that any DuckDB client can open it."""
     from schemas.config import DuckDb
-    from tasks.graph.tables import write_catalog_file
+    from tasks.engine.catalog_file import write_catalog_file
 
     write_catalog_file(_published(root, endpoint_url), str(path), DuckDb())
     typer.echo(f"{path}: open it with any DuckDB client")
@@ -169,10 +169,9 @@ def catalog(
 @app.command()
 def report(root: RootOption = None, endpoint_url: EndpointOption = None, debug: DebugOption = False) -> None:
     """(Re)write the HTML report from the tables."""
-    from schemas.config import DuckDb
-    from tasks.report.report import write_report
+    from tasks.stages import write_report
 
-    typer.echo(write_report(_published(root, endpoint_url), DuckDb()))
+    typer.echo(write_report(_published(root, endpoint_url)))
 
 
 @app.command()

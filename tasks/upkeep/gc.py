@@ -166,8 +166,6 @@ def reached_by(storage: Storage, configs: Sequence[Config]) -> set[str]:
         ConfigError: if one is of another root, or has anything to do.
     """
     from tasks.corpus.graph_documents import graph_shards
-    from tasks.corpus.tokenization import find_corpus_shards
-    from tasks.corpus.graph_documents import graph_shards
     from tasks.corpus.tokenization import TOKENIZE
     from tasks.dictionaries.residuals import Residuals
 
