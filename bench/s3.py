@@ -30,11 +30,11 @@ AT_ONCE = 16
 def count(folder: Path, endpoint: str, proxy: Any, n_files: int) -> dict[str, Counter[str]]:
     """Requests by kind of a first run and of the question what there is to do."""
     from plain import InThisProcess, run_plain
+    from tasks.engine.plan import plan_run
     from test_requests import config_of
 
     from infra.storage import Storage
     from tasks.corpus import tokenization
-    from tasks.engine.plan import plan_run
     from tasks.graph import extraction
 
     # A worker of another process would be counted alike, and takes seconds to start.

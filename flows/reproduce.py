@@ -12,7 +12,7 @@ from flows.report import report
 from flows.stage import open_storage, stage_flow, watching
 from flows.tables import tables
 from flows.tokenize import tokenize
-from infra.addresses import refuse_secrets
+from infra.config_file import refuse_secrets
 from infra.run_api import ChosenApi, run_api
 from infra.run_log import tracebacks
 from infra.terminal import terminal_progress

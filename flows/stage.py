@@ -21,7 +21,8 @@ from prefect.tasks import exponential_backoff
 
 from flows.artifacts import shown_in_prefect
 from flows.retry import worth_retrying
-from infra.addresses import refuse_secrets, root_name, title_of
+from infra.addresses import root_name, title_of
+from infra.config_file import refuse_secrets
 from infra.interrupt import require_uninterrupted
 from infra.prefect_api import note_process
 from infra.progress import Progress

@@ -1,4 +1,4 @@
-"""The tables (PAPER 1.1, 1.2 and those of the experiments), in SQL over the shards; checked, then published together."""
+"""The tables, in SQL over the shards: checked, then published together."""
 
 from __future__ import annotations
 

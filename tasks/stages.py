@@ -167,7 +167,7 @@ def check_before_work(config: Config, storage: Storage, stages: Sequence[str]) -
         check_model(config, storage)
 
 
-def beside(config: Config, storage: Storage, catalog: Catalog) -> Mapping[str, pa.Table]:
+def beside(storage: Storage, catalog: Catalog) -> Mapping[str, pa.Table]:
     """What expectations on tables read besides these: of every published group, whoever made it."""
     groups = [experiment(name).tables for name in EXPERIMENTS]
     return {

@@ -1,4 +1,4 @@
-"""The tables that counting gives (PAPER 1.1): documents, rejects, occurrences, tokens with their ranks, and `run_info`."""
+"""The tables that counting gives (PAPER 1.1): documents, rejects, occurrences, tokens with ranks, `run_info`."""
 
 from __future__ import annotations
 
@@ -59,7 +59,10 @@ class CorpusTables(TableGroup):
         build_tokens(run, group)
         progress(1, 2, "corpus tables")
         ensure_folder(
-            run.storage, [info], {"run_info": info, "corpus": group.key}, lambda: [self._write_info(run, group)]
+            run.storage,
+            [info],
+            {"run_info": info, "corpus": group.key},
+            lambda: [self._write_info(run, group)],
         )
         progress(2, 2, "corpus tables")
         return group

@@ -48,7 +48,7 @@ _BATCH_CHARACTERS = 2_000_000
 def shard_views(folder: str, n_documents: int, rows: Mapping[str, str | pa.Table]) -> Views:
     """A token shard's views: `documents`, `token_counts` and, where there are any, `rejects` and `occurrences`."""
     files = {"rejects": SHARD_FILES["rejects"].empty_table(), **rows}
-    columns = {"folder": folder, "n_documents": n_documents}
+    columns: dict[str, str | int | None] = {"folder": folder, "n_documents": n_documents}
     return Views(folder=folder, files=files, columns=columns, small=frozenset(files))
 
 

@@ -192,7 +192,9 @@ class Tokenize(Stage[FileUnit, CorpusShards]):
         self, run: Run, groups: Sequence[Sequence[FileUnit]], manifests: Mapping[str, Manifest]
     ) -> None:
         """Shards' manifests and files' lists."""
-        remember_shards(run.storage, [job for group in groups for unit in group for job in unit.jobs], manifests)
+        remember_shards(
+            run.storage, [job for group in groups for unit in group for job in unit.jobs], manifests
+        )
 
     def result(self, run: Run, units: Sequence[FileUnit], done: Mapping[str, FileShards]) -> CorpusShards:
         """The tokenized corpus.
@@ -284,7 +286,8 @@ class Tokenize(Stage[FileUnit, CorpusShards]):
         names = ("source", "shards", "documents", "tokens", "rejects")
         yield Shown(
             name="corpus",
-            description=f"{result.n_documents:,} documents, {result.n_tokens:,} tokens and {result.n_rejects:,} rejects",
+            description=f"{result.n_documents:,} documents, {result.n_tokens:,} tokens and {result.n_rejects:,} "
+            "rejects",
             rows=[dict(zip(names, (source, *counts), strict=True)) for source, counts in sources.items()],
         )
 

@@ -194,7 +194,8 @@ class Dictionaries(Stage[DictionaryUnit, list[Dictionary]]):
             rows.append(
                 {
                     **{
-                        name: getattr(dictionary, name) for name in ("layer", "folder", "key", "d_sae", "source")
+                        name: getattr(dictionary, name)
+                        for name in ("layer", "folder", "key", "d_sae", "source")
                     },
                     **{name: _number(quality.get(name)) for name in _FIGURES},
                     **{name: _number(getattr(gate, name, None)) for name in _LIMITS},
@@ -345,9 +346,7 @@ def _training_inputs(
     return inputs
 
 
-def _trained(
-    run: Run, units: Sequence[DictionaryUnit], dimensions: tuple[int, int]
-) -> Iterator[Made]:
+def _trained(run: Run, units: Sequence[DictionaryUnit], dimensions: tuple[int, int]) -> Iterator[Made]:
     """Train dictionaries on residuals of one forward; each layer's is kept as soon as it is done."""
     config, storage = run.config, run.storage
     starts = {

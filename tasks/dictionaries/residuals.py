@@ -126,7 +126,10 @@ class Residuals(Stage[ResidualUnit, dict[Place, ResidualShard]]):
     def make(self, run: Run, group: Sequence[ResidualUnit]) -> Iterator[Made]:
         """The residuals of one part."""
         if self._loaded is None:
-            model, tokenizer = load_model(run.config.model, run.storage), load_tokenizer(run.config.model, run.storage)
+            model, tokenizer = (
+                load_model(run.config.model, run.storage),
+                load_tokenizer(run.config.model, run.storage),
+            )
             self._loaded = model, with_padding_for(model.vocabulary, tokenizer)
         model, tokenizer = self._loaded
         tokens = read_shard_tokens(run.storage, group[0].part)
@@ -153,7 +156,9 @@ class Residuals(Stage[ResidualUnit, dict[Place, ResidualShard]]):
         """Those that are finished, by `place_of` their part and layer."""
         found = run.find(self)
         return {
-            place_of(unit.part, unit.layer): ResidualShard(layer=unit.layer, folder=unit.folder, part=unit.part)
+            place_of(unit.part, unit.layer): ResidualShard(
+                layer=unit.layer, folder=unit.folder, part=unit.part
+            )
             for unit in found.units
             if unit.folder in found.done
         }

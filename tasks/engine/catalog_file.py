@@ -23,8 +23,8 @@ STORAGE_VERSION = "v1.5.0"
 def write_catalog_file(storage: Storage, path: str, resources: DuckDb) -> None:
     """Write a DuckDB file whose views in `main` are the published tables.
 
-    Small tables are copied into the schema `data`; those of `LEFT_IN_PLACE`, which are large, are views over absolute paths (or
-    URLs: a client needs its own access to those).
+    Small tables are copied into the schema `data`; the large ones (`LEFT_IN_PLACE`) are views over absolute
+    paths (or URLs: a client needs its own access to those).
 
     Args:
         storage: The root whose tables are published.

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from infra.duck import Catalog, create_views, open_duckdb
-from infra.manifest import Manifest, content_key
+from infra.manifest import content_key
 from infra.storage import Storage
 from schemas.config import Config, DuckDb
 from schemas.errors import DamagedError, ExpectationError

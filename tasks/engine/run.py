@@ -159,7 +159,9 @@ def _make(run: Run, stage: Stage[U, Any], missing: Sequence[U], progress: Progre
         groups = _groups(stage.prepare(run, missing))
         watch = _Watch(stage, groups, progress)
         with stage.client(run, groups) as client:
-            made = _here(run, stage, groups, watch) if client is None else _on(client, run, stage, groups, watch)
+            made = (
+                _here(run, stage, groups, watch) if client is None else _on(client, run, stage, groups, watch)
+            )
             for some in made:
                 manifests |= some
     finally:
@@ -273,7 +275,9 @@ def _here(
             yield _written(watch, *waiting)
 
 
-def _written(watch: _Watch, index: int, size: int, writing: Future[dict[str, Manifest]]) -> dict[str, Manifest]:
+def _written(
+    watch: _Watch, index: int, size: int, writing: Future[dict[str, Manifest]]
+) -> dict[str, Manifest]:
     manifests = writing.result()
     watch.add(index, size)
     return manifests

@@ -161,7 +161,9 @@ def plan_tables(run: Run, groups: Sequence[TableGroup]) -> StagePlan:
         return StagePlan(stage=STAGE, done=0, missing=None, reason="known once the shards are there")
     if are_published(run, groups):
         return StagePlan(stage=STAGE, done=1, missing=0, reason="the published tables are current")
-    return StagePlan(stage=STAGE, done=0, missing=1, reason="the published tables are missing or of other shards")
+    return StagePlan(
+        stage=STAGE, done=0, missing=1, reason="the published tables are missing or of other shards"
+    )
 
 
 def merged(published: Catalog, *groups: Tables) -> Catalog:

@@ -92,7 +92,7 @@ class Features(Stage[FeatureUnit, list[FeatureShard]]):
         config, storage = run.config, run.storage
         key_of_model = model_key(config.model, storage)
         forward = forward_key(config, key_of_model)
-        dictionaries = sorted(run.result(DICTIONARIES), key=lambda entry: entry.layer)
+        dictionaries = run.result(DICTIONARIES)
         return [
             FeatureUnit(
                 top="features",
@@ -123,7 +123,7 @@ class Features(Stage[FeatureUnit, list[FeatureShard]]):
         return [f"{about}: layers {', '.join(of)}" for about, of in layers.items()]
 
     def prepare(self, run: Run, missing: Sequence[FeatureUnit]) -> Sequence[FeatureUnit]:
-        """Decide the number format, and find or make the residuals on disk: one by one they would cost requests each."""
+        """Decide the number format, and find or make residuals on disk: asked for one by one, each would cost requests."""
         settle(run.config.model, run.storage)
         layers = [dictionary.layer for dictionary in run.result(DICTIONARIES)]
         every = [unit.part for unit in run.find(self).units if unit.dictionary.layer == layers[0]]

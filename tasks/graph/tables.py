@@ -103,7 +103,6 @@ class GraphTables(TableGroup):
         progress(total, total, "graph tables")
         return graph
 
-
     def shown(self, connection: Any, config: Config) -> Iterable[Shown]:
         """PAPER 1.2's table: a row for each of the first ranks, a column for each layer."""
         rows: dict[int, dict[str, Any]] = {}
@@ -231,8 +230,8 @@ def _build(run: Run, graph: Tables, advance: Callable[[str], None]) -> None:
             del inputs.sharded["shard_graph_counts"]
             layers = sorted({feature.layer for feature in features})
             relations["shard_graph_counts"] = _counts_of_corpus(storage, corpus.tables["tokens"], layers)
-        dictionaries = _dictionary_rows(run.result(DICTIONARIES))
-        yield storage.write_parquet(graph.tables["dictionaries"], dictionaries)
+        dictionaries = run.result(DICTIONARIES)
+        yield storage.write_parquet(graph.tables["dictionaries"], _dictionary_rows(dictionaries))
         advance("dictionaries")
         for table in GRAPH_TABLES[1:]:
             if table == "graph_summary":

@@ -183,7 +183,8 @@ def reached_by(storage: Storage, configs: Sequence[Config]) -> set[str]:
             undone = [plan.stage for plan in plans if plan.stage in working and plan.missing != 0]
             if undone:
                 raise ConfigError(
-                    f"a configuration of {storage.root} has the stage {undone[0]} to do: what it needs is not known yet",
+                    f"a configuration of {storage.root} has the stage {undone[0]} to do: what it needs is not known "
+                    "yet",
                     hint="run it first, or leave its --config out: then only what is certainly dead is told",
                 )
             run = open_run(config, storage)

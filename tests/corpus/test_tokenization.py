@@ -12,6 +12,8 @@ import plain
 import pytest
 import reference
 import tiny
+from tasks.engine.shard_checks import ASKED
+from tasks.engine.validation import check_tokenize
 
 from infra.hashing import file_hash
 from infra.storage import Storage
@@ -23,8 +25,6 @@ from tasks.corpus import token_shards
 from tasks.corpus.file_jobs import Budget
 from tasks.corpus.tokenization import _plan, find_corpus, find_corpus_shards, tokenize_corpus
 from tasks.engine import shard_checks
-from tasks.engine.shard_checks import ASKED
-from tasks.engine.validation import check_tokenize
 
 
 @pytest.fixture(scope="module")

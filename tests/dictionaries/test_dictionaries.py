@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from plain import InThisProcess
+from tasks.engine.plan import plan_run
 from tiny import D_MODEL, N_LAYERS, build_sae, save_model, save_sae, texts, write_jsonl
 
 from infra.manifest import MANIFEST, content_key, load
@@ -38,7 +39,6 @@ from tasks.dictionaries.residuals import write_residuals
 from tasks.dictionaries.sample import ResidualSample
 from tasks.dictionaries.sources import registered_model
 from tasks.dictionaries.start import load_start, start_training_from
-from tasks.engine.plan import plan_run
 from tasks.graph import extraction
 from tasks.graph.features import extract_features
 from tasks.models.names import names_of

@@ -20,6 +20,13 @@ from builders import (
 )
 from s3 import S3Root
 from small_run import SmallRun, resize, small_run
+from tasks.engine.validation import (
+    check_dictionaries,
+    check_features,
+    check_tables,
+    check_tokenize,
+    expectations_table,
+)
 
 from infra.duck import Catalog, read_catalog
 from infra.manifest import Manifest
@@ -31,13 +38,6 @@ from schemas.steering.table_expectations import STEERING_TABLES
 from schemas.work import Stage
 from tasks.engine import verdicts
 from tasks.engine.data_docs import Finding
-from tasks.engine.validation import (
-    check_dictionaries,
-    check_features,
-    check_tables,
-    check_tokenize,
-    expectations_table,
-)
 from tasks.graph.tables import build_corpus_tables, build_graph_tables, publish
 
 CHECKED: tuple[Stage, ...] = ("tokenize", "dictionaries", "features", "tables")

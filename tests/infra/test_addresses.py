@@ -12,6 +12,7 @@ from typing import Any
 import fsspec
 import pytest
 from s3 import S3Root, free_port
+from tasks.engine.plan import plan_run
 
 from flows.retry import is_transient
 from infra.addresses import (
@@ -31,7 +32,6 @@ from tasks.corpus.records import read_records
 from tasks.corpus.tokenization import FoundCorpus, find_corpus_shards
 from tasks.corpus.tokenizer_training import find_tokenizer
 from tasks.dictionaries.facts import source_of
-from tasks.engine.plan import plan_run
 from tasks.steering.cases import read_cases
 
 

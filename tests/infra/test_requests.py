@@ -12,13 +12,13 @@ import tiny
 from plain import InThisProcess, run_plain
 from s3 import BUCKET, Server
 from s3_proxy import Faults, Proxy
+from tasks.engine.plan import is_up_to_date, plan_run, stages_of
 
 from infra.duck import connect
 from infra.index import index_name
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.work import StagePlan
-from tasks.engine.plan import is_up_to_date, plan_run, stages_of
 from tasks.graph import extraction
 
 pytestmark = pytest.mark.s3

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 from builders import commit_again, commit_found
 from consolidation_run import ConsolidationRun, consolidation_run
+from tasks.engine.validation import check_tables, expectations_table
 
 from infra.duck import Catalog
 from infra.manifest import Manifest
@@ -25,7 +26,6 @@ from schemas.tables import TABLES
 from schemas.work import Stage
 from tasks.engine import verdicts
 from tasks.engine.data_docs import Finding
-from tasks.engine.validation import check_tables, expectations_table
 from tasks.graph.tables import build_corpus_tables, publish
 from tasks.pretraining.checks import (
     check_checkpoints,

@@ -9,6 +9,7 @@ from typing import Any
 import plain
 import pytest
 import tiny
+from tasks.engine.plan import is_up_to_date, plan_run, stages_of
 
 from infra.storage import Storage
 from schemas.config import Config
@@ -18,7 +19,6 @@ from schemas.work import CorpusShards, Dictionary
 from tasks.corpus import tokenization
 from tasks.dictionaries import dictionaries
 from tasks.engine import validation
-from tasks.engine.plan import is_up_to_date, plan_run, stages_of
 from tasks.graph import extraction, features, tables
 from tasks.steering import reactivation, steering
 from tasks.steering.checks import check_reactivation, check_steering

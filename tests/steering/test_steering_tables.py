@@ -16,6 +16,7 @@ import pytest
 import steering_catalogue
 from builders import make_config
 from steering_catalogue import LAYERS, RESAMPLES, Made, SteeringRun, steering_run
+from tasks.engine.validation import check_tables
 
 from infra.duck import Catalog, ShardFile, connect, open_duckdb, read_catalog
 from infra.storage import Storage
@@ -25,7 +26,6 @@ from schemas.steering.work import SteeringResults
 from schemas.tables import TABLES
 from tasks.engine.offenders import find_in_views
 from tasks.engine.table_plan import EXPERIMENT_TABLES, REACTIVATION_TABLES, TRAIT_TABLES
-from tasks.engine.validation import check_tables
 from tasks.graph.tables import build_corpus_tables, publish, write_catalog_file
 from tasks.steering.intervals import EFFECTS, SCORES
 from tasks.steering.table_plan import steering_group

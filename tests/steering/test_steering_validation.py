@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from builders import commit_again, commit_found, make_config, make_dictionary, token_text
+from tasks.engine.verdicts import expectations_table
 
 from infra.manifest import Manifest
 from infra.storage import Storage
@@ -22,7 +23,6 @@ from schemas.tables import SHARD_FILES, VOCABULARY
 from schemas.work import CorpusShards, Dictionary, Stage
 from tasks.engine import verdicts
 from tasks.engine.data_docs import Finding
-from tasks.engine.verdicts import expectations_table
 from tasks.steering.checks import check_reactivation, check_steering
 
 Row = dict[str, Any]

@@ -22,9 +22,9 @@ from infra.manifest import Manifest, commit
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.errors import ConfigError
+from tasks.graph import extraction
 from tasks.upkeep.gc import Garbage, delete_garbage, find_garbage
 from tasks.upkeep.verify import verify_root
-from tasks.graph import extraction
 
 DAY = 24 * 3600.0
 

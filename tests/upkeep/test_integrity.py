@@ -22,10 +22,10 @@ from infra.manifest import MANIFEST, Manifest, commit
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.errors import DamagedError, FunctokError
-from tasks.upkeep.verify import repair, verify_root
 from tasks.graph import extraction
 from tasks.graph.tables import find_tables
 from tasks.report.report import is_report_current
+from tasks.upkeep.verify import repair, verify_root
 
 PLACES: dict[str, Callable[[int], int]] = {
     "first": lambda size: 0,
