@@ -123,7 +123,7 @@ class Features(Stage[FeatureUnit, list[FeatureShard]]):
         return [f"{about}: layers {', '.join(of)}" for about, of in layers.items()]
 
     def prepare(self, run: Run, missing: Sequence[FeatureUnit]) -> Sequence[FeatureUnit]:
-        """Decide the number format, and find or make residuals on disk: asked for one by one, each would cost requests."""
+        """Decide the number format, and find or make residuals on disk: one by one they would cost requests each."""
         settle(run.config.model, run.storage)
         layers = [dictionary.layer for dictionary in run.result(DICTIONARIES)]
         every = [unit.part for unit in run.find(self).units if unit.dictionary.layer == layers[0]]
