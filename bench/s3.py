@@ -29,7 +29,7 @@ AT_ONCE = 16
 
 def count(folder: Path, endpoint: str, proxy: Any, n_files: int) -> dict[str, Counter[str]]:
     """Requests by kind of a first run and of the question what there is to do."""
-    from plain import InThisProcess, run_plain
+    from plain import run_plain
     from tasks.engine.plan import plan_run
     from test_requests import config_of
 
@@ -38,7 +38,6 @@ def count(folder: Path, endpoint: str, proxy: Any, n_files: int) -> dict[str, Co
     from tasks.graph import extraction
 
     # A worker of another process would be counted alike, and takes seconds to start.
-    tokenization._Watched = InThisProcess  # type: ignore[misc, assignment]
     config = config_of(folder, endpoint, n_files)
     extraction.forget_loaded()
     counts: dict[str, Counter[str]] = {}

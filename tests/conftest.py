@@ -54,7 +54,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f'[windows]\ncontext_size = 64\n[[sae]]\nlayer = 1\npath = "{folder}/sae"\n[storage]\nroot = "{folder}/run"\n'
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tasks.corpus.tokenization._Watched", plain.InThisProcess)
         extraction.forget_loaded()
         plain.run_plain(load_config(folder / "tiny.toml"))
     return folder

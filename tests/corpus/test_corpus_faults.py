@@ -443,7 +443,6 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[CorpusShards, Storage]]:
-    monkeypatch.setattr("tasks.corpus.tokenization._Watched", plain.InThisProcess)
 
     def tokenize(**corpus: Any) -> tuple[CorpusShards, Storage]:
         config = Config.model_validate(

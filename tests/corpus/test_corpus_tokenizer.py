@@ -48,7 +48,6 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenization, "_Watched", plain.InThisProcess)
 
 
 def test_gives_back_every_text_and_has_one_special_token(folder: Path) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from plain import InThisProcess
 from tiny import save_tokenizer, texts, write_jsonl
 
 from infra.storage import Storage
@@ -24,7 +23,6 @@ from tasks.pretraining.losses import find_losses
 
 @pytest.fixture(autouse=True)
 def _here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenization, "_Watched", InThisProcess)
 
 
 def _corpus(tmp_path: Path, share: float, *files: list[str]) -> tuple[Config, Storage, CorpusShards]:

@@ -40,7 +40,6 @@ def _no_cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     if "cluster" in request.keywords:
         return
 
-    monkeypatch.setattr("tasks.corpus.tokenization._Watched", plain.InThisProcess)
 
 
 def make(

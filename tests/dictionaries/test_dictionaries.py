@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from plain import InThisProcess
 from tasks.engine.plan import plan_run
 from tiny import D_MODEL, N_LAYERS, build_sae, save_model, save_sae, texts, write_jsonl
 
@@ -839,7 +838,6 @@ def equal_files(model: Path, root: Path, **sections: Any) -> tuple[Config, Stora
     )
     storage = Storage(str(root / "run"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenization, "_Watched", InThisProcess)
         return config, storage, tokenize_corpus(config, storage)
 
 

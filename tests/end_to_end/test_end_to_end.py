@@ -44,7 +44,6 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _fresh_process(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     if "cluster" not in request.keywords:
-        monkeypatch.setattr("tasks.corpus.tokenization._Watched", plain.InThisProcess)
     extraction.forget_loaded()
 
 
@@ -248,7 +247,6 @@ def test_kill_9_in_a_stage_then_a_run_ends_with_the_same_tables(
 @pytest.fixture(scope="module")
 def fresh_tables(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tasks.corpus.tokenization._Watched", plain.InThisProcess)
         return contents(plain.run_plain(config_for(parts, tmp_path_factory.mktemp("fresh")), checked=False))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from plain import InThisProcess, run_plain
+from plain import run_plain
 from s3 import BUCKET, Server
 from s3_proxy import Faults, Proxy
 from tasks.engine.plan import is_up_to_date, plan_run, stages_of
@@ -35,7 +35,6 @@ def proxy(s3_proxy: Proxy, moto_server: Server) -> Iterator[Proxy]:
         for name, value in moto_server.environment().items():
             patch.setenv(name, value)
         patch.delenv("AWS_ENDPOINT_URL")
-        patch.setattr("tasks.corpus.tokenization._Watched", InThisProcess)
         s3fs.S3FileSystem.clear_instance_cache()
         yield s3_proxy
     s3fs.S3FileSystem.clear_instance_cache()

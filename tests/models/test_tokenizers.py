@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plain import InThisProcess
 from tiny import save_tokenizer, texts, write_jsonl
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -142,7 +141,6 @@ def test_tokens_that_a_class_adds_behind_the_vocabulary_are_none(tmp_path: Path)
 
 
 def test_the_corpus_is_counted_as_the_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenization, "_Watched", InThisProcess)
     folder = saved(tmp_path / "model", own(BYTE_LEVEL), model_type="qwen2", tokenizer_class="Qwen2Tokenizer")
     with_holes(folder)
     corpus = write_jsonl(tmp_path / "a.jsonl", ["in 2024", "the last tokens: café in Zürich"])

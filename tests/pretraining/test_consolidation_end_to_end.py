@@ -26,7 +26,6 @@ CONTEXT = 32
 
 @pytest.fixture(autouse=True)
 def _here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenization, "_Watched", InThisProcess)
     extraction.forget_loaded()
 
 

@@ -88,7 +88,6 @@ def place(
     )
     storage = Storage(config.storage.root)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenization, "_Watched", InThisProcess)
         shards = tokenization.tokenize_corpus(config, storage)
     checkpoints = [checkpoint_of(folder, step, storage) for step, folder in enumerate(models, start=1)]
     return Place(config, storage, shards, checkpoints, documents)

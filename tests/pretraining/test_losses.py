@@ -51,7 +51,6 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.corpus.tokenization._Watched", plain.InThisProcess)
 
 
 def config_for(parts: Path, root: Path, **sections: Any) -> Config:

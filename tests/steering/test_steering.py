@@ -127,7 +127,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     world = World(folder, CorpusShards(shards=(), tokenizer_key="", vocabulary=""))
     config = world.config(folder / "run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenization, "_Watched", InThisProcess)
         shards = tokenization.tokenize_corpus(config, Storage(config.storage.root))
     prepare_dictionaries(config, Storage(config.storage.root), shards)
     return World(folder, shards)

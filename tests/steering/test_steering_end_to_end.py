@@ -56,7 +56,6 @@ target = " dog jumps"
 
 @pytest.fixture(autouse=True)
 def _here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenization, "_Watched", InThisProcess)
     extraction.forget_loaded()
 
 

@@ -83,7 +83,6 @@ Spine = tuple[CorpusShards, list[Dictionary]]
 
 @pytest.fixture
 def spine(config: Config, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> Spine:
-    monkeypatch.setattr("tasks.corpus.tokenization._Watched", plain.InThisProcess)
     extraction.forget_loaded()
     shards = tokenization.tokenize_corpus(config, storage)
     return shards, dictionaries.prepare_dictionaries(config, storage, shards)

@@ -32,7 +32,6 @@ DAY = 24 * 3600.0
 @pytest.fixture
 def root(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the finished run, two days old; the local cache is empty."""
-    monkeypatch.setattr("tasks.corpus.tokenization._Watched", plain.InThisProcess)
     monkeypatch.setattr(storage_module, "LOCAL_CACHE", tmp_path / "cache")
     extraction.forget_loaded()
     shutil.copytree(finished / "run", tmp_path / "run")

@@ -44,7 +44,6 @@ def flip(path: Path, place: str = "middle") -> None:
 @pytest.fixture
 def root(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the finished run."""
-    monkeypatch.setattr("tasks.corpus.tokenization._Watched", plain.InThisProcess)
     extraction.forget_loaded()
     shutil.copytree(finished / "run", tmp_path / "run")
     return tmp_path / "run"
