@@ -26,6 +26,7 @@ import yaml
 from infra.addresses import without_credentials
 from infra.manifest import content_key
 from schemas.errors import ConfigError, FunctokError
+from schemas.work import STAGES
 
 if TYPE_CHECKING:
     from prefect import Flow
@@ -59,8 +60,25 @@ class Wanted:
     schedules: dict[str, dict[str, Any]]
 
 
+def with_every_stage(content: Mapping[str, Any], stages: Sequence[str] = STAGES) -> dict[str, Any]:
+    """A `prefect.yaml` with a deployment for each stage: one that it does not know is deployed as `features` is.
+
+    So an experiment that somebody adds needs no entry there.
+    """
+    entries: list[dict[str, Any]] = list(content["deployments"])
+    known = {entry["name"]: entry for entry in entries}
+    like = {name: value for name, value in known.get("features", {}).items() if name != "schedules"}
+    for stage in stages:
+        if stage not in known:
+            entrypoint = f"flows.{stage}.{stage}"
+            entries.append(
+                {**like, "name": stage, "entrypoint": entrypoint, "description": f"The stage {stage}."}
+            )
+    return {**content, "deployments": entries}
+
+
 def read_deployments(file: Path, parameters: Mapping[str, Any]) -> list[Wanted]:
-    """The deployments of a `prefect.yaml`.
+    """The deployments of a `prefect.yaml`, and those of the stages that it does not know.
 
     Args:
         file: The file.
@@ -69,7 +87,7 @@ def read_deployments(file: Path, parameters: Mapping[str, Any]) -> list[Wanted]:
     Raises:
         ConfigError: if a schedule has no slug: without a name it could not be told from one made in the UI.
     """
-    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    content = with_every_stage(yaml.safe_load(file.read_text(encoding="utf-8")))
     wanted = []
     for entry in content["deployments"]:
         schedules = entry.get("schedules") or []

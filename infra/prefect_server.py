@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -225,7 +226,7 @@ class _Watch:
 def _start(children: Any, host: str, port: int, say: Callable[[str], None]) -> list[str]:
     """Start everything; returns the workers' names."""
     from infra.children import Stopped
-    from infra.deployments import fill, read_deployments
+    from infra.deployments import fill, read_deployments, with_every_stage
     from infra.prefect_api import crash_dead_runs, health, prepare, worker_name
     from infra.published import absolute, note_root
     from infra.storage import Storage
@@ -246,7 +247,12 @@ def _start(children: Any, host: str, port: int, say: Callable[[str], None]) -> l
 
         def deploy(missing: Sequence[str]) -> None:
             chosen = [argument for name in missing for argument in ("--name", name)]
-            children.run("deploy", "prefect", "--no-prompt", "deploy", *chosen, timeout=180)
+            content = with_every_stage(yaml.safe_load((PROJECT / "prefect.yaml").read_text(encoding="utf-8")))
+            with tempfile.TemporaryDirectory() as aside:
+                file = Path(aside) / "prefect.yaml"
+                file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+                where = ("--prefect-file", str(file))
+                children.run("deploy", "prefect", "--no-prompt", "deploy", *where, *chosen, timeout=180)
 
         wanted = read_deployments(PROJECT / "prefect.yaml", parameters)
         for line in fill(api_url, wanted, PROJECT, deploy, told):
