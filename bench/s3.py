@@ -34,7 +34,6 @@ def count(folder: Path, endpoint: str, proxy: Any, n_files: int) -> dict[str, Co
     from test_requests import config_of
 
     from infra.storage import Storage
-    from tasks.corpus import tokenization
     from tasks.graph import extraction
 
     # A worker of another process would be counted alike, and takes seconds to start.

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import plain
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest

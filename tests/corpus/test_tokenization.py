@@ -8,7 +8,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import plain
 import pytest
 import reference
 import tiny
@@ -39,7 +38,6 @@ def _no_cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """Run file jobs in this process, except where a test asks for the real cluster."""
     if "cluster" in request.keywords:
         return
-
 
 
 def make(

@@ -20,7 +20,6 @@ from infra.storage import Storage
 from schemas.config import Config, Gate, Sae, Train
 from schemas.errors import DictionaryError
 from schemas.work import CorpusShards, StagePlan
-from tasks.corpus import tokenization
 from tasks.corpus.graph_documents import graph_shards
 from tasks.corpus.tokenization import tokenize_corpus
 from tasks.dictionaries import training as dictionary_training

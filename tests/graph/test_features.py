@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import plain
 import pytest
 import reference
 import tiny
 import torch
 from tasks.engine.shard_checks import ASKED
+from tasks.engine.table_plan import graph_inputs
 from tasks.engine.validation import check_features
 
 from infra.duck import open_duckdb, view_of_shards
@@ -25,7 +25,6 @@ from tasks.corpus.graph_documents import graph_shards
 from tasks.corpus.tokenization import tokenize_corpus
 from tasks.corpus.windows import read_shard_tokens
 from tasks.dictionaries.dictionaries import prepare_dictionaries
-from tasks.engine.table_plan import graph_inputs
 from tasks.graph import extraction, features
 from tasks.graph.extraction import compute_features
 from tasks.graph.features import extract_features, find_features

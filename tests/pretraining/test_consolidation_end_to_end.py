@@ -9,16 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from plain import InThisProcess, run_plain
+from plain import run_plain
 from s3 import S3Root
 from tasks.engine.plan import is_up_to_date, plan_run, stages_of
 from tiny import save_model, texts, write_jsonl
 
 from infra.duck import connect
 from infra.storage import Storage
-from schemas.config import Config, Series, consolidation_of
-from schemas.pretraining.section import Shape
-from tasks.corpus import tokenization
+from schemas.config import Config
+from schemas.pretraining.section import Series, Shape, consolidation_of
 from tasks.graph import extraction
 
 CONTEXT = 32

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import reference
 import torch
-from plain import InThisProcess
 from tiny import D_MODEL, N_LAYERS, build_sae, save_model, texts, write_jsonl
 
 from infra.storage import Storage

@@ -14,7 +14,6 @@ import pytest
 import tiny
 import torch
 from builders import commit_again
-from plain import InThisProcess
 from pydantic import ValidationError
 
 from infra.storage import Storage

@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from plain import InThisProcess, run_plain
+from plain import run_plain
 from s3 import S3Root
 from tasks.engine.plan import is_up_to_date, plan_run, stages_of
 
 from infra.duck import connect
 from infra.storage import Storage
 from schemas.config import Config
-from tasks.corpus import tokenization
 from tasks.graph import extraction
 
 SAES = {0: "standard", 1: "jumprelu"}

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import plain
 import pytest
 import tiny
 from tasks.engine.plan import is_up_to_date, plan_run, stages_of
