@@ -12,6 +12,7 @@ from infra.duck import CATALOG, connect, read_catalog, telling_damage
 from infra.published import REPORT
 from infra.run_api import chosen_api
 from infra.storage import Storage
+from infra.terminal import printable
 from schemas.config import Config
 from schemas.experiments import EXPERIMENTS
 from schemas.work import StageName
@@ -61,6 +62,9 @@ def show_results(config: Config, storage: Storage, seconds: float) -> None:
         for one in map(experiment, EXPERIMENTS):
             if one.tables.name in catalog.lineage:
                 one.closing(connection, console)
+                for found in one.report.findings(connection):
+                    told = f"\n{found.title}: {found.verdict.upper()}. {printable(found.text)}"
+                    console.print(told, markup=False, highlight=False)
     console.print(
         f"\nfinished in {seconds:.1f} s; everything is under {storage.root}", markup=False, highlight=False
     )

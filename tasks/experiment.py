@@ -15,7 +15,7 @@ from tasks.dictionaries.facts import Facts
 from tasks.engine.run import Run
 from tasks.engine.stage import Stage
 from tasks.engine.tables import TableGroup
-from tasks.report.report import ReportPart
+from tasks.report.vocabulary import Part
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,17 +39,17 @@ class Experiment:
         name: Its name in `schemas.experiments.EXPERIMENTS`, and of its rooms.
         stages: Its stages, in order, each with its own expectations.
         tables: The group of tables that it publishes.
-        report: Its part of the report.
+        report: Its part of the report; a run ends with its findings.
         facts: What `run_info` says of it: names and values, no secret.
         check_fit: Asks, before any work, what can be known without weights: raises what is wrong. It is given what is
             known of the dictionaries, by layer.
-        closing: Prints what a run ends with, from the published tables.
+        closing: Prints what a run ends with before them, from the published tables.
     """
 
     name: str
     stages: tuple[Stage[Any, Any], ...]
     tables: TableGroup
-    report: ReportPart
+    report: Part
     facts: Callable[[Run], Mapping[str, object]] = _nothing
     check_fit: Callable[[Config, Storage, Mapping[int, Facts]], None] = _no_check
     closing: Callable[[Any, Console], None] = _no_print

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from tasks.experiment import Experiment
+    from tasks.report.vocabulary import Part
 
 TABLES, REPORT = "tables", "report"
 """The stages that end every run: they make no units."""
@@ -182,8 +183,12 @@ def write_report(storage: Storage, config: Config | None = None, progress: Progr
     """Write the report of the published tables; its address. Raises as `tasks.report.report.write_report`."""
     from tasks.report import report
 
-    parts = [experiment(name).report for name in EXPERIMENTS]
-    return report.write_report(storage, None if config is None else config.duckdb, progress, parts)
+    return report.write_report(storage, None if config is None else config.duckdb, progress, report_parts())
+
+
+def report_parts() -> list[Part]:
+    """What the experiments tell in the report."""
+    return [experiment(name).report for name in EXPERIMENTS]
 
 
 def _plan_report(storage: Storage, of_tables: StagePlan) -> StagePlan:

@@ -86,5 +86,7 @@ def test_an_experiment_has_its_rooms(name: str) -> None:
 
 def test_the_words_of_code_are_seen(tmp_path: Path) -> None:
     file = tmp_path / "a.py"
-    file.write_text('"""losses"""\nx = growth["steering"]  # generations\ndef f():\n    """cases"""\n    return "a b"\n')
+    file.write_text(
+        '"""losses"""\nx = growth["steering"]  # generations\ndef f():\n    """cases"""\n    return "a b"\n'
+    )
     assert [word for _, word in words(file)] == ["x", "growth", "steering", "f", "a", "b"]
