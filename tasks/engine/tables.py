@@ -60,6 +60,13 @@ class Tables:
     inputs: Catalog = field(default_factory=Catalog)
     about: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, name: str, key_parts: Mapping[str, Any], tables: Iterable[str], **others: Any) -> Tables:
+        """A group whose tables lie in one folder, named by its key; `others` are further attributes."""
+        folder = f"tables/{name}-{content_key(**key_parts)}"
+        files = {table: f"{folder}/{table}.parquet" for table in tables}
+        return cls(name=name, key_parts=key_parts, tables=files, **others)
+
     @property
     def key(self) -> str:
         """Content key of the whole group."""

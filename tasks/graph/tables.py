@@ -14,7 +14,6 @@ import pyarrow as pa
 
 from infra import verified
 from infra.duck import Catalog, ShardFile
-from infra.manifest import content_key
 from infra.progress import Progress, one_by_one, silent
 from infra.storage import Storage, StoredFile
 from schemas.config import Config
@@ -153,12 +152,11 @@ def graph_group(
         "dictionaries": sorted([d.layer, d.key, d.d_sae, d.source, d.quality] for d in dictionaries),
         "m": config.graph.rarefaction_m,
     }
-    key = content_key(**parts)
     inputs = graph_inputs(features)
-    return Tables(
-        name="graph",
-        key_parts=parts,
-        tables={table: f"tables/graph-{key}/{table}.parquet" for table in GRAPH_TABLES},
+    return Tables.of(
+        "graph",
+        parts,
+        GRAPH_TABLES,
         sharded={"activations": inputs["activations"], "edges": list(edges)},
         made_by_shard=("edges",),
         inputs=Catalog(sharded={"shard_graph_counts": inputs["shard_graph_counts"]}),
