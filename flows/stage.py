@@ -1,7 +1,8 @@
 """What the flows share: the shape of a flow and of a step, the flow of every stage, and where progress goes.
 
 A step is a Prefect task around one function of `tasks/`. Its result stays in memory: the folders' own
-manifests say what is done, so neither Prefect's cache nor its result storage is used.
+manifests say what is done, so neither Prefect's cache nor its result storage is used. Steps are closures, as Prefect
+searches what it is given for futures, every shard of a corpus too.
 """
 
 from __future__ import annotations
@@ -127,16 +128,16 @@ def run_stage(name: str, config: Config) -> None:
     run = look(name, config, open_storage(config), stage.needs)
 
     @step(name, about)
-    def make(config: Config) -> None:
+    def make() -> None:
         with reported_progress(name, config) as progress:
             engine.make(run, stage, progress)
 
     @step(name, f"check {about}")
-    def check(config: Config) -> None:
+    def check() -> None:
         checks.check(run, stage)
 
-    make(config)
-    check(config)
+    make()
+    check()
     shown_in_prefect(run.storage, stage.shown(run, run.result(stage)))
 
 
@@ -148,13 +149,13 @@ def look(name: str, config: Config, storage: Storage, needs: Sequence[Stage[Any,
     """
 
     @step(name, "look for what it needs")
-    def look(config: Config) -> Run:
+    def look() -> Run:
         run = open_run(config, storage)
         for needed in needs:
             run.result(needed)
         return run
 
-    return look(config)
+    return look()
 
 
 def open_storage(config: Config) -> Storage:

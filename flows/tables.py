@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from flows.artifacts import show_catalogue, shown_in_prefect
 from flows.stage import look, open_storage, reported_progress, stage_flow, step
 from infra.duck import Catalog, connect, read_catalog, telling_damage
@@ -25,49 +27,59 @@ def tables(config: Config) -> None:
     """
     groups = stages.table_groups(config)
     run = look("tables", config, open_storage(config), groups[0].needs)
-    ready = [group for group in groups if all(map(run.is_finished, group.needs))]
-    made = [build(config, run, group) for group in ready]
-    catalog = engine.candidate(run.storage, made)
-    check(config, run, catalog)
-    publish(config, run, catalog)
+    ready = finished(run, groups)
+    catalog = check(run, [build(run, group) for group in ready])
+    publish(run, catalog)
     show(run, ready)
     lacking = engine.unfinished(run, groups)
     if lacking is not None:
         raise lacking
 
 
-def build(config: Config, run: Run, group: TableGroup) -> Tables:
+def finished(run: Run, groups: Sequence[TableGroup]) -> list[TableGroup]:
+    """The groups whose shards are there."""
+
+    @step("tables", "look for shards")
+    def look() -> list[TableGroup]:
+        return [group for group in groups if all(map(run.is_finished, group.needs))]
+
+    return look()
+
+
+def build(run: Run, group: TableGroup) -> Tables:
     """Make what is missing of a group of tables."""
 
-    @step("tables", group.subject(config))
-    def make(config: Config) -> Tables:
-        with reported_progress("tables", config) as progress:
+    @step("tables", group.subject(run.config))
+    def build() -> Tables:
+        with reported_progress("tables", run.config) as progress:
             return group.build(run, progress)
 
-    return make(config)
+    return build()
 
 
-def check(config: Config, run: Run, catalog: Catalog) -> None:
-    """Hold the candidate tables against their expectations; nobody has seen them yet."""
+def check(run: Run, made: Sequence[Tables]) -> Catalog:
+    """Hold the tables as they would be published against their expectations; nobody has seen them yet."""
 
     @step("tables", "check")
-    def check(config: Config) -> None:
+    def check() -> Catalog:
+        catalog = engine.candidate(run.storage, made)
         checks.check_tables(run.config, run.storage, catalog, stages.beside(run.storage, catalog))
+        return catalog
 
-    check(config)
+    return check()
 
 
-def publish(config: Config, run: Run, catalog: Catalog) -> None:
+def publish(run: Run, catalog: Catalog) -> None:
     """Let readers see the checked tables, all at once."""
 
     @step("tables", "publish")
-    def publish(config: Config) -> None:
+    def publish() -> None:
         engine.publish(run.storage, catalog)
 
-    publish(config)
+    publish()
 
 
-def show(run: Run, groups: list[TableGroup]) -> None:
+def show(run: Run, groups: Sequence[TableGroup]) -> None:
     """Tables and pictures of what is published, and how to ask it."""
     storage, config = run.storage, run.config
     published = read_catalog(storage).lineage

@@ -35,7 +35,7 @@ TRAINED_TOKENIZER = "storage:tokenizers-trained/k"
 
 
 class StandInStage(Stage[Unit, Any]):
-    """One unit, made at once."""
+    """One unit, or as many as are asked for."""
 
     def __init__(self, of: Stage[Any, Any], all_of_them: StandIns) -> None:
         self._of, self._all = of, all_of_them
@@ -55,7 +55,8 @@ class StandInStage(Stage[Unit, Any]):
         return self._of.refuse(config)
 
     def units(self, run: Run) -> Sequence[Unit]:
-        return [Unit(top="stand-ins", inputs={"stage": self.name}, about=self.name, size=4)]
+        names = self._all.units.get(self.name, (self.name,))
+        return [Unit(top="stand-ins", inputs={"unit": name}, about=name, size=4) for name in names]
 
     def prepare(self, run: Run, missing: Sequence[Unit]) -> Sequence[Unit]:
         if f"prepare {self.name}" in self._all.fail:
@@ -64,8 +65,8 @@ class StandInStage(Stage[Unit, Any]):
 
     def make(self, run: Run, group: Sequence[Unit]) -> Iterator[Made | int]:
         self._all.configs[self.name] = run.config
-        self._all.note(self.name)
         (unit,) = group
+        self._all.note(unit.about)
 
         def write() -> list[StoredFile]:
             for name, schema, rows in self._all.files.get(self.name, ()):
@@ -103,7 +104,9 @@ class StandInTables(TableGroup):
         return self._of.subject(config)
 
     def planned(self, run: Run) -> Tables:
-        files = {table: f"tables/{self.name}/{table}.parquet" for table in self._all.tables.get(self.name, ())}
+        files = {
+            table: f"tables/{self.name}/{table}.parquet" for table in self._all.tables.get(self.name, ())
+        }
         return Tables(name=self.name, key_parts={"group": self.name}, tables=files)
 
     def build(self, run: Run, progress: Progress = silent) -> Tables:
@@ -122,8 +125,10 @@ class StandIns:
 
     Attributes:
         journal: What was made, checked and published, in order.
-        fail: What to raise, by what would be noted; `prepare <stage>` is raised before a stage makes anything.
+        fail: What to raise, by what is noted; `prepare <stage>` is raised before a stage makes anything.
+        fail_once: The same, the first time alone.
         stages: By name.
+        units: What a stage's units are called, by its name; one, of its name, where they are not here.
         configs: The configuration that each stage was made with.
         results: What a stage gives to those after it, by its name; an empty list where it is not here.
         files: What a stage writes besides, by its name: file, schema, rows.
@@ -133,6 +138,8 @@ class StandIns:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.journal: list[str] = []
         self.fail: dict[str, Exception] = {}
+        self.fail_once: dict[str, Exception] = {}
+        self.units: dict[str, tuple[str, ...]] = {}
         self.configs: dict[str, Config] = {}
         self.files: dict[str, list[tuple[str, pa.Schema, list[dict[str, Any]]]]] = {}
         self.results: dict[str, Callable[[Config], Any]] = {
@@ -178,6 +185,8 @@ class StandIns:
     def note(self, what: str, progress: Progress | None = None) -> None:
         """Note it, fail where that is asked for, and tell progress."""
         self.journal.append(what)
+        if what in self.fail_once:
+            raise self.fail_once.pop(what)
         if what in self.fail:
             raise self.fail[what]
         if progress is not None:
@@ -233,6 +242,8 @@ def write_rows(storage: Storage, name: str, schema: pa.Schema, rows: list[dict[s
     storage.write_parquet(name, pa.Table.from_pylist(rows, schema=schema))
 
 
-def shard_file(folder: str, file: str, rows: list[dict[str, Any]]) -> tuple[str, pa.Schema, list[dict[str, Any]]]:
+def shard_file(
+    folder: str, file: str, rows: list[dict[str, Any]]
+) -> tuple[str, pa.Schema, list[dict[str, Any]]]:
     """An entry of `StandIns.files`."""
     return f"{folder}/{file}.parquet", SHARD_FILES[file], rows

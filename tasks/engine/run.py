@@ -146,8 +146,11 @@ def make(run: Run, stage: Stage[Any, R], progress: Progress = silent) -> R:
             raise FunctokError(
                 f"{stage.things} vanished while they were made", stage=stage.name, hint="run again"
             )
-        _make(run, stage, missing, progress)
-        run.forget(stage)
+        try:
+            _make(run, stage, missing, progress)
+        finally:
+            # Another try goes on after what was committed before an error.
+            run.forget(stage)
         before = wanted
     return run.result(stage)
 

@@ -43,9 +43,7 @@ def counting(config: Config) -> Config:
     return config.model_copy(update={"sae": []})
 
 
-CHECKPOINT = Checkpoint(
-    series="small", step=7, model=Model(name="storage:checkpoints/k"), key="k", tokens=70
-)
+CHECKPOINT = Checkpoint(series="small", step=7, model=Model(name="storage:checkpoints/k"), key="k", tokens=70)
 CASE = CaseFeatures(
     case="c", folder="reactivation/c", layers=(LayerFolder(layer=7, folder="reactivation/c-7"),), n_tokens=8
 )
@@ -553,6 +551,19 @@ def test_steps_are_retried_by_type(
         with pytest.raises(error):
             once(config)
     assert len(calls) == tries
+
+
+@pytest.mark.usefixtures("prefect_api")
+def test_what_was_made_before_a_failure_is_not_made_again(
+    config: Config, stages: StandIns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.tokenize import tokenize
+
+    monkeypatch.setattr("flows.stage.exponential_backoff", lambda seconds: 0)
+    stages.units["tokenize"] = ("first half", "second half")
+    stages.fail_once["second half"] = StorageError("lost")
+    tokenize(config)
+    assert stages.journal == ["first half", "second half", "second half", "check tokenize"]
 
 
 @pytest.mark.usefixtures("prefect_api")
