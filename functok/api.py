@@ -253,7 +253,7 @@ def status(
         >>> [plan.stage for plan in plans if plan.missing]
         ['tables', 'report']
     """
-    from tasks.engine.plan import plan_run
+    from tasks.stages import plan_run
 
     loaded, storage = opened(config, assignments, root)
     with quiet_libraries():

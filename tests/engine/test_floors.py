@@ -84,6 +84,17 @@ def test_an_experiment_has_its_rooms(name: str) -> None:
     assert all((ROOT / "flows" / f"{stage}.py").is_file() for stage in room.stages)
 
 
+def test_experiments_do_not_know_each_other() -> None:
+    """`lint-imports` says so of those that it is told; this of all."""
+    for name in EXPERIMENTS:
+        others = {f"{place}.{other}" for place in ("tasks", "schemas") for other in EXPERIMENTS if other != name}
+        for place in ("tasks", "schemas"):
+            for file in sorted((ROOT / place / name).rglob("*.py")):
+                imported = re.findall(r"^\s*(?:from|import) ([\w.]+)", file.read_text(), re.MULTILINE)
+                known = {".".join(module.split(".")[:2]) for module in imported}
+                assert not known & others, file
+
+
 def test_the_words_of_code_are_seen(tmp_path: Path) -> None:
     file = tmp_path / "a.py"
     file.write_text(
