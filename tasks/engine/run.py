@@ -119,6 +119,13 @@ class Run:
             self._results[stage] = stage.result(self, found.units, found.done)
         return cast("R", self._results[stage])
 
+    def under(self, config: Config, *shared: Stage[Any, Any]) -> Run:
+        """A run of another configuration on the same storage, which takes what these finished stages made from here."""
+        other = Run(config, self.storage)
+        for stage in shared:
+            other._results[stage], other._found[stage] = self.result(stage), self.find(stage)
+        return other
+
     def forget(self, stage: Stage[Any, Any]) -> None:
         """Look for a stage again the next time."""
         self._found.pop(stage, None)

@@ -29,8 +29,8 @@ from tasks.corpus.function_tokens import function_token_ids
 from tasks.dictionaries.dictionaries import load_dictionary
 from tasks.dictionaries.facts import Facts, facts_of
 from tasks.models.language_model import LanguageModel, load_language_model
+from tasks.models.text_generation import continuation
 from tasks.models.tokenizers import LoadedTokenizer, load_tokenizer
-from tasks.pretraining.generations import continuation
 from tasks.steering.cases import check_cases, check_clamps, read_cases
 from tasks.steering.conditions import Condition
 from tasks.steering.experiments import Asked, Unit, asked_of, known_traits, units_of
