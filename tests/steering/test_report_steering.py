@@ -20,16 +20,14 @@ from steering_catalogue import Made
 
 from infra.duck import connect
 from infra.storage import Storage
-from tasks.graph.tables import publish
-from tasks.report.report import write_report
 from tasks.report.vocabulary import Estimate
+from tasks.stages import write_report
 from tasks.steering import figures as steering_figures
 from tasks.steering import findings as steering_findings
 from tasks.steering.report import facts, findings
 from tasks.steering.report_tables import token_scores_table
 from tasks.steering.rows import counted, effect_rows, heat_maps, score_rows, steered_texts
 from tasks.steering.statistics import measure_reactivation, measure_steering, middle_strength
-from tasks.steering.tables import build_steering_tables
 from tasks.steering.values import Reactivation, TraitLayer
 
 NAN = math.nan
@@ -361,7 +359,7 @@ def test_a_long_prompt_loses_its_middle(tmp_path: Path) -> None:
         run.tokens[case] += [{**template, "prompt": prompt, "position": p} for p in range(5, 65)]
     for row in run.features[case]:
         row["position"] += 60 * (row["position"] > 4)
-    publish(storage, build_steering_tables(run.config, storage, run.shards, run.write(storage)))
+    catalogue.published(run.write(storage))
     with closing(connect(storage)) as connection:
         (found,) = heat_maps(connection)
     for panel in found.panels:
@@ -510,7 +508,7 @@ def test_cases_without_own_features_say_so(tmp_path: Path) -> None:
     run = catalogue.steering_run(storage, Made(cases=1, experiments=0))
     for rows in run.features.values():
         rows[:] = [row for row in rows if row["position"] not in (3, 4)]
-    publish(storage, build_steering_tables(run.config, storage, run.shards, run.write(storage)))
+    catalogue.published(run.write(storage))
     write_report(storage)
     html = read(storage)
     assert "No prompt of any case has a feature of its own" in html
