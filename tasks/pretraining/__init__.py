@@ -78,18 +78,20 @@ def closing(connection: Any, console: Console) -> None:
     losses = report.final_losses(connection)
     table = Table(title="Loss by token group (current → next), nats on held-out documents, 95 % intervals")
     table.add_column("group")
-    series = {(row.model, row.step): f"{row.model}, step {row.step:,}" for row in losses}
+    series = {(row["model"], row["step"]): f"{row['model']}, step {row['step']:,}" for row in losses}
     for title in series.values():
         table.add_column(Text(printable(title)), justify="right")
-    cells = {
-        (row.bucket, row.model): "–"
-        if row.mean_loss is None
-        else f"{row.mean_loss:.3f}" + ("" if row.low is None else f" ({row.low:.3f}–{row.high:.3f})")
-        for row in losses
-    }
-    for bucket in dict.fromkeys(row.bucket for row in losses):
+    cells = {(row["bucket"], row["model"]): _interval(row) for row in losses}
+    for bucket in dict.fromkeys(row["bucket"] for row in losses):
         table.add_row(bucket, *(cells.get((bucket, model), "") for model, _ in series))
     console.print(table)
+
+
+def _interval(row: Mapping[str, Any]) -> str:
+    mean, low, high = (row[f"mean_loss{end}"] for end in ("", "_low", "_high"))
+    if mean is None:
+        return "–"
+    return f"{mean:.3f}" + ("" if low is None else f" ({low:.3f}–{high:.3f})")
 
 
 EXPERIMENT = Experiment(

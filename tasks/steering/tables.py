@@ -26,6 +26,7 @@ from tasks.corpus.tokenization import TOKENIZE
 from tasks.engine.run import Run
 from tasks.engine.stage import Image, Shown, Stage
 from tasks.engine.tables import VERSION, TableGroup, Tables, ensure_folder, explained, selected, write_table
+from tasks.report.queries import rows, tables_of
 from tasks.steering.intervals import case_sums, effect_intervals, experiment_effects, score_intervals
 from tasks.steering.loaded_traits import load_layers
 from tasks.steering.reactivation import REACTIVATION
@@ -131,27 +132,21 @@ class SteeringTables(TableGroup):
 
     def shown(self, connection: Any, config: Config) -> Iterable[Shown | Image]:
         """What steering does, by strength, and heat maps of reactivation."""
-        from tasks.steering.figures import heat_map, heat_map_alt, png_uri
-        from tasks.steering.rows import RULE, heat_maps
+        from tasks.report.charts import png_uri
+        from tasks.steering.heat_maps import RULE, heat_map_chart, heat_maps
 
-        views = {row[0] for row in connection.execute("SHOW TABLES").fetchall()}
-        if "steering_effects" in views:
-            found = connection.execute(
-                "SELECT mode, place, control, strength, n, target_logprob_delta, advantage, kl, "
-                "log_perplexity_delta, changed FROM steering_effects ORDER BY ALL"
-            )
-            names = [column[0] for column in found.description]
+        if "steering_effects" in tables_of(connection):
             yield Shown(
                 name="steering-effects",
                 description="What steering does to the answers, on average over the experiments, beside its controls",
-                rows=[dict(zip(names, row, strict=True)) for row in found.fetchall()],
+                rows=rows(
+                    connection,
+                    "SELECT mode, place, control, strength, n, target_logprob_delta, advantage, kl, "
+                    "log_perplexity_delta, changed FROM steering_effects ORDER BY ALL",
+                ),
             )
-        for place, drawn in enumerate(heat_maps(connection, HEAT_MAPS), 1):
-            yield Image(
-                name=f"heat-map-{place}",
-                description=f"{heat_map_alt(drawn)} {RULE}",
-                url=png_uri(heat_map(drawn)),
-            )
+        for place, chart in enumerate(map(heat_map_chart, heat_maps(connection, HEAT_MAPS)), 1):
+            yield Image(name=f"heat-map-{place}", description=f"{chart.alt} {RULE}", url=png_uri(chart.spec))
 
 
 STEERING_GROUP = SteeringTables()
