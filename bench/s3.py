@@ -50,7 +50,7 @@ def count(folder: Path, endpoint: str, proxy: Any, n_files: int) -> dict[str, Co
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Count at both sizes; everything is written under `folder`, or to the server."""
-    sys.path.insert(0, str(HERE / "tests"))
+    sys.path[:0] = [str(HERE / "tests"), str(HERE / "tests" / "infra")]
     import tiny
     from s3 import running_moto
     from s3_proxy import running_proxy
