@@ -253,12 +253,13 @@ class _Watch:
     def reach(self, group: int, size: int | None = None) -> None:
         """A group has done so much in all; None: it is done."""
         with self._lock:
-            whole = self._sizes[group]
-            self._done[group] = whole if size is None else max(self._done[group], min(size, whole))
-        self._tell()
+            whole, before = self._sizes[group], self._done[group]
+            self._done[group] = whole if size is None else max(before, min(size, whole))
+            if self._done[group] > before:
+                self._tell()
 
     def _tell(self) -> None:
-        if self._measure:
+        if self._measure and self._sizes:
             self._progress(sum(self._done), sum(self._sizes), self._measure)
 
 
@@ -279,6 +280,9 @@ def _here(
                 if not stage.overlaps:
                     yield _written(watch, *waiting)
                     waiting = None
+            if waiting is None:
+                # A limit may have ended it before all was read.
+                watch.reach(index)
             # Modules know each other in circles; what is made next needs their memory.
             gc.collect()
         if waiting is not None:
