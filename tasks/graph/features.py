@@ -26,7 +26,14 @@ from tasks.corpus.graph_documents import graph_shards
 from tasks.corpus.tokenization import TOKENIZE, identity
 from tasks.corpus.windows import ShardTokens, count_tokens
 from tasks.dictionaries.dictionaries import DICTIONARIES
-from tasks.dictionaries.residuals import Residuals, ResidualShard, forward_key, part_key, place_of
+from tasks.dictionaries.residuals import (
+    Residuals,
+    ResidualShard,
+    counted_once,
+    forward_key,
+    part_key,
+    place_of,
+)
 from tasks.engine.checks import ask_of_made
 from tasks.engine.offenders import Views
 from tasks.engine.run import Run, make
@@ -131,15 +138,10 @@ class Features(Stage[FeatureUnit, list[FeatureShard]]):
             make(run, Residuals(every, layers), run.tell)
         parts = list({unit.together: unit.part for unit in missing}.values())
         there = Residuals(parts, [unit.dictionary.layer for unit in missing]).there(run)
-        # One forward gives all layers of a part: the work is counted once.
-        counted: set[Any] = set()
-        units = []
-        for unit in missing:
-            residuals = there.get(place_of(unit.part, unit.dictionary.layer))
-            size = 0 if unit.together in counted else unit.size
-            counted.add(unit.together)
-            units.append(replace(unit, residuals=residuals, size=size))
-        return units
+        return [
+            replace(unit, residuals=there.get(place_of(unit.part, unit.dictionary.layer)))
+            for unit in counted_once(missing)
+        ]
 
     def client(self, run: Run, groups: Sequence[Sequence[FeatureUnit]]) -> AbstractContextManager[Any]:
         """Several GPUs or a cluster: each worker makes whole parts."""
