@@ -82,6 +82,11 @@ def finished(
     return open_run(config, storage)
 
 
+def there(run: Any, stage: Any) -> Any:
+    """What a stage made, if it is finished; None if anything of it is missing, changed or refused. Makes nothing."""
+    return run.result(stage) if run.is_finished(stage) else None
+
+
 def _killing(prefix: str, nth: int) -> None:
     write, count = Storage.write, [0]
 
