@@ -46,7 +46,7 @@ def age(place: Path, days: float = 2) -> None:
 
 
 def config_of(finished: Path, root: Path) -> Config:
-    return load_config(finished / "tiny.toml", None, str(root))
+    return load_config(finished / "tiny.toml", root=str(root))
 
 
 def names(found: list[Garbage]) -> dict[str, str]:
