@@ -23,7 +23,7 @@ from schemas.config import Config, Model
 from schemas.errors import ConfigError, CorpusError, ExpectationError, FunctokError, StorageError
 from schemas.pretraining.work import Checkpoint
 from schemas.steering.work import CaseFeatures, LayerFolder, SteeredPrompt, TraitFeatures
-from tasks.steering.values import HeatMap, HeatPanel
+from tasks.steering.heat_maps import HeatMap, HeatPanel
 
 
 @pytest.fixture
@@ -323,7 +323,7 @@ def test_reactivation_and_steering_have_stages_of_their_own(
 ) -> None:
     from flows.reproduce import reproduce
 
-    monkeypatch.setattr("tasks.steering.rows.heat_maps", lambda connection, limit: [HEAT_MAP] * 2)
+    monkeypatch.setattr("tasks.steering.heat_maps.heat_maps", lambda connection, limit: [HEAT_MAP] * 2)
     steered(stages)
     reproduce(steering)
 
