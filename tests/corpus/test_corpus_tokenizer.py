@@ -91,6 +91,7 @@ def test_tokenizes_a_corpus_and_leaves_the_special_token_out(folder: Path) -> No
     assert specials == [None, [0]]
 
 
+@pytest.mark.process
 def test_two_processes_with_other_threads_and_hash_seeds_give_the_same_bytes(folder: Path) -> None:
     program = (
         "import sys; sys.path[:0] = ['tests', 'tests/corpus']; from test_corpus_tokenizer import make_config; "

@@ -660,6 +660,7 @@ def test_too_little_memory_says_which_setting_to_raise(storage: Storage) -> None
         )
 
 
+@pytest.mark.process
 def test_the_catalogue_file_opens_anywhere(storage: Storage, tmp_path: Path) -> None:
     publish(storage, built(storage, cut_up(random_documents(13, 20), [6], 20)))
     target = tmp_path / "elsewhere" / "it's.duckdb"
@@ -716,6 +717,7 @@ def test_tables_on_s3_are_those_on_disk(storage: Storage, s3_root: S3Root, tmp_p
             assert found == ours.execute(f"FROM {table} ORDER BY ALL").fetchall()
 
 
+@pytest.mark.process
 def test_the_bench_prints_its_figures(tmp_path: Path) -> None:
     command = [
         sys.executable,
