@@ -88,16 +88,12 @@ class Dictionaries(Stage[DictionaryUnit, list[Dictionary]]):
     """Every dictionary of the configuration: fetched, copied or trained, and checked."""
 
     name = "dictionaries"
+    needs = (TOKENIZE,)
     measure = ""
     things = "dictionaries"
     changed = "a layer's is new, or what makes it changed"
     libraries = ("torch", "sae_lens")
     tops = ("dictionaries", "residuals")
-
-    @property
-    def needs(self) -> tuple[Stage[Any, Any], ...]:
-        """The corpus, whose residuals train them."""
-        return (TOKENIZE,)
 
     def applies(self, config: Config) -> bool:
         """Where there is a graph to make."""

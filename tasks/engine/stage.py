@@ -152,6 +152,7 @@ class Stage(ABC, Generic[U, R]):
     """
 
     name: ClassVar[str]
+    needs: ClassVar[tuple[Stage[Any, Any], ...]] = ()
     measure: ClassVar[str] = "units"
     things: ClassVar[str] = "units"
     changed: ClassVar[str] = "they are new or damaged, or what determines them changed"
@@ -160,11 +161,6 @@ class Stage(ABC, Generic[U, R]):
     retries: ClassVar[int] = 0
     libraries: ClassVar[tuple[str, ...]] = ()
     tops: ClassVar[tuple[str, ...]] = ()
-
-    @property
-    def needs(self) -> tuple[Stage[Any, Any], ...]:
-        """Stages whose results it reads."""
-        return ()
 
     def applies(self, config: Config) -> bool:
         """Whether a configuration asks for it."""

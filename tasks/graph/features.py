@@ -69,16 +69,12 @@ class Features(Stage[FeatureUnit, list[FeatureShard]]):
     """Which feature is active at which token of the graph's documents, layer by layer."""
 
     name = "features"
+    needs = (TOKENIZE, DICTIONARIES)
     measure = "tokens, features"
     things = "feature shards"
     changed = "they are new or damaged, or their model, windows or dictionary changed"
     overlaps = True
     tops = ("features",)
-
-    @property
-    def needs(self) -> tuple[Stage[Any, Any], ...]:
-        """The corpus and the dictionaries."""
-        return TOKENIZE, DICTIONARIES
 
     def applies(self, config: Config) -> bool:
         """Where there is a graph to make."""

@@ -74,16 +74,12 @@ class Checkpoints(SeriesStage[CheckpointUnit, list[Checkpoint]]):
     """The checkpoints of all series: trained here, or found."""
 
     name = "checkpoints"
+    needs = (TOKENIZE,)
     measure = ""
     things = "checkpoints"
     changed = "series are new, or what trains them changed"
     libraries = ("torch", "transformers")
     tops = ("checkpoints", "training")
-
-    @property
-    def needs(self) -> tuple[Stage[Any, Any], ...]:
-        """The corpus that is trained on."""
-        return (TOKENIZE,)
 
     def units(self, run: Run) -> Sequence[CheckpointUnit]:
         """What each series that is trained here leaves; a public one is only looked for (`result`).

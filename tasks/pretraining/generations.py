@@ -18,7 +18,7 @@ from schemas.pretraining.section import consolidation_of
 from schemas.pretraining.work import Checkpoint, GeneratedTexts
 from schemas.tables import SHARD_FILES, TABLES
 from tasks.engine.run import Run
-from tasks.engine.stage import Made, Question, Stage, Unit
+from tasks.engine.stage import Made, Question, Unit
 from tasks.models.devices import device_client, settle
 from tasks.models.text_generation import continuation, prompt_ids
 from tasks.models.tokenizers import load_tokenizer
@@ -40,16 +40,12 @@ class Generations(SeriesStage[TextsUnit, list[GeneratedTexts]]):
     """Every checkpoint's continuations of every prompt."""
 
     name = "generations"
+    needs = (CHECKPOINTS,)
     measure = "texts, generations"
     things = "texts"
     changed = "checkpoints are new, or prompts, or how they are continued, changed"
     libraries = ("torch", "transformers")
     tops = ("generations",)
-
-    @property
-    def needs(self) -> tuple[Stage[Any, Any], ...]:
-        """The checkpoints."""
-        return (CHECKPOINTS,)
 
     def applies(self, config: Config) -> bool:
         """Where there are prompts."""

@@ -35,7 +35,7 @@ from tasks.dictionaries.dictionaries import DICTIONARIES, training_parts
 from tasks.dictionaries.facts import check_layer
 from tasks.dictionaries.sample import leaves_out, n_documents_within
 from tasks.engine.run import Run, make
-from tasks.engine.stage import Made, Question, Shown, Stage, Unit
+from tasks.engine.stage import Made, Question, Shown, Unit
 from tasks.graph.features import FEATURE_TOTALS, FEATURES, feature_row, stored_feature_views
 from tasks.models.model import model_dimensions
 from tasks.pretraining.checkpoints import CHECKPOINTS, SERIES, SeriesStage, key_columns, series_rows
@@ -66,16 +66,12 @@ class Growth(SeriesStage[GrowthUnit, list[GrownSae]]):
     """The SAE series."""
 
     name = "growth"
+    needs = (TOKENIZE, CHECKPOINTS)
     measure = ""
     things = "SAEs"
     changed = "an SAE, its judgement or its graph is missing"
     libraries = ("torch", "sae_lens")
     tops = ("growth",)
-
-    @property
-    def needs(self) -> tuple[Stage[Any, Any], ...]:
-        """The corpus and the checkpoints."""
-        return TOKENIZE, CHECKPOINTS
 
     def applies(self, config: Config) -> bool:
         """Where an SAE series is asked for."""

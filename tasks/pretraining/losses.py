@@ -37,7 +37,7 @@ from tasks.corpus.windows import ShardTokens, read_heldout_tokens
 from tasks.dictionaries.residuals import forward_key
 from tasks.engine.offenders import Views
 from tasks.engine.run import Run
-from tasks.engine.stage import Made, Question, Stage, Unit
+from tasks.engine.stage import Made, Question, Unit
 from tasks.engine.tables import explained
 from tasks.models.devices import device_client, settle
 from tasks.pretraining.checkpoints import CHECKPOINTS, SERIES, SeriesStage, key_columns, series_rows
@@ -67,16 +67,12 @@ class Losses(SeriesStage[LossUnit, list[LossShard]]):
     """What each checkpoint loses on held-out documents, prediction by prediction."""
 
     name = "losses"
+    needs = (TOKENIZE, CHECKPOINTS)
     measure = "tokens, losses"
     things = "losses"
     changed = "held-out documents or checkpoints are new, or how they are read changed"
     libraries = ("torch", "transformers")
     tops = ("losses",)
-
-    @property
-    def needs(self) -> tuple[Stage[Any, Any], ...]:
-        """The corpus and the checkpoints."""
-        return TOKENIZE, CHECKPOINTS
 
     def units(self, run: Run) -> Sequence[LossUnit]:
         """A unit a checkpoint and part: checkpoints in order, parts in corpus order.

@@ -25,7 +25,6 @@ from schemas.tables import MEMBERS, TABLES
 from tasks.corpus.tables import build_tokens, corpus_group
 from tasks.corpus.tokenization import TOKENIZE
 from tasks.engine.run import Run
-from tasks.engine.stage import Stage
 from tasks.engine.tables import VERSION, TableGroup, Tables, ensure_folder, write_table
 from tasks.graph.edges import edge_files, edge_folder, ensure_edges
 from tasks.graph.tables import graph_inputs
@@ -60,11 +59,7 @@ class ConsolidationTables(TableGroup):
     """The tables of the checkpoint series."""
 
     name = "consolidation"
-
-    @property
-    def needs(self) -> tuple[Stage[Any, Any], ...]:
-        """The corpus and all that is made of checkpoints; what was not asked for has no units."""
-        return TOKENIZE, CHECKPOINTS, LOSSES, GROWTH, GENERATIONS
+    needs = (TOKENIZE, CHECKPOINTS, LOSSES, GROWTH, GENERATIONS)
 
     def applies(self, config: Config) -> bool:
         """Where there are checkpoint series."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 import torch
@@ -64,6 +63,7 @@ class Reactivation(Stage[CaseUnit, list[CaseFeatures]]):
     """Which feature is active at which position of the cases' prompts, layer by layer."""
 
     name = "reactivation"
+    needs = (TOKENIZE, DICTIONARIES)
     measure = "tokens, cases"
     things = "cases"
     changed = "they are new or damaged, or their model, dictionaries or settings changed"
@@ -72,11 +72,6 @@ class Reactivation(Stage[CaseUnit, list[CaseFeatures]]):
 
     def __init__(self) -> None:
         self._readers = Readers()
-
-    @property
-    def needs(self) -> tuple[Stage[Any, Any], ...]:
-        """The dictionaries; the corpus, against whose vocabulary tokens are checked."""
-        return TOKENIZE, DICTIONARIES
 
     def applies(self, config: Config) -> bool:
         """Where there are cases."""

@@ -50,6 +50,7 @@ class Steering(Stage[Unit, Steered]):
     """The traits' features, and what each experiment does with them."""
 
     name = "steering"
+    needs = (TOKENIZE, DICTIONARIES)
     measure = "texts, steering"
     things = "traits and experiments"
     changed = "they are new or damaged, or their model, dictionaries or settings changed"
@@ -61,11 +62,6 @@ class Steering(Stage[Unit, Steered]):
         self._readers = Readers()
         self._model: LanguageModel | None = None
         self._sae: tuple[str, Any] | None = None
-
-    @property
-    def needs(self) -> tuple[Stage[Any, Any], ...]:
-        """The corpus, whose function tokens say where to steer, and the dictionaries."""
-        return TOKENIZE, DICTIONARIES
 
     def applies(self, config: Config) -> bool:
         """Where there are cases."""

@@ -24,7 +24,7 @@ from schemas.tables import TABLES
 from tasks.corpus.tables import build_tokens, corpus_group
 from tasks.corpus.tokenization import TOKENIZE
 from tasks.engine.run import Run
-from tasks.engine.stage import Image, Shown, Stage
+from tasks.engine.stage import Image, Shown
 from tasks.engine.tables import VERSION, TableGroup, Tables, ensure_folder, explained, selected, write_table
 from tasks.report.queries import rows, tables_of
 from tasks.steering.intervals import case_sums, effect_intervals, experiment_effects, score_intervals
@@ -59,11 +59,7 @@ class SteeringTables(TableGroup):
     """The tables of a run's cases, traits and experiments; those of what it has none of are left out."""
 
     name = "steering"
-
-    @property
-    def needs(self) -> tuple[Stage[Any, Any], ...]:
-        """The corpus, whose function tokens are the tables', and both stages."""
-        return TOKENIZE, REACTIVATION, STEERING
+    needs = (TOKENIZE, REACTIVATION, STEERING)
 
     def applies(self, config: Config) -> bool:
         """Where there are cases."""

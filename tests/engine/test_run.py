@@ -82,11 +82,7 @@ class Doubled(Sums):
 
     def __init__(self, *sums: Sums) -> None:
         super().__init__()
-        self.sums = sums
-
-    @property
-    def needs(self) -> tuple[Stage[Any, Any], ...]:
-        return self.sums
+        self.sums = self.needs = sums  # type: ignore[misc]
 
     def units(self, run: Run) -> Sequence[Numbers]:
         return [numbers(total, total) for sums in self.sums for total in run.result(sums)]
