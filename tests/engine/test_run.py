@@ -117,11 +117,10 @@ def made() -> list[Any]:
 
 
 def test_units_that_belong_together_are_made_in_one_go_in_the_order_of_the_first(run: Run) -> None:
-    stage = Sums(
-        numbers(1, together="a"), numbers(2), numbers(3, 4, together="a"), numbers(5), numbers(6, together=0)
-    )
-    assert make(run, stage) == [1, 2, 7, 5, 6]
-    assert made() == [[(1,), (3, 4)], [(2,)], [(5,)], [(6,)]]
+    some = [numbers(1, together="a"), numbers(2), numbers(3, 4, together="a")]
+    stage = Sums(*some, numbers(5, together=0), numbers(6, together=0), numbers(7))
+    assert make(run, stage) == [1, 2, 7, 5, 6, 7]
+    assert made() == [[(1,), (3, 4)], [(2,)], [(5,), (6,)], [(7,)]]
     assert LOG[-2:] == ["closed", "units"]
 
 
@@ -226,8 +225,14 @@ def test_a_stage_reads_the_results_of_those_that_it_needs(run: Run) -> None:
 
 
 def test_a_stage_is_not_finished_before_those_that_it_needs(run: Run, storage: Storage) -> None:
+    class Behind(Doubled):
+        """Its units are known whatever is there."""
+
+        def units(self, run: Run) -> Sequence[Numbers]:
+            return [numbers(3, 3)]
+
     sums = Sums(numbers(1, 2))
-    stage = Doubled(sums)
+    stage = Behind(sums)
     make(run, sums)
     make(run, stage)
     storage.delete(sums.wanted[0].folder)
@@ -285,6 +290,26 @@ def test_a_unit_may_be_known_by_its_making_alone(run: Run) -> None:
 
     assert make(run, Unknown()) == [7]
     assert made() == [[(7,)]]
+
+
+def test_preparing_may_make_units_known_and_leave_nothing_to_make(run: Run) -> None:
+    first = numbers(3)
+
+    class Trained(Sums):
+        def units(self, run: Run) -> Sequence[Numbers]:
+            is_there = load(run.storage, first.folder) is not None
+            return [numbers(9) if is_there else Numbers(top="sums", inputs=None, about="to be trained")]
+
+        def prepare(self, run: Run, missing: Sequence[Numbers]) -> Sequence[Numbers]:
+            if missing[0].folder:
+                return missing
+            make(opened(run.storage), Sums(first))
+            run.tell(1, 1, "training")
+            return []
+
+    told: list[tuple[int, int, str]] = []
+    assert make(run, Trained(), lambda *report: told.append(report)) == [9]
+    assert told == [(1, 1, "training"), (0, 1, "numbers"), (1, 1, "numbers")]
 
 
 @pytest.mark.parametrize("unit", [numbers(1), Numbers(top="sums", inputs=None, about="never known")])
@@ -557,7 +582,6 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> Workers:
     client = Workers()
     monkeypatch.setattr("distributed.as_completed", concurrent.futures.as_completed)
     monkeypatch.setattr("distributed.get_worker", lambda: SimpleNamespace(log_event=client.log_event))
-    monkeypatch.setattr(engine, "_TELL_SECONDS", -1.0)
     monkeypatch.setattr(f"{__name__}.CLIENT", client)
     return client
 
@@ -577,7 +601,11 @@ class OnWorkers(Sums):
             yield from super().make(run, [unit])
 
 
-def test_workers_make_what_one_process_makes(run: Run, workers: Workers) -> None:
+@pytest.mark.parametrize("seconds", [-1.0, 1e9])
+def test_workers_make_what_one_process_makes(
+    run: Run, workers: Workers, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    monkeypatch.setattr(engine, "_TELL_SECONDS", seconds)
     units = [numbers(1, 2, together="a"), numbers(3, together="a"), *(numbers(n, n, n) for n in range(4, 9))]
     told: list[tuple[int, int, str]] = []
     assert make(run, OnWorkers(*units), lambda *report: told.append(report)) == [3, 3, 12, 15, 18, 21, 24]
@@ -588,8 +616,8 @@ def test_workers_make_what_one_process_makes(run: Run, workers: Workers) -> None
     assert ("tell is silent", False) not in LOG
     assert (told[0], told[-1]) == ((0, 18, "numbers"), (18, 18, "numbers"))
     assert told == sorted(told)
-    # What a worker tells in between is heard: the group of two before its end.
-    assert len(told) > 7
+    # What a worker tells in between, where enough time has passed: the group of two before its end.
+    assert len(told) == 1 + (7 if seconds < 0 else 6)
 
 
 def test_one_group_is_made_here_although_there_are_workers(run: Run, workers: Workers) -> None:
@@ -667,7 +695,9 @@ def test_a_worker_gets_no_results_and_finds_them_again(storage: Storage) -> None
     stage = Sums(numbers(1, 2))
     make(run, stage)
     assert run.result(stage) == [3]
-    there = pickle.loads(pickle.dumps(run))
+    content = pickle.dumps(run)
+    assert len(content) == len(pickle.dumps(opened(storage)))
+    there = pickle.loads(content)
     assert (there.config, there.storage.root) == (run.config, storage.root)
     LOG.clear()
     assert there.result(stage) == [3]
