@@ -60,6 +60,8 @@ CONFIG: dict[str, Any] = {
     "aria": False,
     "font": "sans-serif",
     "background": None,
+    # A reader's sans-serif may be wider than the one that Vega measures with.
+    "padding": {"left": 5, "right": 32, "top": 5, "bottom": 5},
     "view": {"stroke": None},
     "axis": {
         **{f"{part}Color": INK for part in ("label", "title", "domain", "tick", "grid")},
@@ -77,6 +79,7 @@ CONFIG: dict[str, Any] = {
         "titleFontSize": 11,
         "titleFontWeight": "normal",
         "labelLimit": 0,
+        "columnPadding": 30,
         "symbolOpacity": 1,
         "symbolSize": 70,
     },
