@@ -283,8 +283,8 @@ def _here(
             if waiting is None:
                 # A limit may have ended it before all was read.
                 watch.reach(index)
-            # Modules know each other in circles; what is made next needs their memory.
-            gc.collect()
+            if stage.loads:
+                _free()
         if waiting is not None:
             yield _written(watch, *waiting)
 
@@ -329,7 +329,8 @@ def _on_worker(
         if time.monotonic() - told > _TELL_SECONDS:
             told = time.monotonic()
             worker.log_event(topic, [index, done])
-    gc.collect()
+    if stage.loads:
+        _free()
     return manifests
 
 
@@ -338,6 +339,11 @@ def _alone_on_worker(
     run: Run, stage: Stage[U, Any], group: Sequence[U], topic: str, index: int
 ) -> dict[str, Manifest]:
     return _on_worker(run, stage, group, topic, index)
+
+
+def _free() -> None:
+    # Modules know each other in circles. Looking for them takes a second, once all libraries are loaded.
+    gc.collect()
 
 
 def _write(run: Run, stage: Stage[Any, Any], made: Made) -> dict[str, Manifest]:

@@ -44,6 +44,7 @@ class Generations(SeriesStage[TextsUnit, list[GeneratedTexts]]):
     measure = "texts, generations"
     things = "texts"
     changed = "checkpoints are new, or prompts, or how they are continued, changed"
+    loads = True
     libraries = ("torch", "transformers")
     tops = ("generations",)
 

@@ -82,6 +82,7 @@ class Judging(Stage[Unit, Judgement]):
     name = "growth"
     measure = "tokens, held-out text"
     things = "densities"
+    loads = True
 
     def __init__(self, checkpoint: Checkpoint, dictionary: Dictionary, parts: Sequence[HeldoutPart]) -> None:
         self.checkpoint, self.dictionary, self.parts = checkpoint, dictionary, tuple(parts)

@@ -71,6 +71,7 @@ class Losses(SeriesStage[LossUnit, list[LossShard]]):
     measure = "tokens, losses"
     things = "losses"
     changed = "held-out documents or checkpoints are new, or how they are read changed"
+    loads = True
     libraries = ("torch", "transformers")
     tops = ("losses",)
 
