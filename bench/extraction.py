@@ -235,7 +235,7 @@ class _Proxy:
         from sae_lens.load_model import load_model as load_proxy
         from transformers import AutoModelForCausalLM
 
-        from tasks.models.model import converted_gguf, is_gguf
+        from tasks.models.files import converted_gguf, is_gguf
 
         logging.getLogger("sae_lens").setLevel(logging.ERROR)
         folder = str(converted_gguf(config.model, storage)) if is_gguf(config.model) else config.model.name
@@ -268,7 +268,7 @@ class _Proxy:
 
 def _check_same(config: Config, storage: Storage, proxy: _Proxy, plan: Sequence[Batch]) -> None:
     """Make sure that ours and SAELens' way find the same features; what differs must not be compared."""
-    from tasks.dictionaries.encoding import build_encoder
+    from tasks.dictionaries.encoding import Encoder
     from tasks.graph.extraction import loaded_model
 
     batch = min(plan, key=lambda entry: entry.input_ids.size)
@@ -280,7 +280,7 @@ def _check_same(config: Config, storage: Storage, proxy: _Proxy, plan: Sequence[
     for stopped in (False, True):
         for layer, dense in proxy.encode(ids, stopped=stopped).items():
             theirs = dense[real]
-            sparse = build_encoder(proxy._saes[layer], torch.device("cpu"))(found[layer])
+            sparse = Encoder(proxy._saes[layer], torch.device("cpu"))(found[layer])
             ours = torch.zeros_like(theirs).index_put((sparse.row, sparse.feature), sparse.value)
             differing = int(((ours > 0) != (theirs > 0)).sum())
             # Tokens that repeat have values as equal as rounding lets them be: some thresholds lie on those.

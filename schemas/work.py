@@ -44,6 +44,11 @@ class TokenShard:
     n_rejects: int
     has_specials: bool = True
 
+    @property
+    def whole(self) -> GraphShard:
+        """All of it, as a part."""
+        return GraphShard(shard=self, n_documents=self.n_documents, n_tokens=self.n_tokens)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusShards:

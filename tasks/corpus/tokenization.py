@@ -20,9 +20,8 @@ from typing import Any
 import pyarrow as pa
 
 from infra import verified
-from infra.addresses import failed_at, without_credentials
+from infra.addresses import without_credentials
 from infra.cluster import tokenization_client
-from infra.hashing import content_hash
 from infra.manifest import Manifest, commit, load, load_all
 from infra.storage import Storage
 from schemas.config import Config, Corpus
@@ -30,7 +29,7 @@ from schemas.errors import CorpusError
 from schemas.tables import VOCABULARY
 from schemas.work import CorpusShards, TokenShard
 from tasks.corpus.file_jobs import Budget, FileJob, FileShards, ShardEntry
-from tasks.corpus.files import corpus_files
+from tasks.corpus.files import content_of, corpus_files
 from tasks.corpus.token_shards import (
     TOTALS,
     begun,
@@ -98,15 +97,11 @@ class Tokenize(Stage[FileUnit, CorpusShards]):
         }
         units = []
         for file in corpus_files(config):
-            try:
-                identity = content_hash(file.url, config.storage.endpoint_url)
-            except OSError as error:
-                raise CorpusError(f"cannot read {failed_at(file.url, error)}", stage="tokenize") from error
             unit = FileUnit(
                 top="tokens",
                 inputs={
                     "version": VERSION,
-                    "content": identity,
+                    "content": content_of(file),
                     "format": file.format,
                     "compression": file.compression,
                     "tokenizer": tokenizer.key,

@@ -24,7 +24,7 @@ from schemas.errors import ModelError
 from schemas.work import Dictionary, GraphShard
 from tasks.corpus.windows import Batch, ShardTokens, read_shard_tokens
 from tasks.dictionaries.dictionaries import load_dictionary
-from tasks.dictionaries.encoding import Encoder, build_encoder
+from tasks.dictionaries.encoding import Encoder
 from tasks.dictionaries.residuals import (
     Place,
     ResidualShard,
@@ -185,7 +185,7 @@ def loaded_tokenizer(model: Model, storage: Storage) -> LoadedTokenizer:
 
 @lru_cache(maxsize=8)
 def _encoder(dictionary: Dictionary, storage: Storage, device: torch.device) -> Encoder:
-    return build_encoder(load_dictionary(storage, dictionary, device), device)
+    return Encoder(load_dictionary(storage, dictionary, device), device)
 
 
 def keep_for(key_of_model: str) -> None:

@@ -19,15 +19,7 @@ from infra.storage import Storage
 from schemas.config import Config, Model
 from schemas.errors import ModelError, whole_message
 from tasks.models.devices import resolve_dtype, settle_dtype
-from tasks.models.files import (
-    IN_STORAGE,
-    converted_gguf,
-    is_gguf,
-    load_config_of,
-    local_model_folder,
-    refuse_missing_folder,
-    weights_identity,
-)
+from tasks.models.files import load_config_of, weights_identity
 from tasks.models.loading import find_blocks, load_module, residual_of
 
 _PROBE = (4, 12)
@@ -244,25 +236,3 @@ def require_causal(module: Any, name: str) -> None:
 def text_config(config: Any) -> Any:
     """The configuration of a model's text decoder, which may be the whole."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-__all__ = [
-    "IN_STORAGE",
-    "LoadedModel",
-    "Residuals",
-    "check_windows",
-    "context_length",
-    "converted_gguf",
-    "is_gguf",
-    "load_config_of",
-    "load_model",
-    "local_model_folder",
-    "model_dimensions",
-    "model_key",
-    "refuse_missing_folder",
-    "require_causal",
-    "require_key",
-    "require_known",
-    "text_config",
-    "vocabulary_rows",
-]

@@ -32,7 +32,7 @@ from schemas.work import Dictionary, HeldoutPart
 from tasks.corpus.heldout import heldout_key
 from tasks.corpus.windows import Batch, read_heldout_tokens
 from tasks.dictionaries.dictionaries import load_dictionary
-from tasks.dictionaries.encoding import Encoder, build_encoder
+from tasks.dictionaries.encoding import Encoder
 from tasks.dictionaries.quality import DENSE_ENTRIES, Variance
 from tasks.dictionaries.residuals import forward_key, shard_batches
 from tasks.engine.run import Run
@@ -209,7 +209,7 @@ class _Sums:
 
     def __init__(self, model: LanguageModel, sae: Any, layer: int) -> None:
         self.model, self.layer = model, layer
-        self.encoder: Encoder = build_encoder(sae, model.device)
+        self.encoder: Encoder = Encoder(sae, model.device)
         self.counts = torch.zeros(self.encoder.d_sae, dtype=torch.int64, device=model.device)
         self.variance = Variance()
         self.n_predictions = 0

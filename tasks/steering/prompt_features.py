@@ -18,7 +18,7 @@ from schemas.errors import ModelError
 from schemas.steering.work import LayerFolder
 from schemas.work import Dictionary
 from tasks.dictionaries.dictionaries import load_dictionary
-from tasks.dictionaries.encoding import Encoder, build_encoder
+from tasks.dictionaries.encoding import Encoder
 from tasks.engine.run import Run
 from tasks.engine.stage import Unit
 from tasks.models.devices import choose_device
@@ -97,7 +97,7 @@ class Readers:
         if dictionary.folder not in self._encoders:
             device = choose_device(run.config.model.device) if self._model is None else self._model.device
             sae = load_dictionary(run.storage, dictionary, device)
-            self._encoders[dictionary.folder] = build_encoder(sae, device)
+            self._encoders[dictionary.folder] = Encoder(sae, device)
         return self._encoders[dictionary.folder]
 
     def forget(self) -> None:
