@@ -75,6 +75,11 @@ class Catalog:
     lineage: dict[str, str] = field(default_factory=dict)
     about: dict[str, list[str]] = field(default_factory=dict)
 
+    @property
+    def files(self) -> list[str]:
+        """Every Parquet file that it names; one that several tables share comes several times."""
+        return [*self.tables.values(), *(file.name for files in self.sharded.values() for file in files)]
+
     def to_json(self) -> dict[str, Any]:
         """The JSON form, with the shards' fields as columns."""
         return {

@@ -19,8 +19,6 @@ else:
     # A form and the command line offer the choice.
     StageName = Literal[STAGES]
 
-Stage = StageName
-
 
 @dataclass(frozen=True, kw_only=True)
 class TokenShard:

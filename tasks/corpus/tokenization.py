@@ -25,8 +25,8 @@ from infra.cluster import tokenization_client
 from infra.manifest import Manifest, commit, load, load_all
 from infra.storage import Storage
 from schemas.config import Config, Corpus
+from schemas.corpus.tables import VOCABULARY
 from schemas.errors import CorpusError
-from schemas.tables import VOCABULARY
 from schemas.work import CorpusShards, TokenShard
 from tasks.corpus.file_jobs import Budget, FileJob, FileShards, ShardEntry
 from tasks.corpus.files import content_of, corpus_files
@@ -230,26 +230,15 @@ class Tokenize(Stage[FileUnit, CorpusShards]):
         """The token shards, and that they are the whole corpus."""
         storage = run.storage
         kept = ["documents", "token_counts", *["occurrences"] * run.config.corpus.keep_occurrences]
-        n_documents = {shard.folder: shard.n_documents for shard in result.shards}
 
         def manifests() -> dict[str, Manifest]:
-            return load_all(storage, n_documents)
+            return load_all(storage, [shard.folder for shard in result.shards])
 
-        def folders() -> dict[str, Views]:
-            there = manifests()
+        def views(shard: TokenShard) -> Views:
             # A shard without rejects has no file of them.
-            without = {f for f, manifest in there.items() if "rejects.parquet" not in manifest.files}
-            return {
-                folder: shard_views(
-                    folder,
-                    n,
-                    {
-                        name: f"{folder}/{name}.parquet"
-                        for name in (*kept, *["rejects"] * (folder not in without))
-                    },
-                )
-                for folder, n in n_documents.items()
-            }
+            names = (*kept, *["rejects"] * bool(shard.n_rejects))
+            files = {name: f"{shard.folder}/{name}.parquet" for name in names}
+            return shard_views(shard.folder, shard.n_documents, files)
 
         def rows() -> list[dict[str, Any]]:
             stats = {folder: manifest.stats for folder, manifest in manifests().items()}
@@ -265,7 +254,7 @@ class Tokenize(Stage[FileUnit, CorpusShards]):
         return Question(
             of={"shards": [identity(shard) for shard in result.shards], "of": result.vocabulary},
             views=lambda: {"vocabulary": verified.read_table(storage, result.vocabulary)},
-            folders=folders,
+            folders=lambda: {shard.folder: views(shard) for shard in result.shards},
             totals=TOTALS,
             rows=rows,
             manifests=manifests,

@@ -211,7 +211,7 @@ class Dictionaries(LayersStage[DictionaryUnit, list[Dictionary]]):
             of={"rows": rows, "wanted": wanted},
             views=lambda: {
                 "dictionaries": pa.Table.from_pylist(rows, schema=_DICTIONARIES),
-                "wanted": pa.Table.from_pylist(wanted, schema=_WANTED),
+                "wanted": pa.Table.from_pylist(wanted),
             },
         )
 
@@ -228,7 +228,6 @@ DICTIONARIES = Dictionaries()
 
 _FIGURES = ("explained_variance", "explained_variance_all", "l0", "k", "alive_share", "heldout_tokens")
 _LIMITS = ("min_explained_variance", "max_l0_deviation", "min_alive_share")
-_WANTED = pa.schema([("layer", pa.int32()), ("source", pa.string())])
 _DICTIONARIES = pa.schema(
     [
         *[("layer", pa.int32()), ("folder", pa.string()), ("key", pa.string()), ("d_sae", pa.int64())],

@@ -29,29 +29,6 @@ from tasks.models.tokenizers import LoadedTokenizer, load_tokenizer
 VERSION = 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class ResidualShard:
-    """One layer's residual stream over one part.
-
-    Its folder holds `layer-<L>.safetensors` with `residuals` (n_tokens, d_model; the model's dtype; rows in
-    (doc, position) order, special tokens left out) and `doc` (n_tokens, int32; inside the shard).
-    """
-
-    layer: int
-    folder: str
-    part: GraphShard
-
-    @property
-    def n_tokens(self) -> int:
-        """Rows."""
-        return self.part.n_tokens
-
-    @property
-    def file(self) -> str:
-        """File name in the storage."""
-        return f"{self.folder}/layer-{self.layer}.safetensors"
-
-
 def forward_key(config: Config, key_of_model: str) -> dict[str, object]:
     """What determines a residual beside its shard: model, windows and batches."""
     return {
@@ -76,19 +53,28 @@ Place = tuple[str, int, int]
 
 
 def place_of(part: GraphShard, layer: int) -> Place:
-    """Where a layer's residuals of a part stand in the answer of `find_residuals`."""
+    """Where a layer's residuals of a part stand in the result of `Residuals`."""
     return part.shard.folder, part.n_documents, layer
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ResidualUnit(Unit):
-    """One layer's residuals of one part."""
+class ResidualShard(Unit):
+    """One layer's residual stream over one part.
+
+    Its folder holds `layer-<L>.safetensors` with `residuals` (n_tokens, d_model; the model's dtype; rows in
+    (doc, position) order, special tokens left out) and `doc` (n_tokens, int32; inside the shard).
+    """
 
     part: GraphShard
     layer: int
 
+    @property
+    def file_name(self) -> str:
+        """Name of its one file."""
+        return f"layer-{self.layer}.safetensors"
 
-class Residuals(Stage[ResidualUnit, dict[Place, ResidualShard]]):
+
+class Residuals(Stage[ResidualShard, dict[Place, ResidualShard]]):
     """The residuals of some parts at some layers, one forward for all layers that a part lacks.
 
     No stage of its own: whoever needs residuals makes them by the way.
@@ -106,11 +92,11 @@ class Residuals(Stage[ResidualUnit, dict[Place, ResidualShard]]):
         self.parts, self.layers = tuple(parts), sorted(set(layers))
         self._loaded: tuple[LoadedModel, LoadedTokenizer] | None = None
 
-    def units(self, run: Run) -> Sequence[ResidualUnit]:
+    def units(self, run: Run) -> Sequence[ResidualShard]:
         """A unit a part and layer."""
         forward = forward_key(run.config, model_key(run.config.model, run.storage))
         return [
-            ResidualUnit(
+            ResidualShard(
                 top="residuals",
                 inputs={"version": VERSION, "part": part_key(part), "layer": layer, "forward": forward},
                 about=f"layer {layer}, {part.shard.folder}",
@@ -123,11 +109,11 @@ class Residuals(Stage[ResidualUnit, dict[Place, ResidualShard]]):
             for layer in self.layers
         ]
 
-    def prepare(self, run: Run, missing: Sequence[ResidualUnit]) -> Sequence[ResidualUnit]:
+    def prepare(self, run: Run, missing: Sequence[ResidualShard]) -> Sequence[ResidualShard]:
         """One forward gives all layers that a part lacks."""
         return counted_once(missing)
 
-    def make(self, run: Run, group: Sequence[ResidualUnit]) -> Iterator[Made]:
+    def make(self, run: Run, group: Sequence[ResidualShard]) -> Iterator[Made]:
         """The residuals of one part."""
         if self._loaded is None:
             model, tokenizer = (
@@ -151,7 +137,7 @@ class Residuals(Stage[ResidualUnit, dict[Place, ResidualShard]]):
         self._loaded = None
 
     def result(
-        self, run: Run, units: Sequence[ResidualUnit], done: Mapping[str, Manifest]
+        self, run: Run, units: Sequence[ResidualShard], done: Mapping[str, Manifest]
     ) -> dict[Place, ResidualShard]:
         """All of them, by `place_of` their part and layer."""
         return self.there(run)
@@ -159,13 +145,7 @@ class Residuals(Stage[ResidualUnit, dict[Place, ResidualShard]]):
     def there(self, run: Run) -> dict[Place, ResidualShard]:
         """Those that are finished, by `place_of` their part and layer."""
         found = run.find(self)
-        return {
-            place_of(unit.part, unit.layer): ResidualShard(
-                layer=unit.layer, folder=unit.folder, part=unit.part
-            )
-            for unit in found.units
-            if unit.folder in found.done
-        }
+        return {place_of(unit.part, unit.layer): unit for unit in found.units if unit.folder in found.done}
 
 
 U = TypeVar("U", bound=Unit)
@@ -197,12 +177,12 @@ def _dense(
 
 
 def _write(
-    storage: Storage, unit: ResidualUnit, residuals: torch.Tensor, doc: torch.Tensor
+    storage: Storage, unit: ResidualShard, residuals: torch.Tensor, doc: torch.Tensor
 ) -> list[StoredFile]:
     from safetensors.torch import save_file
 
     with tempfile.TemporaryDirectory() as aside:
-        save_file({"residuals": residuals, "doc": doc}, Path(aside) / f"layer-{unit.layer}.safetensors")
+        save_file({"residuals": residuals, "doc": doc}, Path(aside) / unit.file_name)
         return storage.upload(Path(aside), unit.folder)
 
 

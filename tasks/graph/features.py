@@ -140,11 +140,7 @@ class Features(LayersStage[FeatureUnit, list[FeatureShard]]):
             first.part,
             [unit.dictionary for unit in group],
             first.model_key,
-            {
-                place_of(unit.part, unit.dictionary.layer): unit.residuals
-                for unit in group
-                if unit.residuals is not None
-            },
+            {unit.dictionary.layer: unit.residuals for unit in group if unit.residuals is not None},
         )
 
         def write() -> Iterator[Written]:
@@ -172,7 +168,7 @@ class Features(LayersStage[FeatureUnit, list[FeatureShard]]):
         rows = [feature_row(feature) for feature in result]
         return Question(
             of={"shards": rows, "dictionaries": sizes},
-            views=lambda: {"dictionaries": pa.Table.from_pylist(sizes, schema=_SIZES)},
+            views=lambda: {"dictionaries": pa.Table.from_pylist(sizes)},
             folders=lambda: {
                 feature.folder: stored_feature_views(feature, d_sae.get(feature.layer)) for feature in result
             },
@@ -203,8 +199,6 @@ FEATURE_TOTALS = {
     "counts": {"found_tokens": "coalesce(sum(count), 0)::BIGINT"},
 }
 """What is counted in a feature shard's folder."""
-
-_SIZES = pa.schema([("layer", pa.int32()), ("key", pa.string()), ("d_sae", pa.int64())])
 
 
 def feature_views(

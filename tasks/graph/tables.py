@@ -185,12 +185,11 @@ def graph_inputs(features: Sequence[FeatureShard], layer: int | None = None) -> 
 def covers_corpus(features: Sequence[FeatureShard], shards: CorpusShards) -> bool:
     """Whether every layer's graph has all documents of the corpus, so that tokens are as often in it as there."""
     whole = {shard.doc_offset for shard in shards.shards if shard.n_documents}
-    in_graph: dict[int, set[int]] = {}
+    in_graph: dict[int, set[int]] = {feature.layer: set() for feature in features}
     for feature in features:
         if feature.part.n_documents == feature.part.shard.n_documents:
-            in_graph.setdefault(feature.layer, set()).add(feature.part.shard.doc_offset)
-    layers = {feature.layer for feature in features}
-    return all(in_graph.get(layer) == whole for layer in layers)
+            in_graph[feature.layer].add(feature.part.shard.doc_offset)
+    return all(offsets == whole for offsets in in_graph.values())
 
 
 def checked_layers(features: Sequence[FeatureShard], dictionaries: Sequence[Dictionary]) -> list[int]:

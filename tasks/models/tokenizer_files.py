@@ -41,6 +41,7 @@ def find_file(name: str, file: str, revision: str | None) -> Path | None:
         name,
         file,
         revision=revision,
+        _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )

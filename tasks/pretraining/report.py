@@ -39,10 +39,13 @@ LONGEST_CAPTION = 80
 
 GROUPS = charts.Key(
     field="bucket",
-    names=BUCKETS,
-    colours=[charts.FUNCTION if bucket in TO_FUNCTION else charts.CONTENT for bucket in BUCKETS],
-    shapes=["circle" if bucket.startswith("function") else "triangle-up" for bucket in BUCKETS],
-    dashes=[charts.SOLID if bucket.startswith("function") else charts.DASHED for bucket in BUCKETS],
+    looks={
+        bucket: charts.Look(
+            charts.FUNCTION if bucket in TO_FUNCTION else charts.CONTENT,
+            *(("circle", charts.SOLID) if bucket.startswith("function") else ("triangle-up", charts.DASHED)),
+        )
+        for bucket in BUCKETS
+    },
 )
 """Colour tells the next token's kind; line and marker the current one's."""
 
@@ -53,10 +56,11 @@ REACHED = {
 }
 REACHING = charts.Key(
     field="tokens",
-    names=list(REACHED.values()),
-    colours=(charts.FUNCTION, charts.CONTENT, charts.GREEN),
-    shapes=("circle", "triangle-up", "square"),
-    dashes=(charts.SOLID, charts.DASHED, charts.DASHDOT),
+    looks={
+        "function tokens": charts.Look(charts.FUNCTION, "circle"),
+        "content tokens": charts.Look(charts.CONTENT, "triangle-up", charts.DASHED),
+        "ten most frequent tokens": charts.Look(charts.GREEN, "square", charts.DASHDOT),
+    },
 )
 
 

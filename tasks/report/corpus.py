@@ -31,10 +31,10 @@ KIND = "if(is_function, 'function tokens', 'content tokens') AS kind"
 
 ZIPF_KEY = charts.Key(
     field="kind",
-    names=KINDS.names,
-    colours=KINDS.colours,
-    shapes=("circle", charts.LINE),
-    dashes=KINDS.dashes,
+    looks={
+        "function tokens": charts.Look(charts.FUNCTION, "circle"),
+        "content tokens": charts.Look(charts.CONTENT, charts.LINE),
+    },
 )
 
 
@@ -308,7 +308,7 @@ def function_tokens(connection: Any) -> Table:
 def zipf(points: Sequence[Row], cut: int | None) -> Spec:
     """Count against frequency rank, both logarithmic, with the cut between function and content tokens."""
     rank, count = charts.log("rank", "frequency rank"), charts.log("count", "count")
-    function, content = ([row for row in points if row["kind"] == kind] for kind in ZIPF_KEY.names)
+    function, content = ([row for row in points if row["kind"] == kind] for kind in ZIPF_KEY.looks)
     return charts.single(
         charts.series(content, rank, count, ZIPF_KEY, marks=None),
         charts.series(function, rank, count, ZIPF_KEY, lines=False),

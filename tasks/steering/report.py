@@ -26,27 +26,21 @@ LONGEST_TEXT = 300
 
 SCORES = charts.Key(
     field="score",
-    names=(
-        "the prompt itself",
-        "counterfactual prompt, same position",
-        "unrelated prompts, same token",
-    ),
-    colours=(charts.VERMILLION, charts.BLUE, charts.GREEN),
-    shapes=charts.SHAPES[:3],
-    dashes=(charts.SOLID,) * 3,
+    looks={
+        "the prompt itself": charts.Look(charts.VERMILLION, "circle"),
+        "counterfactual prompt, same position": charts.Look(charts.BLUE, "square"),
+        "unrelated prompts, same token": charts.Look(charts.GREEN, "triangle-up"),
+    },
 )
 SETTINGS = charts.Key(
     field="setting",
-    names=(
-        "trait, last function token",
-        "trait, all positions",
-        "trait, content token",
-        "random, last function token",
-        "random, all positions",
-    ),
-    colours=(charts.VERMILLION, charts.ORANGE, charts.BLUE, charts.GREEN, charts.PURPLE),
-    shapes=("circle", "square", "triangle-up", "diamond", "triangle-down"),
-    dashes=(charts.SOLID, charts.DASHED, charts.DASHDOT, charts.DOTTED, charts.DOTTED),
+    looks={
+        "trait, last function token": charts.Look(charts.VERMILLION, "circle"),
+        "trait, all positions": charts.Look(charts.ORANGE, "square", charts.DASHED),
+        "trait, content token": charts.Look(charts.BLUE, "triangle-up", charts.DASHDOT),
+        "random, last function token": charts.Look(charts.GREEN, "diamond", charts.DOTTED),
+        "random, all positions": charts.Look(charts.PURPLE, "triangle-down", charts.DOTTED),
+    },
 )
 EFFECTS = {
     "target_logprob_delta": "change of target log-probability (nats)",
@@ -427,7 +421,7 @@ def scores_chart(whole: Sequence[Row]) -> charts.Spec:
                 for end, suffix in (("value", ""), ("low", "_low"), ("high", "_high"))
             }
             for row in whole
-            for score, name in zip(("own", "counterfactual", "unrelated"), SCORES.names, strict=True)
+            for score, name in zip(("own", "counterfactual", "unrelated"), SCORES.looks, strict=True)
             if row["kind"] == claims.KINDS[place]
         ]
         return charts.intervals(shares, x, y, SCORES, ("low", "high"))

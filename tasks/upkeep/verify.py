@@ -188,12 +188,7 @@ def _read_json(root: _Root, name: str, content: bytes, place: str) -> None:
         if name == RECEIPT:
             _expect(root, "", value["files"], value["hashes"])
         if name == CATALOG:
-            catalog = Catalog.from_json(value)
-            named = [
-                *catalog.tables.values(),
-                *(file.name for files in catalog.sharded.values() for file in files),
-            ]
-            gone = [file for file in dict.fromkeys(named) if file not in root.listing]
+            gone = [file for file in Catalog.from_json(value).files if file not in root.listing]
             if gone:
                 raise DamagedError(f"{place} names {gone[0]}, which is not there")
     except (KeyError, TypeError, AttributeError) as error:
