@@ -5,7 +5,7 @@ Those between the stages of an experiment are in its own `schemas.<experiment>.w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from schemas.experiments import all_rooms
@@ -170,4 +170,4 @@ class StagePlan:
     done: int
     missing: int | None
     reason: str
-    details: tuple[str, ...] = field(default_factory=tuple)
+    details: tuple[str, ...] = ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 from infra.storage import Storage
 from schemas.config import Corpus
@@ -115,9 +115,5 @@ class FileJob:
     corpus: Corpus
     storage: Storage
     tokenizer_folder: str
-    budget: Budget = field(default_factory=Budget)
+    budget: Budget = Budget()
     has_begun: bool = True
-
-    def within(self, budget: Budget) -> FileJob:
-        """The same job under a limit."""
-        return replace(self, budget=budget)

@@ -176,7 +176,7 @@ class Tokenize(Stage[FileUnit, CorpusShards]):
         for job in unit.jobs:
             shards = find_file_shards(job.storage, [job], [left])[0]
             if shards is None:
-                yield from tokenize_file(job.within(left))
+                yield from tokenize_file(replace(job, budget=left))
                 shards = find_file_shards(job.storage, [job], [left])[0]
                 assert shards is not None
             left = left.after(shards)

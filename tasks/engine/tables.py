@@ -226,16 +226,14 @@ def write_table(
         StorageError: if a file cannot be read or written.
     """
     query = read_sql(table)
-    with open_duckdb(storage, resources) as connection:
+    with opened(f"the table {table}", resources, storage, inputs) as connection:
         (statement,) = connection.extract_statements(query)
         bound = {key: value for key, value in parameters.items() if key in statement.named_parameters}
-        with explained(f"the table {table}", resources, storage):
-            create_views(connection, storage, inputs)
-            for view, rows in (relations or {}).items():
-                connection.register(view, rows)
-            with storage.write_by_path(name, resources.temp_directory or None) as place:
-                target = place.path.replace("'", "''")
-                connection.execute(f"COPY ({query}) TO '{target}' (FORMAT parquet, COMPRESSION zstd)", bound)
+        for view, rows in (relations or {}).items():
+            connection.register(view, rows)
+        with storage.write_by_path(name, resources.temp_directory or None) as place:
+            target = place.path.replace("'", "''")
+            connection.execute(f"COPY ({query}) TO '{target}' (FORMAT parquet, COMPRESSION zstd)", bound)
     assert place.stored is not None
     return place.stored
 
@@ -267,6 +265,14 @@ def selected(inputs: Catalog, views: Sequence[str]) -> Catalog:
         tables={view: name for view, name in inputs.tables.items() if view in views},
         sharded={view: files for view, files in inputs.sharded.items() if view in views},
     )
+
+
+@contextmanager
+def opened(what: str, resources: DuckDb, storage: Storage, inputs: Catalog) -> Iterator[Any]:
+    """A DuckDB connection that has the upstream tables as views; its errors are `explained`."""
+    with open_duckdb(storage, resources) as connection, explained(what, resources, storage):
+        create_views(connection, storage, inputs)
+        yield connection
 
 
 @contextmanager
