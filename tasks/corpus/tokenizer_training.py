@@ -34,12 +34,7 @@ _DOCUMENTS_A_REPORT = 200
 
 
 def train_tokenizer(config: Config, storage: Storage, progress: Progress = silent) -> str:
-    """Train the tokenizer of `Config.vocabulary_size` tokens unless it is there.
-
-    Args:
-        config: The configuration; `corpus` and the vocabulary size matter here.
-        storage: Where it is saved, as a fast tokenizer of transformers, in `tokenizers-trained/<key>`.
-        progress: Called with bytes of the corpus read.
+    """Train the tokenizer of `Config.vocabulary_size` tokens, a fast one of transformers, unless it is there.
 
     Returns:
         Its name for `model.tokenizer`, `storage:tokenizers-trained/<key>`.

@@ -112,12 +112,6 @@ def check_layer(entry: Sae, n_layers: int, model_name: str) -> None:
 def check_facts(facts: Facts, entry: Sae, d_model: int, n_layers: int) -> None:
     """Refuse a dictionary that our residuals do not meet.
 
-    Args:
-        facts: What it says of itself.
-        entry: The configuration that names it.
-        d_model: Width of the model's residual stream.
-        n_layers: Number of decoder blocks.
-
     Raises:
         DictionaryError: naming layer, source, the reason and the way out.
     """
@@ -126,12 +120,7 @@ def check_facts(facts: Facts, entry: Sae, d_model: int, n_layers: int) -> None:
 
 
 def check_model_name(model_name: str | None, entry: Sae, names: Sequence[str]) -> None:
-    """Refuse a dictionary that says it was trained on another model, unless `entry.allow_other_model`.
-
-    Args:
-        model_name: What it says; None where it says nothing.
-        entry: The configuration that names it.
-        names: Of the run's model (`tasks.models.names.names_of`).
+    """Refuse a dictionary that says it was trained on a model of none of these names, unless `entry.allow_other_model`.
 
     Raises:
         DictionaryError: naming both models.

@@ -78,10 +78,6 @@ class Residuals(Stage[ResidualShard, dict[Place, ResidualShard]]):
     """The residuals of some parts at some layers, one forward for all layers that a part lacks.
 
     No stage of its own: whoever needs residuals makes them by the way.
-
-    Args:
-        parts: The parts.
-        layers: The layers.
     """
 
     name = "residuals"

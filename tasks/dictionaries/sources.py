@@ -245,7 +245,7 @@ def _refusing(entry: Sae, reason: str, but: tuple[type[Exception], ...] = ()) ->
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without SAELens' warnings: what they are about is refused by `dictionary_checks`."""
+    """Without SAELens' warnings: what they are about is refused by `facts`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

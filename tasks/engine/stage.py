@@ -219,13 +219,7 @@ class Stage(ABC, Generic[U, R]):
 
     @abstractmethod
     def result(self, run: Run, units: Sequence[U], done: Mapping[str, Any]) -> R:
-        """What stages after it get: values that name folders, never data.
-
-        Args:
-            run: The run.
-            units: All units.
-            done: What is there of each, by its folder (`finished`).
-        """
+        """What stages after it get: values that name folders, never data. `done` is of all units, from `finished`."""
 
     def lines(self, missing: Sequence[U]) -> Sequence[str]:
         """What of the missing units `functok status` lists."""

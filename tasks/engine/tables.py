@@ -244,14 +244,7 @@ def ensure_folder(
     inputs: Mapping[str, Any],
     make: Callable[[], Iterable[StoredFile]],
 ) -> None:
-    """Make and commit the files `names`, all of one folder, if that is not finished.
-
-    Args:
-        storage: Where the folder is.
-        names: The files.
-        inputs: What the folder's key was made of.
-        make: Writes the files, and tells of each.
-    """
+    """Have the files `names`, all of one folder whose key `inputs` made, written and committed, if that is not done."""
     folder = names[0].rsplit("/", 1)[0]
     if load(storage, folder) is None:
         written = list(make())

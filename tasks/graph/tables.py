@@ -71,13 +71,11 @@ class GraphTables(TableGroup):
         return graph_group(run.config, run.result(TOKENIZE), features, dictionaries, edges)
 
     def build(self, run: Run, progress: Progress = silent) -> Tables:
-        """Make what is missing of the graph's tables.
+        """Make what is missing: the edges of each layer, then what sums them up.
 
         Raises:
-            ConfigError: if a layer has shards and no dictionary or the reverse, or DuckDB cannot work within
-                its limits.
+            ConfigError: also if a layer has shards and no dictionary or the reverse.
             ExpectationError: if an activation is not a finite number.
-            StorageError: if a file cannot be read or written.
         """
         features, dictionaries, storage = run.result(FEATURES), run.result(DICTIONARIES), run.storage
         layers = checked_layers(features, dictionaries)

@@ -85,10 +85,6 @@ def load_config_of(model: Model, storage: Storage) -> Any:
 def refuse_adapters(model: Model, place: str) -> None:
     """Whether nothing lies beside the weights that would change the model and is not read.
 
-    Args:
-        model: Which.
-        place: Its local folder or hub id.
-
     Raises:
         ModelError: naming the adapter, and how it is merged.
     """

@@ -110,11 +110,6 @@ def _hooks(blocks: torch.nn.ModuleList, layers: list[int], receive: Residuals) -
 def require_known(ids: torch.Tensor, vocabulary: int, whose: str) -> None:
     """Whether token ids are below a model's vocabulary: on CUDA the embedding itself would bring the process down.
 
-    Args:
-        ids: Any shape and device.
-        vocabulary: Rows of the embedding.
-        whose: What errors call it.
-
     Raises:
         ModelError: naming the highest id, if not.
     """

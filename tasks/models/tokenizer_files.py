@@ -123,11 +123,7 @@ def require_ids(backend: Any, stated: dict[str, dict[str, Any]], place: Path | s
 
 
 def read_as_gguf_says(backend: Any, file: Path) -> None:
-    """Let a tokenizer that transformers made of a GGUF file cut text as the file says, where transformers does not.
-
-    Args:
-        backend: The `tokenizers.Tokenizer`; changed in place.
-        file: The GGUF file.
+    """Let a `tokenizers.Tokenizer` that transformers made of a GGUF file cut text as the file says.
 
     Raises:
         ModelError: if the file names a way of cutting that is unknown here.

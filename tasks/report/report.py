@@ -32,17 +32,10 @@ def write_report(
     progress: Progress = silent,
     parts: Sequence[Part] = (),
 ) -> str:
-    """Write `report.html` in the storage's root and give its address.
-
-    Args:
-        storage: The run's root.
-        resources: Limits of DuckDB.
-        progress: Told of each section.
-        parts: What the experiments tell.
+    """Write `report.html` in the storage's root, with the experiments' parts, and give its address.
 
     Raises:
         ConfigError: if no corpus tables are published under this root.
-        StorageError: if the tables cannot be read or the report cannot be written.
     """
     key = _report_key(storage)
     with telling_damage(), closing(connect(storage, resources)) as connection:

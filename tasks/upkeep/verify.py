@@ -78,10 +78,6 @@ class _Root:
 def verify_root(storage: Storage, progress: Progress = silent) -> Verification:
     """Read everything under a root that manifests, receipts and the catalogue name, and all JSON.
 
-    Args:
-        storage: The root.
-        progress: Told of the bytes read.
-
     Raises:
         StorageError: if the storage fails.
     """
@@ -120,12 +116,7 @@ def verify_root(storage: Storage, progress: Progress = silent) -> Verification:
 
 
 def repair(storage: Storage, found: Verification, *, suspects: bool = True) -> list[str]:
-    """Remove what is damaged, and what was made from it, so that the next run makes it anew.
-
-    Args:
-        storage: The root.
-        found: What `verify_root` found.
-        suspects: Also what was made from what is damaged.
+    """Remove what is damaged and, with `suspects`, what was made from it, so that the next run makes it anew.
 
     Returns:
         The folders and files that were removed.
