@@ -45,7 +45,7 @@ from tasks.dictionaries.facts import (
     source_of,
     warn_of_differences,
 )
-from tasks.dictionaries.residuals import Residuals, forward_key, place_of, residual_folder
+from tasks.dictionaries.residuals import Residuals, ResidualShard, forward_key, place_of
 from tasks.dictionaries.sample import leaves_out
 from tasks.dictionaries.sources import (
     FILES,
@@ -328,7 +328,7 @@ def _training_inputs(
         section["start_from"] = start_content(entry, storage.endpoint_url)
     inputs: dict[str, Any] = {
         "version": training.VERSION,
-        "residuals": [residual_folder(part, entry.layer, forward) for part in parts],
+        "residuals": [ResidualShard.of(part, entry.layer, forward).folder for part in parts],
         "train": section,
         "layer": entry.layer,
     }

@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from infra.manifest import Manifest, content_key
+from infra.manifest import Manifest
 from infra.storage import Storage, StoredFile
 from schemas.config import Config
 from schemas.work import GraphShard
@@ -43,11 +43,6 @@ def part_key(part: GraphShard) -> dict[str, object]:
     return {"shard": part.shard.folder, "documents": part.n_documents}
 
 
-def residual_folder(part: GraphShard, layer: int, forward: dict[str, object]) -> str:
-    """The folder of one layer's residuals of one part."""
-    return f"residuals/{content_key(version=VERSION, part=part_key(part), layer=layer, forward=forward)}"
-
-
 Place = tuple[str, int, int]
 """What tells residuals of one forward apart: folder of the token shard, documents of it that count, layer."""
 
@@ -67,6 +62,19 @@ class ResidualShard(Unit):
 
     part: GraphShard
     layer: int
+
+    @classmethod
+    def of(cls, part: GraphShard, layer: int, forward: dict[str, object]) -> ResidualShard:
+        """Those of a forward (`forward_key`)."""
+        return cls(
+            top="residuals",
+            inputs={"version": VERSION, "part": part_key(part), "layer": layer, "forward": forward},
+            about=f"layer {layer}, {part.shard.folder}",
+            size=part.n_tokens,
+            together=(part.shard.folder, part.n_documents),
+            part=part,
+            layer=layer,
+        )
 
     @property
     def file_name(self) -> str:
@@ -91,19 +99,7 @@ class Residuals(Stage[ResidualShard, dict[Place, ResidualShard]]):
     def units(self, run: Run) -> Sequence[ResidualShard]:
         """A unit a part and layer."""
         forward = forward_key(run.config, model_key(run.config.model, run.storage))
-        return [
-            ResidualShard(
-                top="residuals",
-                inputs={"version": VERSION, "part": part_key(part), "layer": layer, "forward": forward},
-                about=f"layer {layer}, {part.shard.folder}",
-                size=part.n_tokens,
-                together=(part.shard.folder, part.n_documents),
-                part=part,
-                layer=layer,
-            )
-            for part in self.parts
-            for layer in self.layers
-        ]
+        return [ResidualShard.of(part, layer, forward) for part in self.parts for layer in self.layers]
 
     def prepare(self, run: Run, missing: Sequence[ResidualShard]) -> Sequence[ResidualShard]:
         """One forward gives all layers that a part lacks."""

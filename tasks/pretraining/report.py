@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from tasks.models.token_texts import visible
 from tasks.pretraining.findings import (
     Gains,
     Halfway,
@@ -27,7 +28,7 @@ from tasks.pretraining.findings import (
 from tasks.pretraining.loss_intervals import BUCKETS, HARDEST, TO_FUNCTION
 from tasks.report import charts
 from tasks.report.queries import DEGREE_BINS, percentiles, rank_bin, resamples_of, rows, tables_of, value
-from tasks.report.text import integer, listed, number, percent, plural, signed, visible, visible_text
+from tasks.report.text import integer, listed, number, percent, plural, signed, visible_text
 from tasks.report.vocabulary import Chart, Column, Finding, Row, Section, Table
 
 __all__ = ["HAS_OWN_GRAPHS", "facts", "final_losses", "findings", "sections"]

@@ -9,7 +9,7 @@ from typing import Any
 from tasks.report import charts
 from tasks.report.charts import KINDS, Spec
 from tasks.report.queries import (
-    cut_note,
+    first_rows,
     line_fit,
     line_sums,
     one,
@@ -286,6 +286,7 @@ def _spread_of(connection: Any, token: Row, n_documents: int) -> dict[str, Any]:
 
 def function_tokens(connection: Any) -> Table:
     """The function tokens by rank."""
+    shown, note = first_rows(connection, "SELECT * FROM tokens WHERE is_function ORDER BY rank", MOST_TOKENS)
     return Table(
         caption="Function tokens",
         columns=[
@@ -297,8 +298,8 @@ def function_tokens(connection: Any) -> Table:
             Column("cumulative_share", "percent"),
             Column("doc_share", "percent", "share of documents"),
         ],
-        rows=rows(connection, f"SELECT * FROM tokens WHERE is_function ORDER BY rank LIMIT {MOST_TOKENS}"),
-        note=cut_note(connection, "SELECT count(*) FROM tokens WHERE is_function", MOST_TOKENS),
+        rows=shown,
+        note=note,
     )
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import altair as alt
 
+from tasks.models.token_texts import visible
 from tasks.report import charts
 from tasks.report.queries import tables_of, value
-from tasks.report.text import listed, percent, visible, visible_text
+from tasks.report.text import listed, percent, visible_text
 from tasks.report.vocabulary import Chart
 
 RULE = (

@@ -18,8 +18,9 @@ from PIL import Image
 
 from infra.duck import connect
 from infra.storage import Storage
+from tasks.models.token_texts import visible
 from tasks.report import charts, corpus, graph
-from tasks.report.text import listed, quoted, visible
+from tasks.report.text import listed, quoted
 from tasks.report.vocabulary import Column, Estimate, beyond, every
 
 
