@@ -90,19 +90,11 @@ class FileShards:
         return sum(shard.n_tokens for shard in self.shards)
 
     @property
-    def n_bytes(self) -> int:
-        """Bytes of the file's text that were read."""
-        return sum(shard.n_bytes for shard in self.shards)
-
-    @property
-    def lost_bytes(self) -> int:
-        """Those of them that could not be used."""
-        return sum(shard.lost_bytes for shard in self.shards)
-
-    @property
     def is_unreadable(self) -> bool:
         """Whether the file ended early, or gave no document of what is in it."""
-        is_all_lost = not self.is_cut and not self.n_documents and self.lost_bytes > 0
+        is_all_lost = (
+            not self.is_cut and not self.n_documents and any(shard.lost_bytes for shard in self.shards)
+        )
         return is_all_lost or any(shard.ends_early for shard in self.shards)
 
 

@@ -71,7 +71,7 @@ def build_report(
         ConfigError: if no corpus tables are published.
     """
     from tasks.report import corpus, graph, run
-    from tasks.report.page import Drawn, draw, render
+    from tasks.report.page import image, render
 
     if not tables_of(connection) >= CORPUS_TABLES:
         raise ConfigError(
@@ -91,10 +91,11 @@ def build_report(
         *(build for _, sections in told for build in sections),
         *run.sections(connection),
     ]
-    sections: list[Drawn] = []
+    sections = []
     for done, build in enumerate(builders):
         progress(done, len(builders), "report sections")
-        sections.append(draw(build()))
+        section = build()
+        sections.append((section, [image(chart) for chart in section.charts]))
     progress(len(builders), len(builders), "report sections")
     facts = corpus.facts(connection) + graph.facts(connection)
     for part, _ in told:
