@@ -58,9 +58,9 @@ REACHED = {
 REACHING = charts.Key(
     field="tokens",
     looks={
-        "function tokens": charts.Look(charts.FUNCTION, "circle"),
-        "content tokens": charts.Look(charts.CONTENT, "triangle-up", charts.DASHED),
-        "ten most frequent tokens": charts.Look(charts.GREEN, "square", charts.DASHDOT),
+        REACHED["function_coverage"]: charts.Look(charts.FUNCTION, "circle"),
+        REACHED["content_coverage"]: charts.Look(charts.CONTENT, "triangle-up", charts.DASHED),
+        REACHED["top10_coverage"]: charts.Look(charts.GREEN, "square", charts.DASHDOT),
     },
 )
 

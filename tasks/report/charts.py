@@ -239,8 +239,8 @@ class Key:
     @classmethod
     def graded(cls, field: str, names: Sequence[str]) -> Key:
         """A key of series that follow each other: later ones are lighter."""
-        step = (len(PLASMA) - 1) / max(1, len(names) - 1)
-        colours = (PLASMA[round(place * step)] for place in range(len(names)))
+        last = max(1, len(names) - 1)
+        colours = (PLASMA[round(place / last * (len(PLASMA) - 1))] for place in range(len(names)))
         return cls(field=field, looks=dict(zip(names, map(Look, colours, cycle(SHAPES)), strict=True)))
 
     def only(self, names: Collection[str]) -> Key:
