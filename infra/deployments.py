@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import yaml
-
 from infra.addresses import without_credentials
 from infra.manifest import content_key
 from infra.prefect_api import client_of, keep_variable
@@ -65,35 +63,32 @@ def with_every_stage(content: Mapping[str, Any], stages: Sequence[str] = STAGES)
 
     So an experiment that somebody adds needs no entry there.
     """
-    entries: list[dict[str, Any]] = list(content["deployments"])
-    known = {entry["name"]: entry for entry in entries}
+    known = {entry["name"]: entry for entry in content["deployments"]}
     like = {name: value for name, value in known.get("features", {}).items() if name != "schedules"}
-    for stage in stages:
-        if stage not in known:
-            entrypoint = f"flows.{stage}.{stage}"
-            entries.append(
-                {**like, "name": stage, "entrypoint": entrypoint, "description": f"The stage {stage}."}
-            )
-    return {**content, "deployments": entries}
+    added = [
+        {**like, "name": stage, "entrypoint": f"flows.{stage}.{stage}", "description": f"The stage {stage}."}
+        for stage in stages
+        if stage not in known
+    ]
+    return {**content, "deployments": [*content["deployments"], *added]}
 
 
-def read_deployments(file: Path, parameters: Mapping[str, Any]) -> list[Wanted]:
-    """The deployments of a `prefect.yaml`, and those of the stages that it does not know.
+def wanted_of(content: Mapping[str, Any], parameters: Mapping[str, Any]) -> list[Wanted]:
+    """The deployments of a `prefect.yaml`.
 
     Args:
-        file: The file.
-        parameters: What stands in for the file's template of parameters.
+        content: The file's.
+        parameters: What stands in for its template of parameters.
 
     Raises:
         ConfigError: if a schedule has no slug: without a name it could not be told from one made in the UI.
     """
-    content = with_every_stage(yaml.safe_load(file.read_text(encoding="utf-8")))
     wanted = []
     for entry in content["deployments"]:
         schedules = entry.get("schedules") or []
         if not all(schedule.get("slug") for schedule in schedules):
             raise ConfigError(
-                f"{file}: a schedule of the deployment {entry['name']} has no slug",
+                f"prefect.yaml: a schedule of the deployment {entry['name']} has no slug",
                 hint="give it a name: slug: nightly",
             )
         wanted.append(

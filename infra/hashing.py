@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from infra.addresses import storage_options
 from infra.storage import LOCAL_CACHE
@@ -37,7 +38,7 @@ def content_hash(url: str, endpoint_url: str | None = None) -> str:
         FileNotFoundError: if the file is not there.
     """
     fs, path = fsspec.core.url_to_fs(url, **storage_options(url, endpoint_url))
-    if type(fs).__name__ == "LocalFileSystem":
+    if isinstance(fs, LocalFileSystem):
         return file_hash(Path(path))
     info = fs.info(path)
     for key in _IDENTITY_KEYS:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from uuid import UUID
 
+    import httpx
     from prefect import Flow
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.objects import FlowRun, State
@@ -43,24 +44,28 @@ WORKER = "prefect.worker.name"
 """The label that a worker gives a run which it has taken."""
 
 
-def health(api_url: str, seconds: float = 2.0) -> bool:
-    """Whether the API answers within some seconds."""
+def answer(url: str, seconds: float = 2.0) -> httpx.Response | None:
+    """What a server answers within some seconds; None where it does not, or not with status 200."""
     import httpx
 
     try:
-        return httpx.get(f"{api_url}/health", timeout=seconds).status_code == 200
+        found = httpx.get(url, timeout=seconds)
     except httpx.HTTPError:
-        return False
+        return None
+    return found if found.status_code == 200 else None
 
 
-def server_version(api_url: str, seconds: float = 2.0) -> str | None:
-    """The version of Prefect that answers there within some seconds, if one does."""
-    import httpx
+def health(api_url: str) -> bool:
+    """Whether the API answers."""
+    return answer(f"{api_url}/health") is not None
 
+
+def server_version(api_url: str) -> str | None:
+    """The version of Prefect that answers there, if one does."""
+    found = answer(f"{api_url}/admin/version")
     try:
-        answer = httpx.get(f"{api_url}/admin/version", timeout=seconds)
-        return str(answer.json()) if answer.status_code == 200 else None
-    except (httpx.HTTPError, ValueError):
+        return None if found is None else str(found.json())
+    except ValueError:
         return None
 
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infra.prefect_api import client_of, keep_variable
+from infra.prefect_api import answer, client_of, keep_variable
 
 if TYPE_CHECKING:
     from infra.storage import Storage
@@ -88,18 +88,14 @@ def report_page(name: str) -> str:
 
 def browser_address(path: str) -> str | None:
     """The address of one of our pages on the server of PREFECT_API_URL; None where that is not `functok up`."""
-    import httpx
     from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 
     server = (PREFECT_API_URL.value() or "").rstrip("/").removesuffix("/api")
     if not server:
         return None
-    try:
-        answer = httpx.get(f"{server}{PAGES}/health", timeout=10)
-    except httpx.HTTPError:
-        return None
+    found = answer(f"{server}{PAGES}/health", seconds=10)
     # Prefect's own server answers any path, with its UI.
-    if answer.text != GREETING:
+    if found is None or found.text != GREETING:
         return None
     return f"{(PREFECT_UI_URL.value() or server).rstrip('/')}{path}"
 
