@@ -81,7 +81,7 @@ def show_damage(storage: Storage, rows: list[dict[str, Any]], n_files: int, n_by
     create_table_artifact(table=shown, **_named(storage, "damaged-files", description))
 
 
-def _named(storage: Storage, what: str, description: str) -> dict[str, str]:
+def _named(storage: Storage, what: str, description: str) -> dict[str, Any]:
     """The key and the description of an artifact of a root."""
     return {"key": f"{what}-{storage.name}", "description": f"{description} (root: {storage.root})"}
 

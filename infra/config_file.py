@@ -97,7 +97,7 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
 def _assign_path(values: dict[str, Any], path: list[str], value: Any) -> None:
     node: Any = values
     for here, part in enumerate(path):
-        key: str | int = part
+        key: Any = part
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
                 raise ConfigError(f"--set {'.'.join(path)}: {part!r} is no index of a list of {len(node)}")

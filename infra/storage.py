@@ -328,7 +328,7 @@ class Storage:
         self._changed()
         with self._explained(name):
             if self.is_local:
-                with _put_aside(Path(self.full(name))) as aside, open(aside, "wb") as file:
+                with put_aside(Path(self.full(name))) as aside, open(aside, "wb") as file:
                     yield FileBeingWritten(name, file)
                     file.flush()
                     os.fsync(file.fileno())
@@ -359,7 +359,7 @@ class Storage:
             return
         self._changed()
         with self._explained(name):
-            with _put_aside(Path(self.full(name))) as aside:
+            with put_aside(Path(self.full(name))) as aside:
                 place = PlaceToWrite(str(aside))
                 yield place
                 with open(aside, "rb+") as file:
@@ -574,7 +574,7 @@ def _check_address(*addresses: str | None) -> None:
 
 
 @contextmanager
-def _put_aside(target: Path) -> Iterator[Path]:
+def put_aside(target: Path) -> Iterator[Path]:
     """A path beside `target`, which becomes it when the block ends without an error."""
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
