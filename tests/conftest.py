@@ -19,6 +19,8 @@ _DATABASES.mkdir(parents=True, exist_ok=True)
 Path(_CACHE, "prefect").symlink_to(_DATABASES)
 # No test asks a hub: without this, a name that is nowhere is retried for most of a minute.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Threads that wait by spinning take the cores from the other processes of the suite.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from hypothesis import HealthCheck, settings  # noqa: E402
 from prefect_home import prefect_api, prefect_database  # noqa: E402
