@@ -44,11 +44,12 @@ def check(run: Run, stage: Stage[Any, Any]) -> None:
     question, storage = stage.question(run, run.result(stage)), run.storage
     if question is None:
         return
-    key = _check_key(stage.name, **question.of)
+    rows = {name: table.to_pylist() for name, table in question.small.items()}
+    key = _check_key(stage.name, **{**rows, **question.of})
     if _passed(storage, stage.name, key):
         return
     with open_duckdb(storage, run.config.duckdb) as connection:
-        views = question.views()
+        views = {**question.small, **question.views()}
         for name, table in views.items():
             put(connection, name, table)
         names = {*views, *question.put(connection)}

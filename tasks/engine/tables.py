@@ -28,7 +28,7 @@ from schemas.work import StagePlan
 from sql import read_sql
 from tasks.engine.checks import expectations_table
 from tasks.engine.run import Run
-from tasks.engine.stage import Image, Shown, Stage
+from tasks.engine.stage import Asked, Image, Shown, Stage
 
 VERSION = 1
 """Raise when the SQL or what runs it changes what is in a table."""
@@ -79,7 +79,7 @@ class Tables:
         return [*self.tables.values(), *by_shard]
 
 
-class TableGroup(ABC):
+class TableGroup(Asked, ABC):
     """Tables that are made and published together.
 
     Attributes:
@@ -90,13 +90,9 @@ class TableGroup(ABC):
     name: ClassVar[str]
     needs: ClassVar[tuple[Stage[Any, Any], ...]]
 
-    def applies(self, config: Config) -> bool:
-        """Whether a configuration asks for it."""
-        return True
-
     def subject(self, config: Config) -> str:
         """What it is of, in a few words."""
-        return self.name
+        return super().subject(config) or self.name
 
     @abstractmethod
     def planned(self, run: Run) -> Tables | None:

@@ -37,10 +37,10 @@ from tasks.corpus.windows import ShardTokens, read_heldout_tokens
 from tasks.dictionaries.residuals import forward_key
 from tasks.engine.offenders import Views
 from tasks.engine.run import Run
-from tasks.engine.stage import Made, Question, Unit
+from tasks.engine.stage import Made, Question, Stage, Unit
 from tasks.engine.tables import explained
 from tasks.models.devices import device_client, settle
-from tasks.pretraining.checkpoints import CHECKPOINTS, SERIES, SeriesStage, key_columns, series_rows
+from tasks.pretraining.checkpoints import CHECKPOINTS, key_columns, wanted_series
 from tasks.pretraining.loading import check_checkpoint, named, open_checkpoint
 from tasks.pretraining.predictions import Ids, Predictions, predict, sum_by_document
 
@@ -63,10 +63,11 @@ class LossUnit(Unit):
     function_ids: Ids | None
 
 
-class Losses(SeriesStage[LossUnit, list[LossShard]]):
+class Losses(Stage[LossUnit, list[LossShard]]):
     """What each checkpoint loses on held-out documents, prediction by prediction."""
 
     name = "losses"
+    section = "consolidation"
     needs = (TOKENIZE, CHECKPOINTS)
     measure = "tokens, losses"
     things = "losses"
@@ -170,18 +171,16 @@ class Losses(SeriesStage[LossUnit, list[LossShard]]):
             }
             for loss in result
         ]
-        wanted = series_rows(config)
         file, count = file_of(config), "count(*)"
         if not losses_of(config).keep_tokens:
             count = "coalesce(sum(n), 0)::BIGINT"
         return Question(
+            small={"wanted": wanted_series(config)},
             of={
                 "shards": rows,
-                "wanted": wanted,
                 "window": window_of(config),
                 "documents": [[part.shard.folder, part.documents] for part in parts],
             },
-            views=lambda: {"wanted": pa.Table.from_pylist(wanted, schema=SERIES)},
             put=lambda connection: _put_predictions(run, connection, parts),
             folders=lambda: {
                 loss.folder: Views(

@@ -15,9 +15,8 @@ import torch
 
 from infra import verified
 from infra.manifest import Manifest
-from schemas.config import Config
-from schemas.errors import ConfigError, about
-from schemas.steering.section import Case, Steering, steering_of, without_steering
+from schemas.errors import about
+from schemas.steering.section import Case
 from schemas.steering.work import CaseFeatures
 from schemas.tables import SHARD_FILES
 from schemas.work import Dictionary
@@ -63,6 +62,7 @@ class Reactivation(Stage[CaseUnit, list[CaseFeatures]]):
     """Which feature is active at which position of the cases' prompts, layer by layer."""
 
     name = "reactivation"
+    section = "steering"
     needs = (TOKENIZE, DICTIONARIES)
     measure = "tokens, cases"
     things = "cases"
@@ -72,18 +72,6 @@ class Reactivation(Stage[CaseUnit, list[CaseFeatures]]):
 
     def __init__(self) -> None:
         self._readers = Readers()
-
-    def applies(self, config: Config) -> bool:
-        """Where there are cases."""
-        return config.section(Steering) is not None
-
-    def refuse(self, config: Config) -> ConfigError:
-        """There are no cases."""
-        return without_steering(self.name)
-
-    def subject(self, config: Config) -> str:
-        """The file of cases."""
-        return steering_of(config).cases.rsplit("/", 1)[-1]
 
     def units(self, run: Run) -> Sequence[CaseUnit]:
         """For each case its tokens, then its layers, ascending.

@@ -16,9 +16,7 @@ import pyarrow as pa
 
 from infra import verified
 from infra.manifest import Manifest, load_all
-from schemas.config import Config
-from schemas.errors import ConfigError, about
-from schemas.steering.section import without_steering
+from schemas.errors import about
 from schemas.steering.work import Steered, SteeredPrompt, TraitFeatures
 from schemas.tables import SHARD_FILES
 from schemas.work import Dictionary
@@ -35,7 +33,6 @@ from tasks.steering.cases import check_cases, check_clamps, read_cases
 from tasks.steering.experiments import ExperimentUnit, experiment_units
 from tasks.steering.loaded_traits import known_traits, load_layers
 from tasks.steering.prompt_features import Readers, labels_of, read_once
-from tasks.steering.reactivation import REACTIVATION
 from tasks.steering.sweep import Effect, check_experiment, sweep
 from tasks.steering.traits import TraitUnit, find_trait, found_traits, trait_units
 
@@ -49,7 +46,7 @@ SHOWN_TEXTS = 200
 class Steering(Stage[Unit, Steered]):
     """The traits' features, and what each experiment does with them."""
 
-    name = "steering"
+    name = section = "steering"
     needs = (TOKENIZE, DICTIONARIES)
     measure = "texts, steering"
     things = "traits and experiments"
@@ -62,18 +59,6 @@ class Steering(Stage[Unit, Steered]):
         self._readers = Readers()
         self._model: LanguageModel | None = None
         self._sae: tuple[str, Any] | None = None
-
-    def applies(self, config: Config) -> bool:
-        """Where there are cases."""
-        return REACTIVATION.applies(config)
-
-    def refuse(self, config: Config) -> ConfigError:
-        """There are no cases."""
-        return without_steering(self.name)
-
-    def subject(self, config: Config) -> str:
-        """The file of cases."""
-        return REACTIVATION.subject(config)
 
     def units(self, run: Run) -> Sequence[Unit]:
         """The traits' layers, then the experiments, in the order of the cases' file.

@@ -58,16 +58,8 @@ HEAT_MAPS = 6
 class SteeringTables(TableGroup):
     """The tables of a run's cases, traits and experiments; those of what it has none of are left out."""
 
-    name = "steering"
+    name = section = "steering"
     needs = (TOKENIZE, REACTIVATION, STEERING)
-
-    def applies(self, config: Config) -> bool:
-        """Where there are cases."""
-        return STEERING.applies(config)
-
-    def subject(self, config: Config) -> str:
-        """The file of cases."""
-        return STEERING.subject(config)
 
     def planned(self, run: Run) -> Tables:
         """The group as it would be published.
