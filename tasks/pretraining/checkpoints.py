@@ -60,33 +60,20 @@ class Checkpoints(Stage[CheckpointUnit, list[Checkpoint]]):
     tops = ("checkpoints", "training")
 
     def units(self, run: Run) -> Sequence[CheckpointUnit]:
-        """What each series that is trained here leaves; a public one is only looked for (`result`).
-
-        Raises:
-            ConfigError: if sizes do not fit each other.
-        """
+        """What each series that is trained here leaves; a public one is only looked for (`result`)."""
         units: list[CheckpointUnit] = []
         for series in consolidation_of(run.config).series:
             if series.shape is None:
                 continue
             plan = plan_training(run.config, run.result(TOKENIZE), series)
             about = _still_to_do(run.storage, plan)
+            leaves = [("checkpoints", plan.checkpoint_inputs(step), step) for step in plan.checkpoint_steps]
             units += [
                 CheckpointUnit(
-                    top="checkpoints",
-                    inputs=plan.checkpoint_inputs(step),
-                    about=about,
-                    together=series.name,
-                    plan=plan,
-                    step=step,
+                    top=top, inputs=inputs, about=about, together=series.name, plan=plan, step=step
                 )
-                for step in plan.checkpoint_steps
+                for top, inputs, step in [*leaves, ("training", plan.inputs, None)]
             ]
-            units.append(
-                CheckpointUnit(
-                    top="training", inputs=plan.inputs, about=about, together=series.name, plan=plan
-                )
-            )
         return units
 
     def lines(self, missing: Sequence[CheckpointUnit]) -> Sequence[str]:
@@ -100,25 +87,14 @@ class Checkpoints(Stage[CheckpointUnit, list[Checkpoint]]):
         return missing
 
     def make(self, run: Run, group: Sequence[CheckpointUnit]) -> Iterator[Made]:
-        """Train a series; checkpoints are committed as they come, by the processes that train.
-
-        Raises:
-            CorpusError: if there is too little text.
-            TrainingError: if the training diverges; it names the step and the last good checkpoint.
-            FunctokError: if a child process fails.
-        """
+        """Train a series; checkpoints are committed as they come, by the processes that train."""
         train_series(run.config, run.storage, run.result(TOKENIZE), group[0].plan, run.tell)
         yield Made()
 
     def result(
         self, run: Run, units: Sequence[CheckpointUnit], done: Mapping[str, Manifest]
     ) -> list[Checkpoint]:
-        """All checkpoints, series in the configuration's order, steps ascending.
-
-        Raises:
-            ConfigError: if a public series has no checkpoint, two at one step, or one whose step is unknown.
-            ModelError: if a public checkpoint cannot be found.
-        """
+        """All checkpoints, series in the configuration's order, steps ascending."""
         config, storage = run.config, run.storage
         checkpoints: list[Checkpoint] = []
         for series in consolidation_of(config).series:
@@ -187,9 +163,7 @@ def checkpoint_rows(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
         {
             **key_columns(checkpoint),
             "source": " ".join(
-                part
-                for part in (without_credentials(checkpoint.model.name), checkpoint.model.revision)
-                if part is not None
+                filter(None, (without_credentials(checkpoint.model.name), checkpoint.model.revision))
             ),
             "tokens": checkpoint.tokens,
             "parameters": checkpoint.parameters,
@@ -204,12 +178,7 @@ def key_columns(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def check_prompts(config: Config, storage: Storage, context_length: int) -> None:
-    """Whether every prompt leaves room for its continuation.
-
-    Args:
-        config: The configuration, its tokenizer resolved.
-        storage: Where the tokenizer may be.
-        context_length: Positions of the models that are to be trained.
+    """Whether every prompt leaves room for its continuation in models of that many positions.
 
     Raises:
         ModelError: naming the first prompt that does not, or one that is empty without a BOS token.

@@ -83,12 +83,7 @@ class Generations(Stage[TextsUnit, list[GeneratedTexts]]):
         return device_client(run.config, len(groups))
 
     def make(self, run: Run, group: Sequence[TextsUnit]) -> Iterator[Made | int]:
-        """A checkpoint's texts.
-
-        Raises:
-            ModelError: if the checkpoint does not fit the tokenizer, a prompt leaves no room in its context, or logits
-                are not finite.
-        """
+        """A checkpoint's texts."""
         (unit,) = group
         section = _section(run)
         rows = []

@@ -80,10 +80,6 @@ class Growth(Stage[GrowthUnit, list[GrownSae]]):
 
         The hashes that say which documents are held out are computed where nobody has yet, from all tokens, and kept
         (`tasks.corpus.heldout`).
-
-        Raises:
-            ConfigError: if a series has no checkpoint at a step that is asked for.
-            CorpusError: if no document is left to judge the SAEs.
         """
         if not self.applies(run.config):
             return []
@@ -134,12 +130,7 @@ class Growth(Stage[GrowthUnit, list[GrownSae]]):
         return missing
 
     def make(self, run: Run, group: Sequence[GrowthUnit]) -> Iterator[Made]:
-        """SAE, graph and judgement of a checkpoint, or of several of which each SAE starts from the one before.
-
-        Raises:
-            DictionaryError: naming series and step, if an SAE cannot be trained or falls short.
-            ModelError: naming series and step, if a checkpoint cannot be read, or gives what is not finite.
-        """
+        """SAE, graph and judgement of a checkpoint, or of several of which each SAE starts from the one before."""
         dictionary: Dictionary | None = None
         for unit in group:
             checkpoint, tell = unit.checkpoint, _within(run.tell, f"{unit.about} ({unit.place})")

@@ -68,15 +68,10 @@ class Judgement:
 
 
 class Judging(Stage[Unit, Judgement]):
-    """One checkpoint's SAE before held-out text.
+    """One checkpoint's SAE before held-out text, the parts.
 
     No stage of its own: growth makes it by the way. Its folder holds `densities.parquet`, how many tokens activated
     each feature that any did.
-
-    Args:
-        checkpoint: The checkpoint.
-        dictionary: Its SAE.
-        parts: The documents that judge it.
     """
 
     name = "growth"
@@ -100,12 +95,7 @@ class Judging(Stage[Unit, Judgement]):
         return [Unit(top="growth", inputs=inputs, about="how often each feature is active", size=size)]
 
     def make(self, run: Run, group: Sequence[Unit]) -> Iterator[Made | int]:
-        """Read the held-out text.
-
-        Raises:
-            ModelError: if tokens, windows or layer do not fit the model, or residuals or losses are not finite.
-            CorpusError: if no held-out window has two tokens.
-        """
+        """Read the held-out text."""
         (unit,) = group
         judged = yield from judge(run, self.checkpoint, self.dictionary, self.parts)
         active = np.flatnonzero(judged.counts)
@@ -143,20 +133,10 @@ def judge(
 
     BOS, padding and special tokens keep their residuals: nothing here is about them, but what follows reads them.
 
-    Args:
-        run: Its configuration says windows and batches.
-        checkpoint: The checkpoint.
-        dictionary: Its SAE.
-        parts: The documents that judge it.
-
     Yields:
         Tokens judged, a part at a time.
 
-    Returns:
-        What was found.
-
     Raises:
-        ModelError: if tokens, windows or layer do not fit the model, or residuals or losses are not finite.
         CorpusError: if no held-out window has two tokens.
     """
     config, storage = run.config, run.storage
@@ -217,15 +197,7 @@ class _Sums:
 
     @torch.inference_mode()
     def add(self, batch: Batch) -> None:
-        """Read a batch as it is, through the SAE and with zeros, and add what is found of its ordinary tokens.
-
-        Args:
-            batch: Windows whose `input_ids` and `token` are (windows, padded length); ordinary tokens stand where
-                `token` is not -1. One without any adds nothing.
-
-        Raises:
-            ModelError: if residuals or losses are not finite.
-        """
+        """Read a batch as it is, through the SAE and with zeros, and add what is found of its ordinary tokens."""
         input_ids = torch.from_numpy(batch.input_ids)
         is_ordinary = torch.from_numpy(batch.token >= 0)
         wanted = is_ordinary[:, :-1] & is_ordinary[:, 1:]

@@ -77,11 +77,7 @@ class Losses(Stage[LossUnit, list[LossShard]]):
     tops = ("losses",)
 
     def units(self, run: Run) -> Sequence[LossUnit]:
-        """A unit a checkpoint and part: checkpoints in order, parts in corpus order.
-
-        Raises:
-            CorpusError: if no document is held out.
-        """
+        """A unit a checkpoint and part: checkpoints in order, parts in corpus order."""
         config, storage, shards = run.config, run.storage, run.result(TOKENIZE)
         section = losses_of(config)
         kept: dict[str, Any] = {"keep_tokens": section.keep_tokens}
@@ -110,11 +106,7 @@ class Losses(Stage[LossUnit, list[LossShard]]):
         ]
 
     def prepare(self, run: Run, missing: Sequence[LossUnit]) -> Sequence[LossUnit]:
-        """Decide number formats, and refuse what does not fit the corpus before the forwards of those that come first.
-
-        Raises:
-            ModelError: naming the checkpoint (`tasks.pretraining.loading.check_checkpoint`).
-        """
+        """Decide number formats, and refuse what does not fit the corpus before the first forward."""
         for checkpoint in {unit.together: unit.checkpoint for unit in missing}.values():
             settle(checkpoint.model, run.storage)
             # Of a hub's, each would cost requests.
@@ -128,11 +120,7 @@ class Losses(Stage[LossUnit, list[LossShard]]):
         return device_client(run.config, len(groups))
 
     def make(self, run: Run, group: Sequence[LossUnit]) -> Iterator[Made]:
-        """The parts that one checkpoint lacks.
-
-        Raises:
-            ModelError: if the checkpoint does not fit the corpus' tokens or the windows, or a loss is not finite.
-        """
+        """The parts that one checkpoint lacks."""
         with named(group[0].checkpoint, self.name):
             model, tokenizer = open_checkpoint(run.config, run.storage, group[0].checkpoint)
             for unit in group:
@@ -222,32 +210,19 @@ def _refuse_not_finite(part: HeldoutPart, tokens: ShardTokens, predictions: Pred
 def _write(
     storage: Storage, unit: LossUnit, tokens: ShardTokens, predictions: Predictions
 ) -> list[StoredFile]:
-    if unit.function_ids is None:
-        return [_write_tokens(storage, unit, tokens, predictions)]
-    sums = sum_by_document(tokens, predictions, unit.function_ids)
-    return [storage.write_parquet(f"{unit.folder}/document_losses.parquet", sums)]
-
-
-def _write_tokens(
-    storage: Storage, unit: LossUnit, tokens: ShardTokens, predictions: Predictions
-) -> StoredFile:
-    at = predictions.token
-    return storage.write_parquet(
+    if unit.function_ids is not None:
+        sums = sum_by_document(tokens, predictions, unit.function_ids)
+        return [storage.write_parquet(f"{unit.folder}/document_losses.parquet", sums)]
+    at, ids = predictions.token, tokens.token_id
+    columns = [tokens.doc[at], tokens.position[at], ids[at - 1], ids[at], predictions.loss]
+    written = storage.write_parquet(
         f"{unit.folder}/token_losses.parquet",
-        pa.table(
-            [
-                tokens.doc[at],
-                tokens.position[at],
-                tokens.token_id[at - 1],
-                tokens.token_id[at],
-                predictions.loss,
-            ],
-            schema=SHARD_FILES["token_losses"],
-        ),
+        pa.table(columns, schema=SHARD_FILES["token_losses"]),
         row_group_size=_ROWS_PER_GROUP,
         use_dictionary=["doc", "current_token_id", "token_id"],
         column_encoding={"position": "DELTA_BINARY_PACKED", "loss": "BYTE_STREAM_SPLIT"},
     )
+    return [written]
 
 
 def _put_predictions(run: Run, connection: Any, parts: Sequence[HeldoutPart]) -> Collection[str]:

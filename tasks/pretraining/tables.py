@@ -124,13 +124,7 @@ class ConsolidationTables(TableGroup):
         )
 
     def build(self, run: Run, progress: Progress = silent) -> Tables:
-        """Make what is missing of the tables.
-
-        Raises:
-            ConfigError: if DuckDB cannot work within its limits.
-            ExpectationError: if an activation is not a finite number.
-            StorageError: if a file cannot be read or written.
-        """
+        """Make what is missing of the tables."""
         corpus, group = corpus_group(run.config, run.result(TOKENIZE)), self.planned(run)
         by_checkpoint, growth = _loss_files(run), run.result(GROWTH)
         total = len(by_checkpoint) + len(growth) + 1

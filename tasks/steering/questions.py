@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -60,7 +59,7 @@ def of_steering(run: Run, steered: Steered) -> Question:
     traits = [(entry.folder, trait.trait, entry.layer) for trait in steered.traits for entry in trait.layers]
     experiments = [(made.folder, made.case, made.prompt) for made in steered.experiments]
     # Every prompt has the control at a content token here; where it has no such token, its rows are left out.
-    conditions = [asdict(condition) for condition in conditions_of(section, last=0, content=0)]
+    conditions = conditions_of(section, last=0, content=0)
     files = {
         "trait_layers": [folder for folder, *_ in traits],
         "trait_features": [folder for folder, *_ in traits],
@@ -102,10 +101,7 @@ def of_steering(run: Run, steered: Steered) -> Question:
             ),
             "conditions": table_of(
                 "mode VARCHAR, place VARCHAR, control VARCHAR, draw INTEGER, strength DOUBLE",
-                [
-                    [condition[name] for name in ("mode", "place", "control", "draw", "strength")]
-                    for condition in conditions
-                ],
+                [(one.mode, one.place, one.control, one.draw, one.strength) for one in conditions],
             ),
             "settings": table_of(
                 "configured_layer INTEGER, configured_features BIGINT, decomposition VARCHAR",

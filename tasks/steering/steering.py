@@ -61,12 +61,7 @@ class Steering(Stage[Unit, Steered]):
         self._sae: tuple[str, Any] | None = None
 
     def units(self, run: Run) -> Sequence[Unit]:
-        """The traits' layers, then the experiments, in the order of the cases' file.
-
-        Raises:
-            ConfigError: if the cases cannot be used, a prompt has no function token, a feature is in no dictionary, or
-                the traits of an experiment, as far as they are known, cannot be steered together as asked.
-        """
+        """The traits' layers, then the experiments, in the order of the cases' file."""
         function_ids = function_token_ids(run.config, run.storage, run.result(TOKENIZE))
         function = frozenset(function_ids.tolist())
         with about(stage=self.name):
@@ -84,13 +79,7 @@ class Steering(Stage[Unit, Steered]):
         return [*labels_of(traits), *(unit.about for unit in missing if not isinstance(unit, TraitUnit))]
 
     def prepare(self, run: Run, missing: Sequence[Unit]) -> Sequence[Unit]:
-        """Refuse what can be refused without a model, and leave experiments for when no trait is missing.
-
-        Raises:
-            ConfigError: if the cases cannot be used, or features of a dictionary cannot be clamped though that is asked
-                for.
-            DictionaryError: naming experiment and condition, if features cannot be set as asked.
-        """
+        """Refuse what can be refused without a model, and leave experiments for when no trait is missing."""
         with about(stage=self.name):
             check_clamps(run.config, check_cases(run.config, run.storage), _facts(run))
         experiments = [unit for unit in missing if isinstance(unit, ExperimentUnit)]
@@ -102,13 +91,7 @@ class Steering(Stage[Unit, Steered]):
         return read_once(traits) if traits else experiments
 
     def make(self, run: Run, group: Sequence[Unit]) -> Iterator[Made | int]:
-        """What one trait lacks, or one experiment.
-
-        Raises:
-            DictionaryError: if a dictionary cannot be decomposed by as asked, or no longer loads.
-            ModelError: if the model cannot be loaded, or naming experiment, layer and condition, gives what is not
-                finite.
-        """
+        """What one trait lacks, or one experiment."""
         with about(group[0].about, stage=self.name):
             traits = [unit for unit in group if isinstance(unit, TraitUnit)]
             if traits:

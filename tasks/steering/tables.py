@@ -92,12 +92,7 @@ class SteeringTables(TableGroup):
         return Tables.of(self.name, parts, wanted, inputs=Catalog(sharded=inputs if cases else {}))
 
     def build(self, run: Run, progress: Progress = silent) -> Tables:
-        """Make what is missing of its tables.
-
-        Raises:
-            ConfigError: if DuckDB cannot work within its limits.
-            StorageError: if a file cannot be read or written.
-        """
+        """Make what is missing of its tables."""
         group, corpus = self.planned(run), corpus_group(run.config, run.result(TOKENIZE))
         total = len(group.tables)
         advance = one_by_one(progress, total)
