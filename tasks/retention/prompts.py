@@ -197,7 +197,7 @@ def _several_keys(depth: float, rng: random.Random) -> _Text:
     )
 
 
-def _variables(depth: float, rng: random.Random) -> _Text:
+def _variable_tracking(depth: float, rng: random.Random) -> _Text:
     names, numbers = rng.sample(LETTERS, LINKS + 1), _numbers(rng, 2)
     sentences = [(depth, f"The value of {names[0]} is {numbers[0]}.")]
     for link in range(1, LINKS):
@@ -220,6 +220,6 @@ def _numbers(rng: random.Random, n: int) -> list[int]:
 TASKS: Mapping[str, Callable[[float, random.Random], _Text]] = {
     "passkey": _passkey,
     "multi_key": _several_keys,
-    "variables": _variables,
+    "variable_tracking": _variable_tracking,
 }
 """What each task puts into a context, and asks: one key; one of several keys; a variable at the end of a chain."""

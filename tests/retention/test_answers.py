@@ -52,7 +52,7 @@ def test_the_asked_for_key_or_variable_is_the_right_one_of_several(tokenizer: An
         word, answer = question.rsplit(" for ", 1)[1].split()[0], tokenizer.decode(list(prompt.answer))
         assert f" The special number for {word} is{answer}." in text
         assert text.count("The special number for") == 4
-    for prompt in made(tokenizer, "variables"):
+    for prompt in made(tokenizer, "variable_tracking"):
         text, question = tokenizer.decode(list(prompt.context)), tokenizer.decode(list(prompt.question))
         name = question.rsplit(" of ", 1)[1].split()[0]
         for _ in range(2):
