@@ -457,8 +457,14 @@ class StructuredRetention(Policy):
         """(batch, heads, n, signals) as `SIGNALS` names them."""
         age = (held.seen - held.positions).clamp(min=1).float()
         received = held.state["received"] / (1 - self.decay**age)
-        raw = (received, held.state["log_norm"], held.state["surprisal"], age.log())
-        return torch.stack([standardized(numbers, held.candidates) for numbers in raw], dim=-1)
+        surprisal, among = held.state["surprisal"], held.candidates
+        signals = (
+            standardized(received, among),
+            standardized(held.state["log_norm"], among),
+            standardized(surprisal, among, unknown=surprisal.isnan()),
+            standardized(age.log(), among),
+        )
+        return torch.stack(signals, dim=-1)
 
     def significance(self, held: Held) -> torch.Tensor:
         """(batch, heads, n) s."""

@@ -47,18 +47,22 @@ def require_finite(scores: torch.Tensor, alive: torch.Tensor, whose: str) -> Non
         )
 
 
-def standardized(numbers: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
-    """z: how many standard deviations a number is above the mean of its row; 0 where it is NaN or all are equal.
+def standardized(
+    numbers: torch.Tensor, among: torch.Tensor, unknown: torch.Tensor | None = None
+) -> torch.Tensor:
+    """z: how many standard deviations a number is above the mean of its row; 0 where it is not known or all are equal.
 
     Args:
-        numbers: (…, n); NaN is a number that is not known.
+        numbers: (…, n).
         among: (…, n) bool, the entries whose mean and deviation count.
+        unknown: (…, n) bool, the entries that are not known; None: none.
 
     Returns:
         (…, n) float32.
     """
     numbers = numbers.float()
-    known = among & ~numbers.isnan()
+    unknown = torch.zeros_like(among) if unknown is None else unknown
+    known = among & ~unknown
     count = known.sum(-1, keepdim=True).clamp(min=1)
     filled = torch.where(known, numbers, 0)
     mean = filled.sum(-1, keepdim=True) / count
@@ -66,7 +70,7 @@ def standardized(numbers: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
     deviation = (torch.where(known, centred, 0).square().sum(-1, keepdim=True) / count).sqrt()
     # Rounding leaves a deviation to equal numbers.
     flat = deviation <= 1e-6 * mean.abs().clamp(min=1e-12)
-    return torch.where(numbers.isnan() | flat, 0, centred / torch.where(flat, 1, deviation))
+    return torch.where(unknown | flat, 0, centred / torch.where(flat, 1, deviation))
 
 
 def retention_probabilities(

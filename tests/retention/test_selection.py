@@ -102,7 +102,7 @@ def test_probabilities_sum_to_the_budget(temperature: float) -> None:
 def test_z_ignores_what_is_not_known_and_what_is_all_equal() -> None:
     numbers = torch.tensor([[1.0, 3.0, torch.nan, 100.0], [2.0, 2.0, 2.0, 9.0]])
     among = torch.tensor([[True, True, True, False], [True, True, True, False]])
-    z = standardized(numbers, among)
+    z = standardized(numbers, among, unknown=numbers.isnan())
     assert z[0].tolist() == [-1.0, 1.0, 0.0, 98.0]
     assert z[1].tolist() == [0.0, 0.0, 0.0, 0.0]
 
