@@ -143,8 +143,9 @@ def _go_on(
 def _require_positions(model: LanguageModel, prompt: Prompt) -> None:
     length = sum(_shape(prompt))
     if model.context_length is not None and length > model.context_length:
+        most = model.context_length - length + len(prompt.context)
         raise ModelError(
             f"a prompt of the task {prompt.task} has {length:,} tokens with its question and answer, more than "
             f"{model.name} was built for ({model.context_length:,} positions)",
-            hint=f"lower retention.retrieval.lengths to {model.context_length - length + len(prompt.context):,} or less",
+            hint=f"lower retention.retrieval.lengths to {most:,} or less",
         )

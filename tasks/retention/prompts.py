@@ -131,7 +131,7 @@ def prompts(
     found = []
     for depth in depths:
         for number in range(n):
-            rng = random.Random(f"{seed}/{task}/{length}/{depth}/{number}")
+            rng = random.Random(f"{seed}/{task}/{length}/{depth}/{number}")  # noqa: S311
             text = TASKS[task](depth, rng)
             placed = sorted((at, ids(f" {sentence}")) for at, sentence in text.sentences)
             room = length - len(first) - sum(len(sentence) for _, sentence in placed)
