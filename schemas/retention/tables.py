@@ -67,7 +67,7 @@ SHARD_FILES: dict[str, pa.Schema] = {
         tier=pa.string(),
         age=pa.int64(),
         at_risk=pa.int64(),
-        left=pa.int64(),
+        died=pa.int64(),
     ),
     # a learned gate: a row a layer, key-value head and signal (`bias` too)
     "gate_weights": schema_of(
@@ -159,7 +159,7 @@ TABLES: dict[str, pa.Schema] = {
         age=pa.int64(),
         survival=pa.float64(),
         at_risk=pa.int64(),
-        left=pa.int64(),
+        died=pa.int64(),
         ratio_to_random=pa.float64(),
     ),
     "retention_losses": _of_setup(
