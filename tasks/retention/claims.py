@@ -2,8 +2,8 @@
 
 Every claim is a set of differences, each turned so that it is above 0 where the claim is right, with its 95 % interval:
 a bootstrap over sequences, paired, for both sides have read the same ones (`retention_readings`, a row a reading of a
-sequence). A claim holds where every interval lies above 0, differs where any lies below, and is undecided in between: it
-must be right at every budget, against every baseline.
+sequence). A claim holds where every interval lies above 0, differs where any lies below, and is undecided in between:
+it must be right at every budget, against every baseline.
 
 Equal bytes: a baseline is compared at the same budget, length and protocol, where its share of the full cache's bytes
 (`retention.kv_bytes_share`, all tensors of a policy counted) is within `EQUAL_BYTES` of the policy's; others are
@@ -468,8 +468,8 @@ def _speed_finding(policy: str, judged: Sequence[Judged]) -> Finding:
     verdict = every(one.difference.sign for each in mine for one in each.compared)
     told = "; ".join(
         f"after {integer(each.length)} tokens at a budget of {percent(each.budget, 1)}, "
-        f"{signed(each.hardest.own)} times the full cache’s tokens a second ({signed(each.hardest.difference.low + 1)} to "
-        f"{signed(each.hardest.difference.high + 1)}{'; ' + each.note if each.note else ''})"
+        f"{signed(each.hardest.own)} times the full cache’s tokens a second ("
+        f"{signed(each.hardest.difference.low + 1)} to {signed(each.hardest.difference.high + 1)}{'; ' + each.note if each.note else ''})"
         for each in mine
     )
     return Finding(
