@@ -469,7 +469,8 @@ def _speed_finding(policy: str, judged: Sequence[Judged]) -> Finding:
     told = "; ".join(
         f"after {integer(each.length)} tokens at a budget of {percent(each.budget, 1)}, "
         f"{signed(each.hardest.own)} times the full cache’s tokens a second ("
-        f"{signed(each.hardest.difference.low + 1)} to {signed(each.hardest.difference.high + 1)}{'; ' + each.note if each.note else ''})"
+        f"{signed(each.hardest.difference.low + 1)} to {signed(each.hardest.difference.high + 1)}"
+        f"{'; ' + each.note if each.note else ''})"
         for each in mine
     )
     return Finding(
