@@ -192,9 +192,7 @@ class Readings(Stage[ReadingUnit, list[ReadSequence]]):
         self, run: Run, units: Sequence[ReadingUnit], done: Mapping[str, Manifest]
     ) -> list[ReadSequence]:
         """All readings, in the order of the units."""
-        return [
-            ReadSequence(setup=unit.setup, sequence=unit.sequence, folder=unit.folder) for unit in units
-        ]
+        return [ReadSequence(setup=unit.setup, sequence=unit.sequence, folder=unit.folder) for unit in units]
 
     def question(self, run: Run, result: list[ReadSequence]) -> Question:
         """The readings, each of its folder and all together against the setups that are configured."""

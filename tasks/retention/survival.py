@@ -71,8 +71,10 @@ def life_table(
                 names["tier"] += [tier] * len(there)
                 layers += [layer] * len(there)
     counts = {name: np.concatenate(parts) if parts else [] for name, parts in columns.items()}
-    return pa.table({"layer": layers, **names, **counts}).select(SHARD_FILES["reading_survival"].names).cast(
-        SHARD_FILES["reading_survival"]
+    return (
+        pa.table({"layer": layers, **names, **counts})
+        .select(SHARD_FILES["reading_survival"].names)
+        .cast(SHARD_FILES["reading_survival"])
     )
 
 
