@@ -63,7 +63,7 @@ class Speed(Section):
 
     policies: list[str] = Field(["streaming", "h2o", "str", "cmp"], description="Whose speed.")
     budgets: list[Share] = Field([0.25], description="At which budgets.")
-    lengths: list[PositiveInt] = Field([2048, 8192], description="Tokens that came before.")
+    lengths: list[PositiveInt] = Field([2048, 8192], description="Tokens that there are when decoding ends.")
     tokens: PositiveInt = Field(16, description="Tokens that are decoded in a turn.")
     turns: PositiveInt = Field(5, description="Turns of each cache; one more warms up.")
 

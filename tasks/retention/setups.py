@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 
 from infra.storage import Storage
 from schemas.config import Config
-from schemas.errors import about
+from schemas.errors import ConfigError, about
 from schemas.retention.section import FULL, PolicyOptions, Retention, retention_of
 from schemas.retention.work import Setup
 from tasks.dictionaries.facts import Facts
@@ -133,11 +133,18 @@ def check_fit(config: Config, storage: Storage, known: Mapping[int, Facts]) -> N
             refuse_unfit(outline, section, setup)
         if section.speed is not None:
             for setup in speed_setups(section):
-                refuse_unfit(outline, section, setup, extra=section.speed.tokens * (section.speed.turns + 1))
+                before = setup.length - decoded_tokens(section.speed.tokens, section.speed.turns)
+                if before < 1:
+                    raise ConfigError(
+                        f"retention.speed decodes {setup.length - before:,} tokens, which leaves none of "
+                        f"{setup.length:,} to come before",
+                        hint="lower its tokens or turns, or raise its lengths",
+                    )
+                refuse_unfit(outline, section, setup, Prefill(prompt=before, chunk=1))
 
 
 def speed_setups(section: Retention) -> list[Setup]:
-    """What is timed; `length` are the tokens that came before."""
+    """What is timed; `length` are the tokens that there are when decoding ends."""
     assert section.speed is not None
     return [
         Setup(policy=name, budget=budget, protocol="stream", length=length)
@@ -147,7 +154,14 @@ def speed_setups(section: Retention) -> list[Setup]:
     ]
 
 
-def refuse_unfit(outline: LanguageModel, section: Retention, setup: Setup, extra: int = 0) -> None:
+def decoded_tokens(tokens: int, turns: int) -> int:
+    """Tokens that each cache decodes where its speed is measured: a turn more than count."""
+    return tokens * (turns + 1)
+
+
+def refuse_unfit(
+    outline: LanguageModel, section: Retention, setup: Setup, protocol: Protocol | None = None
+) -> None:
     """Whether a setup can be read; an outline of the model is enough.
 
     Raises:
@@ -156,7 +170,10 @@ def refuse_unfit(outline: LanguageModel, section: Retention, setup: Setup, extra
     """
     gate = _no_gate() if has_gate(section, setup.policy) else None
     settings = settings_of(section, setup, gate)
-    new_cache(outline, settings, setup.length + extra, torch.zeros(1, dtype=torch.int64))
+    if protocol is not None:
+        settings = replace(settings, protocol=protocol)
+    with about(f"{setup.policy} at {setup.budget:g}, {setup.length:,} tokens"):
+        new_cache(outline, settings, setup.length, torch.zeros(1, dtype=torch.int64))
 
 
 def shape_of(config: Config, storage: Storage) -> CacheShape:
