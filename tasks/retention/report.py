@@ -272,8 +272,11 @@ def survival_rows(connection: Any) -> list[Row]:
             """
             WITH pooled AS (
               SELECT policy, budget, protocol, length, kind, tier, age, sum(at_risk) AS at_risk, sum(died) AS died
-              FROM retention_survival GROUP BY ALL
-              QUALIFY tier = coalesce(max(CASE WHEN tier = 'warm' THEN tier END) OVER (PARTITION BY policy), 'hot')
+              FROM retention_survival
+              WHERE tier = CASE
+                WHEN policy IN (SELECT policy FROM retention_survival WHERE tier = 'warm') THEN 'warm' ELSE 'hot'
+              END
+              GROUP BY ALL
             ),
             curves AS (
               SELECT *, product(1 - died / at_risk) OVER (
