@@ -79,7 +79,32 @@ SHARD_FILES: dict[str, pa.Schema] = {
     ),
 }
 
+SHARD_FILES["retrieval_answers"] = schema_of(  # a row a prompt
+    policy=pa.string(),
+    budget=pa.float64(),
+    task=pa.string(),
+    length=pa.int64(),
+    depth=pa.float64(),
+    number=pa.int64(),
+    n_tokens=pa.int64(),  # of the answer
+    exact_match=pa.bool_(),
+    answer_logprob=pa.float64(),
+)
+
 TABLES: dict[str, pa.Schema] = {
+    # a row a reading, which the report pairs by sequence: sums over predictions, and means over layers
+    "retention_readings": _of_setup(
+        sequence=pa.int64(),
+        n=pa.int64(),
+        delta_nll_sum=pa.float64(),
+        kl_sum=pa.float64(),
+        agreed=pa.int64(),
+        retained_mass=pa.float64(),
+        log_carried=pa.float64(),
+        last_error=pa.float64(),
+        key_similarity=pa.float64(),
+        full_key_similarity=pa.float64(),
+    ),
     "retention": _of_setup(
         kv_bytes_share=pa.float64(),
         n_documents=pa.int64(),
@@ -195,4 +220,5 @@ SHARDED: dict[str, str] = {
     f"shard_{name}": "s.source AS folder, " + ", ".join(f"f.{column}" for column in SHARD_FILES[name].names)
     for name in ("reading_sums", "reading_losses", "reading_layers", "reading_survival")
 }
+SHARDED["shard_retrieval_answers"] = ", ".join(f"f.{name}" for name in SHARD_FILES["retrieval_answers"].names)
 """Not published: the table stage reads them. `source` of a file is its folder, which says what was read how."""

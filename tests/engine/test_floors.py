@@ -87,7 +87,9 @@ def test_an_experiment_has_its_rooms(name: str) -> None:
 def test_experiments_do_not_know_each_other() -> None:
     """`lint-imports` says so of those that it is told; this of all."""
     for name in EXPERIMENTS:
-        others = {f"{place}.{other}" for place in ("tasks", "schemas") for other in EXPERIMENTS if other != name}
+        others = {
+            f"{place}.{other}" for place in ("tasks", "schemas") for other in EXPERIMENTS if other != name
+        }
         for place in ("tasks", "schemas"):
             for file in sorted((ROOT / place / name).rglob("*.py")):
                 imported = re.findall(r"^\s*(?:from|import) ([\w.]+)", file.read_text(), re.MULTILINE)

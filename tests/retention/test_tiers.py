@@ -7,7 +7,7 @@ from typing import Any
 import forgetful
 import pytest
 import torch
-from forgetful import LENGTH, policy, reading
+from forgetful import policy, reading
 
 from schemas.errors import ConfigError
 from tasks.retention import running
@@ -196,14 +196,12 @@ def test_tiers_add_up_to_their_budget(bits: int, merge: bool) -> None:
             assert layer.n_bytes == 2 * (tiers + groups * sizes.warm_group)
             assert layer.n_bytes <= 2 * sizes.budget
     assert layer.cool.count > 8
-    more = reading(given, budget=budget).fates[0].kept(LENGTH).sum()
-    plain = reading(policy("str"), budget=budget).fates[0].kept(LENGTH).sum()
-    assert bits == 8 or more > plain
 
 
 def test_a_hot_tier_without_room_is_refused() -> None:
     shape = CacheShape(layers=(0,), heads=1, groups=1, head_dim=64, dtype=torch.bfloat16)
-    with pytest.raises(ConfigError, match="cmp with hot_share = 0.5 has 18 hot slots"):
+    with pytest.raises(ConfigError, match=r"cmp with hot_share = 0\.5 has 18 hot slots"):
         tier_sizes(MemoryPaths(), shape, 10_000, forgetful.PROTECTION)
     sizes = tier_sizes(MemoryPaths(bits=4), shape, 100_000, forgetful.PROTECTION)
     assert (sizes.hot_slot, sizes.warm_slot, sizes.warm_group) == (276, 96, 512)
+    assert sizes.warm_slot + sizes.warm_group / 32 < sizes.hot_slot / 2

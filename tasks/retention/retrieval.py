@@ -1,0 +1,345 @@
+"""The stage `retrieval`: what a cache still knows of a context when it is asked (PAPER 2).
+
+A unit is a task at a length under a policy and budget. Contexts are read as the protocol `stream` reads them; whatever
+their question is, it comes after the last eviction. What the full cache answers is a unit as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from infra import verified
+from infra.manifest import Manifest, content_key
+from infra.storage import StoredFile
+from schemas.config import Config
+from schemas.errors import FunctokError, about
+from schemas.retention.section import FULL, Retention, Retrieval, retention_of
+from schemas.retention.tables import SHARD_FILES
+from tasks.corpus.function_tokens import function_token_ids
+from tasks.corpus.tokenization import TOKENIZE
+from tasks.engine.run import Run
+from tasks.engine.stage import Made, Question, Shown, Stage, Unit
+from tasks.models.devices import device_client, settle
+from tasks.models.language_model import LanguageModel, load_language_model
+from tasks.models.model import model_key, require_key
+from tasks.models.tokenizers import LoadedTokenizer, load_tokenizer
+from tasks.retention import prompts
+from tasks.retention.answers import answers
+from tasks.retention.running import Settings, Stream
+from tasks.retention.setups import budget_of, policy_key, policy_of, protection_of
+
+VERSION = 1
+SOLVED = 0.9
+"""Share of a task's prompts that the full cache must answer for exact matches under a policy to count."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RetrievalUnit(Unit):
+    """One task at one length under one policy and budget.
+
+    Attributes:
+        task: Which.
+        length: Tokens of a context.
+        policy: Name that the configuration gives it.
+        budget: Share; 1 for the full cache.
+        model_key: Key of the model that the work was planned for.
+        function_ids: Function tokens, where the policy must know them.
+    """
+
+    task: str
+    length: int
+    policy: str
+    budget: float
+    model_key: str
+    function_ids: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieved:
+    """The answers of one unit; its folder has `retrieval_answers.parquet`."""
+
+    task: str
+    length: int
+    policy: str
+    budget: float
+    folder: str
+    n: int
+    exact: int
+
+
+class RetrievalStage(Stage[RetrievalUnit, list[Retrieved]]):
+    """Passkey, several keys and variables, asked after the context was read under each policy."""
+
+    name = "retrieval"
+    measure = "prompts, retrieval"
+    things = "answers"
+    changed = "the prompts, the model or how a policy reads changed"
+    libraries = ("torch", "transformers")
+    tops = ("retrieval",)
+
+    def __init__(self) -> None:
+        self._loaded: tuple[str, LanguageModel, LoadedTokenizer] | None = None
+
+    @property
+    def needs(self) -> tuple[Stage[Any, Any], ...]:
+        """The corpus, which says what function tokens are."""
+        return (TOKENIZE,)
+
+    def applies(self, config: Config) -> bool:
+        """Where it is asked for."""
+        section = config.section(Retention)
+        return section is not None and section.retrieval is not None
+
+    def refuse(self, config: Config) -> FunctokError:
+        """There is no such section."""
+        return FunctokError(
+            "this configuration has no retrieval",
+            stage=self.name,
+            hint="add [retention.retrieval]; configs/retention.toml shows one",
+        )
+
+    def subject(self, config: Config) -> str:
+        """The tasks."""
+        return ", ".join(_asked_of(config).tasks)
+
+    def units(self, run: Run) -> Sequence[RetrievalUnit]:
+        """A unit a task, length, policy and budget; the full cache first."""
+        config, storage = run.config, run.storage
+        section, asked = retention_of(config, self.name), _asked_of(config)
+        key_of_model, tokenizer = model_key(config.model, storage), load_tokenizer(config.model, storage)
+        ids = tuple(int(i) for i in function_token_ids(config, storage, run.result(TOKENIZE)))
+        reading = {
+            "version": [VERSION, prompts.VERSION],
+            "model": key_of_model,
+            "tokenizer": tokenizer.key,
+            "bos": _bos_id(config, tokenizer),
+            "chunk": section.chunk,
+        }
+        of_policies = {
+            "budget_of": section.budget_of,
+            "protection": [section.sinks, section.recent],
+            "seed": section.seed,
+        }
+        units = []
+        for task, length, (name, budget) in (
+            (task, length, setup)
+            for task in asked.tasks
+            for length in asked.lengths
+            for setup in _setups(section)
+        ):
+            kinds = ids if policy_of(section, name).needs_kinds else None
+            units.append(
+                RetrievalUnit(
+                    top="retrieval",
+                    inputs={
+                        **reading,
+                        "prompts": [task, length, asked.depths, asked.n, section.seed],
+                        "name": name,
+                        "policy": policy_key(section, name, None),
+                        "budget": budget,
+                        **({} if name == FULL else of_policies),
+                        **({} if kinds is None else {"function_tokens": content_key(ids=kinds)}),
+                    },
+                    about=f"{task} of {length:,} tokens, {name}"
+                    + ("" if name == FULL else f" at {budget:g}"),
+                    size=len(asked.depths) * asked.n,
+                    task=task,
+                    length=length,
+                    policy=name,
+                    budget=budget,
+                    model_key=key_of_model,
+                    function_ids=kinds,
+                )
+            )
+        return units
+
+    def prepare(self, run: Run, missing: Sequence[RetrievalUnit]) -> Sequence[RetrievalUnit]:
+        """Decide the number format, and refuse contexts that are too short for their task.
+
+        Raises:
+            ConfigError: naming the first.
+        """
+        settle(run.config.model, run.storage)
+        tokenizer = load_tokenizer(run.config.model, run.storage)
+        with about(stage=self.name):
+            for task, length in dict.fromkeys((unit.task, unit.length) for unit in missing):
+                _prompts_of(run.config, tokenizer, task, length)
+        return missing
+
+    def client(self, run: Run, groups: Sequence[Sequence[RetrievalUnit]]) -> AbstractContextManager[Any]:
+        """Several GPUs or a cluster: each worker makes whole units."""
+        return device_client(run.config, len(groups))
+
+    def make(self, run: Run, group: Sequence[RetrievalUnit]) -> Iterator[Made]:
+        """Read the contexts, and ask.
+
+        Raises:
+            ModelError: if the model here is another one, or a prompt is longer than its positions.
+        """
+        section = retention_of(run.config, self.name)
+        for unit in group:
+            model, tokenizer = self._load(run, unit.model_key)
+            function_tokens = None
+            if unit.function_ids is not None:
+                function_tokens = torch.zeros(model.vocabulary, dtype=torch.bool)
+                function_tokens[torch.tensor(unit.function_ids)] = True
+            asked = _prompts_of(run.config, tokenizer, unit.task, unit.length)
+            with about(unit.about, stage=self.name):
+                found = answers(model, asked, _settings(section, unit), function_tokens=function_tokens)
+            rows = [
+                {
+                    "policy": unit.policy,
+                    "budget": unit.budget,
+                    "task": unit.task,
+                    "length": unit.length,
+                    "depth": prompt.depth,
+                    "number": prompt.number,
+                    "n_tokens": len(prompt.answer),
+                    "exact_match": answer.exact_match,
+                    "answer_logprob": answer.logprob,
+                }
+                for prompt, answer in zip(asked, found, strict=True)
+            ]
+            exact = sum(answer.exact_match for answer in found)
+            yield Made.of(unit, partial(_write, run, unit, rows), {"n": len(found), "exact": exact})
+
+    def close(self) -> None:
+        """Free the model."""
+        self._loaded = None
+
+    def result(
+        self, run: Run, units: Sequence[RetrievalUnit], done: Mapping[str, Manifest]
+    ) -> list[Retrieved]:
+        """All answers, in the order of the units."""
+        return [
+            Retrieved(
+                task=unit.task,
+                length=unit.length,
+                policy=unit.policy,
+                budget=unit.budget,
+                folder=unit.folder,
+                n=int(done[unit.folder].stats["n"]),
+                exact=int(done[unit.folder].stats["exact"]),
+            )
+            for unit in units
+        ]
+
+    def question(self, run: Run, result: list[Retrieved]) -> Question:
+        """The answers against the prompts that were wanted."""
+        asked = _asked_of(run.config)
+        wanted = [
+            {
+                "task": unit.task,
+                "length": unit.length,
+                "policy": unit.policy,
+                "budget": unit.budget,
+                "depth": depth,
+                "n": asked.n,
+            }
+            for unit in result
+            for depth in asked.depths
+        ]
+        return Question(
+            of={"folders": [unit.folder for unit in result], "wanted": wanted},
+            views=lambda: {
+                "wanted": pa.Table.from_pylist(wanted, schema=_WANTED),
+                "retrieval_answers": pa.concat_tables(
+                    verified.read_table(run.storage, file_of(unit.folder)) for unit in result
+                ),
+            },
+        )
+
+    def shown(self, run: Run, result: list[Retrieved]) -> Sequence[Shown]:
+        """How many prompts each policy answered, by task and length."""
+        rows: dict[tuple[str, float], dict[str, Any]] = {}
+        for unit in result:
+            row = rows.setdefault((unit.policy, unit.budget), {"policy": unit.policy, "budget": unit.budget})
+            row[f"{unit.task}, {unit.length:,} tokens"] = f"{unit.exact} of {unit.n}"
+        return [Shown(name="retrieval", description="Prompts answered exactly", rows=list(rows.values()))]
+
+    def _load(self, run: Run, key: str) -> tuple[LanguageModel, LoadedTokenizer]:
+        if self._loaded is None or self._loaded[0] != key:
+            self._loaded = None
+            model = load_language_model(run.config.model, run.storage)
+            require_key(run.config.model, model_key(run.config.model, run.storage), key)
+            self._loaded = key, model, load_tokenizer(run.config.model, run.storage)
+        return self._loaded[1:]
+
+
+RETRIEVAL = RetrievalStage()
+
+_WANTED = pa.schema(
+    [
+        ("task", pa.string()),
+        ("length", pa.int64()),
+        ("policy", pa.string()),
+        ("budget", pa.float64()),
+        ("depth", pa.float64()),
+        ("n", pa.int64()),
+    ]
+)
+
+
+def file_of(folder: str) -> str:
+    """The file of a unit's folder."""
+    return f"{folder}/retrieval_answers.parquet"
+
+
+def _asked_of(config: Config) -> Retrieval:
+    asked = retention_of(config).retrieval
+    assert asked is not None
+    return asked
+
+
+def _setups(section: Retention) -> list[tuple[str, float]]:
+    """Policies and budgets that are asked; the full cache first."""
+    asked = section.retrieval
+    assert asked is not None
+    return [
+        (FULL, 1.0),
+        *(
+            (name, budget)
+            for name in section.policies
+            if asked.policies is None or name in asked.policies
+            for budget in asked.budgets or section.budgets
+        ),
+    ]
+
+
+def _settings(section: Retention, unit: RetrievalUnit) -> Settings:
+    return Settings(
+        policy=policy_of(section, unit.policy),
+        budget=None if unit.policy == FULL else budget_of(section, unit.budget),
+        protocol=Stream(chunk=section.chunk),
+        protection=protection_of(section),
+        seed=section.seed,
+    )
+
+
+def _bos_id(config: Config, tokenizer: LoadedTokenizer) -> int | None:
+    return tokenizer.bos_id if config.windows.prepend_bos else None
+
+
+def _prompts_of(config: Config, tokenizer: LoadedTokenizer, task: str, length: int) -> list[prompts.Prompt]:
+    section, asked = retention_of(config), _asked_of(config)
+    return prompts.prompts(
+        tokenizer.backend,
+        task,
+        length,
+        asked.depths,
+        asked.n,
+        seed=section.seed,
+        bos_id=_bos_id(config, tokenizer),
+    )
+
+
+def _write(run: Run, unit: RetrievalUnit, rows: list[dict[str, Any]]) -> list[StoredFile]:
+    table = pa.Table.from_pylist(rows, schema=SHARD_FILES["retrieval_answers"])
+    return [run.storage.write_parquet(file_of(unit.folder), table)]
