@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from schemas.retention.expectations import GATE, RETENTION, SPEED
+from schemas.retention.retrieval_expectations import RETRIEVAL
 from schemas.retention.section import Retention
 from schemas.retention.table_expectations import TABLES as TABLE_EXPECTATIONS
 from schemas.retention.tables import SHARD_FILES, SHARDED, TABLES
@@ -18,7 +19,7 @@ ROOM = Room(
             Field(None, description="Which tokens a model must keep: policies, budgets, and what they cost."),
         )
     },
-    stages=("retention_gate", "retention", "retention_speed"),
+    stages=("retention_gate", "retention", "retention_speed", "retrieval"),
     shard_files=SHARD_FILES,
     group="retention",
     tables=TABLES,
@@ -28,8 +29,9 @@ ROOM = Room(
         "retention_survival",
         "retention_losses",
         "retention_margins",
+        "retention_readings",
     ),
     sharded=SHARDED,
-    suites={"retention_gate": GATE, "retention": RETENTION, "retention_speed": SPEED},
+    suites={"retention_gate": GATE, "retention": RETENTION, "retention_speed": SPEED, "retrieval": RETRIEVAL},
     table_expectations=TABLE_EXPECTATIONS,
 )

@@ -50,7 +50,7 @@ RETENTION: tuple[Expectation, ...] = (
         meaning="Predictions are there, losses are at least 0, and so is KL, up to rounding.",
         must="""n >= 1 AND loss_units >= 0 AND full_loss_units >= 0 AND kl_units >= -(n * 65536)
             AND agreed >= 0 AND agreed <= n AND chunks >= 1""",
-        show="folder, policy, budget, n, loss_units, full_loss_units, kl_units, agreed, chunks",
+        show="folder, policy, n, loss_units, full_loss_units, kl_units, agreed, chunks",
     ),
     Rows(
         name="budgets are kept",
@@ -59,7 +59,7 @@ RETENTION: tuple[Expectation, ...] = (
         meaning="After no chunk does a reading hold more slots or bytes than its budget allows.",
         must="""coalesce(most_slots <= allowed_slots, true) AND coalesce(most_bytes <= allowed_bytes, true)
             AND (policy = 'full' OR allowed_bytes IS NOT NULL)""",
-        show="folder, policy, budget, protocol, most_slots, allowed_slots, most_bytes, allowed_bytes",
+        show="folder, policy, protocol, most_slots, allowed_slots, most_bytes, allowed_bytes",
     ),
     Rows(
         name="the full cache equals itself",
@@ -79,7 +79,7 @@ RETENTION: tuple[Expectation, ...] = (
         must="""hot_bytes > 0 AND warm_bytes >= 0 AND state_bytes >= 0
             AND hot_bytes + warm_bytes + state_bytes <= chunks * most_bytes
             AND hot_bytes + warm_bytes + state_bytes >= most_bytes AND most_bytes <= peak_bytes""",
-        show="folder, policy, budget, chunks, hot_bytes, warm_bytes, state_bytes, most_bytes, peak_bytes",
+        show="folder, policy, chunks, hot_bytes, warm_bytes, state_bytes, most_bytes, peak_bytes",
     ),
     Keys(
         name="groups of losses are unique",
@@ -112,7 +112,7 @@ RETENTION: tuple[Expectation, ...] = (
         name="figures of layers are possible",
         table="reading_layers",
         shard=True,
-        meaning="Errors and entropies are at least 0, masses from 0 to 1, similarities cosines, function tokens kept ones.",
+        meaning="Errors and entropies are at least 0, masses from 0 to 1, similarities cosines.",
         must="""coalesce(error >= 0 AND isfinite(error), true)
             AND coalesce(local_error >= 0 AND isfinite(local_error), true)
             AND coalesce(retained_mass BETWEEN -1e-4 AND 1.0001, true)

@@ -77,19 +77,19 @@ SHARD_FILES: dict[str, pa.Schema] = {
     "decode_turns": schema_of(
         turn=pa.int32(), seconds=pa.float64(), full_seconds=pa.float64(), tokens=pa.int64()
     ),
+    # a row a prompt
+    "retrieval_answers": schema_of(
+        policy=pa.string(),
+        budget=pa.float64(),
+        task=pa.string(),
+        length=pa.int64(),
+        depth=pa.float64(),
+        number=pa.int64(),
+        n_tokens=pa.int64(),  # of the answer
+        exact_match=pa.bool_(),
+        answer_logprob=pa.float64(),
+    ),
 }
-
-SHARD_FILES["retrieval_answers"] = schema_of(  # a row a prompt
-    policy=pa.string(),
-    budget=pa.float64(),
-    task=pa.string(),
-    length=pa.int64(),
-    depth=pa.float64(),
-    number=pa.int64(),
-    n_tokens=pa.int64(),  # of the answer
-    exact_match=pa.bool_(),
-    answer_logprob=pa.float64(),
-)
 
 TABLES: dict[str, pa.Schema] = {
     # a row a reading, which the report pairs by sequence: sums over predictions, and means over layers
@@ -218,7 +218,9 @@ TABLES: dict[str, pa.Schema] = {
 
 SHARDED: dict[str, str] = {
     f"shard_{name}": "s.source AS folder, " + ", ".join(f"f.{column}" for column in SHARD_FILES[name].names)
-    for name in ("reading_sums", "reading_losses", "reading_layers", "reading_survival")
+    for name in (
+        *("reading_sums", "reading_losses", "reading_layers", "reading_survival"),
+        "retrieval_answers",
+    )
 }
-SHARDED["shard_retrieval_answers"] = ", ".join(f"f.{name}" for name in SHARD_FILES["retrieval_answers"].names)
 """Not published: the table stage reads them. `source` of a file is its folder, which says what was read how."""

@@ -1,4 +1,4 @@
-"""The stage `retention_gate`: a learned gate for STR, from documents that nobody is measured on (`tasks.retention.gate`)."""
+"""The stage `retention_gate`: a learned gate for STR (`tasks.retention.gate`), from documents nobody is measured on."""
 
 from __future__ import annotations
 

@@ -83,11 +83,7 @@ def layer_intervals(connection: Any, resamples: int) -> pa.Table:
     found = connection.execute(
         f"SELECT {', '.join(SETUP)}, layer, sequence, error, local_error, retained_mass "
         "FROM readings JOIN shard_reading_layers USING (folder) ORDER BY ALL"
-    ).fetch_arrow_table()
-    columns = {
-        name: np.array(found[name].to_pylist(), dtype=None if name in SETUP else np.float64)
-        for name in found.column_names
-    }
+    ).fetchnumpy()
     names = ("error", "local_error", "retained_mass")
 
     def statistic(sums: Floats) -> Floats:
@@ -97,10 +93,11 @@ def layer_intervals(connection: Any, resamples: int) -> pa.Table:
         return np.stack([error, carried, mass], axis=1)
 
     rows = []
-    for setup, here in _setups(columns):
-        for layer in np.unique(columns["layer"][here]):
-            own = here & (columns["layer"] == layer)
-            values = np.stack([columns[name][own] for name in names], axis=1)
+    # What is null comes masked.
+    numbers = np.stack([np.ma.filled(np.ma.asarray(found[name], float), np.nan) for name in names], axis=1)
+    for setup, here in _setups(found):
+        for layer in np.unique(found["layer"][here]):
+            values = numbers[here & (found["layer"] == layer)]
             known = np.isfinite(values)
             sums = np.concatenate([np.where(known, values, 0), known.astype(np.float64)], axis=1)
             ends = bootstrap(sums, statistic, resamples)

@@ -4,29 +4,29 @@ Everything is teacher-forced and paired with the full run, chunk by chunk, so th
 attention of a chunk are compared and gone before the next. Of one sequence:
 
 **Predictions.** That of token t + 1 counts where tokens t and t + 1 are ordinary ones of one document, and, under
-`prefill`, t comes after the prompt. NLL in nats; KL(full ‖ policy) = Σ p_full (log p_full − log p_policy) over the whole
-vocabulary; agreement: both have the same most likely token. Buckets are the kinds of tokens t → t + 1, positions those of
-t + 1, in octaves (0–63, 64–127, 128–255, …).
+`prefill`, t comes after the prompt. NLL in nats; KL(full ‖ policy) = Σ p_full (log p_full − log p_policy) over the
+whole vocabulary; agreement: both have the same most likely token. Buckets are the kinds of tokens t → t + 1, positions
+those of t + 1, in octaves (0–63, 64–127, 128–255, …).
 
 **What layers are asked of.** Tokens that were read after something had first to leave (or after the prompt): before, a
 reading *is* the full run, and would only dilute medians. Where nothing leaves: all but the first token, which is BOS.
 Layers are looked into in every n-th chunk.
 
 - *error* e(l, t) = ‖h_policy − h_full‖ / ‖h_full‖ of the block's output, median over tokens. *local error*: the same
-  where the block is fed the full run's inputs and keys, with the policy's evictions alone (neither quantized nor merged);
-  sliding blocks have none. *carried* is error / local error, made where tables are made.
-- *retained mass*: what of the full run's attention falls on tokens whose own slot the policy still has when the token is
-  read, mean over query heads and tokens.
-- *attention entropy*: −Σ a log a in nats of the reading's own attention, mean over query heads and tokens, and beside it
-  that of the full run at the same tokens.
-- *key similarity*: the mean cosine of two different keys of a head as they are cached (rotated; of warm keys, what their
-  codes stand for), after a chunk's eviction, mean over heads and chunks; beside it that of the full run.
-- *kept*: ordinary tokens with a slot after a chunk's eviction, summed over heads and chunks, and the function tokens of
-  them.
+  where the block is fed the full run's inputs and keys, with the policy's evictions alone (neither quantized nor
+  merged); sliding blocks have none. *carried* is error / local error, made where tables are made.
+- *retained mass*: what of the full run's attention falls on tokens whose own slot the policy still has when the token
+  is read, mean over query heads and tokens.
+- *attention entropy*: −Σ a log a in nats of the reading's own attention, mean over query heads and tokens, and beside
+  it that of the full run at the same tokens.
+- *key similarity*: the mean cosine of two different keys of a head as they are cached (rotated; of warm keys, what
+  their codes stand for), after a chunk's eviction, mean over heads and chunks; beside it that of the full run.
+- *kept*: ordinary tokens with a slot after a chunk's eviction, summed over heads and chunks, and the function tokens
+  of them.
 
-**Bytes** are of all tensors of the governed layers, after chunks after which the budget holds and something had to leave
-(under `prefill`: after the prompt; where nothing leaves: at the end). `full_bytes` is the full run's cache of the whole
-sequence, or prompt.
+**Bytes** are of all tensors of the governed layers, after chunks after which the budget holds and something had to
+leave (under `prefill`: after the prompt; where nothing leaves: at the end). `full_bytes` is the full run's cache of the
+whole sequence, or prompt.
 """
 
 from __future__ import annotations
@@ -263,7 +263,7 @@ class _Reading:
             )
         if visible is None and not bool(gone.any()):
             return None
-        hidden = (positions > own[:, None]) | gone[:, :, None]
+        hidden: torch.Tensor = (positions > own[:, None]) | gone[:, :, None]
         return hidden if visible is None else hidden | ~visible
 
     def next(self, full: _FullRun) -> None:

@@ -6,7 +6,7 @@ a policy that is added reads alone beside it, and a sequence that is added is re
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -213,9 +213,7 @@ class Readings(Stage[ReadingUnit, list[ReadSequence]]):
                 row["folder"]: Views(
                     folder=row["folder"],
                     files={name: f"{row['folder']}/{name}.parquet" for name in FILES},
-                    columns={
-                        name: row[name] for name in ("folder", "policy", "budget", "protocol", "length")
-                    },
+                    columns={name: row[name] for name in ("folder", "policy", "protocol", "length")},
                 )
                 for row in rows
             },
@@ -286,7 +284,7 @@ def document_number(sequence: work.Sequence) -> int:
     return int(content_key(pieces=sequence.key)[:15], 16)
 
 
-def reading_rows(readings: Collection[ReadSequence]) -> list[dict[str, Any]]:
+def reading_rows(readings: Sequence[ReadSequence]) -> list[dict[str, Any]]:
     """Readings as columns; `sequence` numbers the sequences of a length in their order."""
     numbers: dict[work.Sequence, int] = {}
     counts: dict[int, int] = {}

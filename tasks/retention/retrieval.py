@@ -32,8 +32,9 @@ from tasks.models.model import model_key, require_key
 from tasks.models.tokenizers import LoadedTokenizer, load_tokenizer
 from tasks.retention import prompts
 from tasks.retention.answers import answers
+from tasks.retention.gates import GATES, read_gate
 from tasks.retention.running import Settings, Stream
-from tasks.retention.setups import budget_of, policy_key, policy_of, protection_of
+from tasks.retention.setups import budget_of, has_gate, policy_key, policy_of, protection_of
 
 VERSION = 1
 SOLVED = 0.9
@@ -51,6 +52,7 @@ class RetrievalUnit(Unit):
         budget: Share; 1 for the full cache.
         model_key: Key of the model that the work was planned for.
         function_ids: Function tokens, where the policy must know them.
+        gate: Folder of the learned gate, where the policy has one.
     """
 
     task: str
@@ -59,6 +61,7 @@ class RetrievalUnit(Unit):
     budget: float
     model_key: str
     function_ids: tuple[int, ...] | None
+    gate: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +92,8 @@ class RetrievalStage(Stage[RetrievalUnit, list[Retrieved]]):
 
     @property
     def needs(self) -> tuple[Stage[Any, Any], ...]:
-        """The corpus, which says what function tokens are."""
-        return (TOKENIZE,)
+        """The corpus, which says what function tokens are, and the learned gate."""
+        return TOKENIZE, GATES
 
     def applies(self, config: Config) -> bool:
         """Where it is asked for."""
@@ -107,11 +110,13 @@ class RetrievalStage(Stage[RetrievalUnit, list[Retrieved]]):
 
     def subject(self, config: Config) -> str:
         """The tasks."""
-        return ", ".join(_asked_of(config).tasks)
+        return ", ".join(_asked_of(config).tasks) if self.applies(config) else ""
 
     def units(self, run: Run) -> Sequence[RetrievalUnit]:
-        """A unit a task, length, policy and budget; the full cache first."""
-        config, storage = run.config, run.storage
+        """A unit a task, length, policy and budget, the full cache first; none where none is asked for."""
+        if not self.applies(run.config):
+            return []
+        config, storage, gate = run.config, run.storage, run.result(GATES)
         section, asked = retention_of(config, self.name), _asked_of(config)
         key_of_model, tokenizer = model_key(config.model, storage), load_tokenizer(config.model, storage)
         ids = tuple(int(i) for i in function_token_ids(config, storage, run.result(TOKENIZE)))
@@ -135,6 +140,7 @@ class RetrievalStage(Stage[RetrievalUnit, list[Retrieved]]):
             for setup in _setups(section)
         ):
             kinds = ids if policy_of(section, name).needs_kinds else None
+            own_gate = gate if has_gate(section, name) else None
             units.append(
                 RetrievalUnit(
                     top="retrieval",
@@ -142,7 +148,7 @@ class RetrievalStage(Stage[RetrievalUnit, list[Retrieved]]):
                         **reading,
                         "prompts": [task, length, asked.depths, asked.n, section.seed],
                         "name": name,
-                        "policy": policy_key(section, name, None),
+                        "policy": policy_key(section, name, own_gate),
                         "budget": budget,
                         **({} if name == FULL else of_policies),
                         **({} if kinds is None else {"function_tokens": content_key(ids=kinds)}),
@@ -156,6 +162,7 @@ class RetrievalStage(Stage[RetrievalUnit, list[Retrieved]]):
                     budget=budget,
                     model_key=key_of_model,
                     function_ids=kinds,
+                    gate=own_gate,
                 )
             )
         return units
@@ -183,7 +190,6 @@ class RetrievalStage(Stage[RetrievalUnit, list[Retrieved]]):
         Raises:
             ModelError: if the model here is another one, or a prompt is longer than its positions.
         """
-        section = retention_of(run.config, self.name)
         for unit in group:
             model, tokenizer = self._load(run, unit.model_key)
             function_tokens = None
@@ -192,7 +198,7 @@ class RetrievalStage(Stage[RetrievalUnit, list[Retrieved]]):
                 function_tokens[torch.tensor(unit.function_ids)] = True
             asked = _prompts_of(run.config, tokenizer, unit.task, unit.length)
             with about(unit.about, stage=self.name):
-                found = answers(model, asked, _settings(section, unit), function_tokens=function_tokens)
+                found = answers(model, asked, _settings(run, unit), function_tokens=function_tokens)
             rows = [
                 {
                     "policy": unit.policy,
@@ -313,9 +319,11 @@ def _setups(section: Retention) -> list[tuple[str, float]]:
     ]
 
 
-def _settings(section: Retention, unit: RetrievalUnit) -> Settings:
+def _settings(run: Run, unit: RetrievalUnit) -> Settings:
+    section = retention_of(run.config)
+    gate = None if unit.gate is None else read_gate(run.storage, unit.gate)
     return Settings(
-        policy=policy_of(section, unit.policy),
+        policy=policy_of(section, unit.policy, gate),
         budget=None if unit.policy == FULL else budget_of(section, unit.budget),
         protocol=Stream(chunk=section.chunk),
         protection=protection_of(section),

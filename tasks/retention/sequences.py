@@ -7,7 +7,8 @@ What is left of the document that fills it is not used, so that a joined sequenc
 rest of a long one. A sequence is known by the pieces that it is made of: a file that joins the corpus behind the
 others changes none.
 
-Only ordinary tokens are read: special tokens in a text are left out. BOS comes first where `windows.prepend_bos` says so.
+Only ordinary tokens are read: special tokens in a text are left out. BOS comes first where `windows.prepend_bos` says
+so.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class SequenceTokens:
     def predictions(self) -> Bools:
         """(length − 1,) whether the prediction of token t + 1 counts: both tokens are ordinary, of one document."""
         ordinary = ~self.is_special
-        return ordinary[:-1] & ordinary[1:] & (self.document[:-1] == self.document[1:])
+        counting: Bools = ordinary[:-1] & ordinary[1:] & (self.document[:-1] == self.document[1:])
+        return counting
 
 
 def heldout_sequences(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -109,7 +109,7 @@ class _Outline:
     module: Any
     name: str
     context_length: int | None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 def check_fit(config: Config, storage: Storage, known: Mapping[int, Facts]) -> None:

@@ -12,6 +12,7 @@ in another's. A policy without tiers has `hot` alone: its tokens are exact or go
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -70,7 +71,7 @@ def life_table(
                 names["kind"] += [kind] * len(there)
                 names["tier"] += [tier] * len(there)
                 layers += [layer] * len(there)
-    counts = {name: np.concatenate(parts) if parts else [] for name, parts in columns.items()}
+    counts: dict[str, Any] = {name: np.concatenate(parts) if parts else [] for name, parts in columns.items()}
     return (
         pa.table({"layer": layers, **names, **counts})
         .select(SHARD_FILES["reading_survival"].names)
@@ -79,7 +80,7 @@ def life_table(
 
 
 def ends(fates: Fates, *, has_tiers: bool) -> dict[str, torch.Tensor]:
-    """Of each tier (heads, length) int64: how many tokens were seen when a token was no longer in it or a better one."""
+    """Of each tier (heads, length) int64: how many tokens were seen when a token left it, and all better ones."""
     gone = fates.gone_at[0].long().cpu()
     if not has_tiers:
         return {"hot": gone}

@@ -23,6 +23,8 @@ from tasks.retention.gates import GATES, file_of
 from tasks.retention.intervals import layer_intervals, loss_intervals, prediction_intervals
 from tasks.retention.measures import FILES
 from tasks.retention.readings import READINGS, reading_rows
+from tasks.retention.retrieval import RETRIEVAL
+from tasks.retention.retrieval import file_of as answers_of
 from tasks.retention.speed import SPEEDS
 
 _SQL_TABLES = (
@@ -32,6 +34,8 @@ _SQL_TABLES = (
     "retention_survival",
     "retention_losses",
     "retention_margins",
+    "retention_readings",
+    "retention_retrieval",
 )
 """In the order in which they are made: speeds are columns of `retention`."""
 
@@ -78,7 +82,7 @@ class RetentionTables(TableGroup):
     @property
     def needs(self) -> tuple[Stage[Any, Any], ...]:
         """The corpus and all that is made of readings; what was not asked for has no units."""
-        return TOKENIZE, GATES, READINGS, SPEEDS
+        return TOKENIZE, GATES, READINGS, SPEEDS, RETRIEVAL
 
     def applies(self, config: Config) -> bool:
         """Where the section is there."""
@@ -91,7 +95,8 @@ class RetentionTables(TableGroup):
     def planned(self, run: Run) -> Tables:
         """The group as it would be published."""
         readings, speeds, gate = run.result(READINGS), run.result(SPEEDS), run.result(GATES)
-        rows = reading_rows(readings)
+        rows, answers = reading_rows(readings), run.result(RETRIEVAL)
+        asked = list(dict.fromkeys(answer.folder for answer in answers))
         parts: dict[str, Any] = {
             "group": self.name,
             "version": VERSION,
@@ -99,6 +104,7 @@ class RetentionTables(TableGroup):
             "readings": rows,
             "speeds": [[speed.policy, speed.budget, speed.length, speed.folder] for speed in speeds],
             "gate": gate,
+            "answers": asked,
             "resamples": retention_of(run.config).resamples,
         }
         folders = list(dict.fromkeys(row["folder"] for row in rows))
@@ -106,7 +112,15 @@ class RetentionTables(TableGroup):
             f"shard_{file}": [ShardFile(name=f"{folder}/{file}.parquet", source=folder) for folder in folders]
             for file in FILES
         }
-        wanted = [table for table in _SQL_TABLES if table != "retention_speed" or speeds]
+        if answers:
+            inputs["shard_retrieval_answers"] = [
+                ShardFile(name=answers_of(folder), source=folder) for folder in asked
+            ]
+        left_out = {
+            *(() if speeds else ("retention_speed",)),
+            *(() if answers else ("retention_retrieval",)),
+        }
+        wanted = [table for table in _SQL_TABLES if table not in left_out]
         if gate is not None:
             wanted.append("retention_gates")
         return Tables.of(self.name, parts, wanted, inputs=Catalog(sharded=inputs))
