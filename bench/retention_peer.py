@@ -310,7 +310,7 @@ def random_documents(n: int, prompt: int, rest: int) -> list[tuple[list[int], li
 
 
 def corpus_documents(arguments: argparse.Namespace, storage: Storage) -> list[tuple[list[int], list[int]]]:
-    """The corpus' first documents, joined and cut into prompts and rests, with BOS first where the tokenizer has one."""
+    """The corpus’ first documents, joined and cut into prompts and rests, with BOS first where there is one."""
     config = Config.model_validate(
         {
             "corpus": {"urls": [arguments.corpus], "text_field": arguments.text_field},
