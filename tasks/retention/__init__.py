@@ -5,30 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from schemas.retention.section import retention_of
+from tasks.corpus.tokenization import TOKENIZE
 from tasks.engine.run import Run
 from tasks.experiment import Experiment
 from tasks.retention import report
 from tasks.retention.gates import GATES
 from tasks.retention.readings import READINGS
 from tasks.retention.retrieval import RETRIEVAL
+from tasks.retention.sequences import heldout_sequences
 from tasks.retention.setups import check_fit
 from tasks.retention.speed import SPEEDS
 from tasks.retention.tables import RETENTION_GROUP
 
 
 def _facts(run: Run) -> Mapping[str, object]:
-    section = retention_of(run.config)
-    sequences = {reading.sequence for reading in run.result(READINGS)}
+    section, shards = retention_of(run.config), run.result(TOKENIZE)
+    counts = {
+        entry.length: len(heldout_sequences(run.config, run.storage, shards, entry.length, entry.documents))
+        for entry in section.sequences
+    }
     return {
         "retention_policies": ", ".join(section.policies),
         "retention_budgets": ", ".join(f"{budget:g}" for budget in section.budgets),
         "retention_budget_of": section.budget_of,
         "retention_protocols": ", ".join(section.protocols),
         "retention_chunk": section.chunk,
-        "retention_sequences": "; ".join(
-            f"{sum(sequence.length == entry.length for sequence in sequences)} of {entry.length} tokens"
-            for entry in section.sequences
-        ),
+        "retention_sequences": "; ".join(f"{n} of {length} tokens" for length, n in counts.items()),
         "retention_heldout_share": section.heldout_share,
         "retention_protected": f"{section.sinks} sinks and {section.recent} recent tokens",
         "retention_seed": section.seed,

@@ -94,7 +94,9 @@ def layer_intervals(connection: Any, resamples: int) -> pa.Table:
 
     rows = []
     # What is null comes masked.
-    numbers = np.stack([np.ma.filled(np.ma.asarray(found[name], float), np.nan) for name in names], axis=1)
+    numbers: Floats = np.stack(
+        [np.ma.filled(np.ma.asarray(found[name], float), np.nan) for name in names], axis=1
+    )
     for setup, here in _setups(found):
         for layer in np.unique(found["layer"][here]):
             values = numbers[here & (found["layer"] == layer)]

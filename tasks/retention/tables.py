@@ -137,7 +137,8 @@ class RetentionTables(TableGroup):
         advance = one_by_one(progress, total)
 
         def make() -> Iterator[StoredFile]:
-            rows = reading_rows(run.result(READINGS))
+            made = run.result(READINGS)
+            rows = reading_rows(made)
             readings = pa.Table.from_pylist(
                 [row | {"place": place} for place, row in enumerate(rows)], schema=_READINGS
             )
