@@ -9,15 +9,17 @@ import duckdb
 import pyarrow.parquet as pq
 import pytest
 import small
+from builders import commit_again
 from plain import finished
 
 from infra.storage import Storage
-from schemas.errors import ConfigError, ExpectationError
+from schemas.errors import ConfigError, ExpectationError, ModelError
 from schemas.retention.tables import SHARD_FILES, TABLES
 from sql import read_sql
 from tasks.engine import checks
 from tasks.engine.run import make
 from tasks.retention.retrieval import RETRIEVAL, file_of
+from tasks.retention.setups import check_fit
 
 ASKED: dict[str, Any] = {"tasks": ["passkey"], "lengths": [110], "depths": [0.0, 1.0], "n": 2}
 POLICIES = ["streaming", "function", "cmp"]
@@ -99,11 +101,24 @@ def test_contexts_that_are_too_short_are_refused_before_work(parts: Path, tmp_pa
     assert not (tmp_path / "retrieval").exists()
 
 
+def test_contexts_without_room_for_a_choice_or_a_question_are_refused_before_work(
+    parts: Path, tmp_path: Path
+) -> None:
+    asked = config(parts, tmp_path, budgets=[0.4], retrieval={**ASKED, "budgets": [0.05]})
+    with pytest.raises(ConfigError, match="leaves 5 tokens in each head"):
+        check_fit(asked, Storage(str(tmp_path)), {})
+    asked = config(parts, tmp_path, retrieval={**ASKED, "lengths": [500]})
+    check_fit(asked, Storage(str(tmp_path)), {})
+    with pytest.raises(ModelError, match="with its question and answer, more than"):
+        finished(asked, None, RETRIEVAL)
+
+
 def test_missing_answers_are_told(parts: Path, tmp_path: Path) -> None:
     asked = config(parts, tmp_path, retrieval={**ASKED, "policies": ["streaming"]})
     run = finished(asked, None, RETRIEVAL)
-    result = make(run, RETRIEVAL)
-    name = tmp_path / file_of(result[1].folder)
+    folder = make(run, RETRIEVAL)[1].folder
+    name = tmp_path / file_of(folder)
     pq.write_table(pq.read_table(name).slice(1), name)
-    with pytest.raises((ExpectationError, Exception), match=r"answers|sha|damaged|differ"):
+    commit_again(run.storage, folder)
+    with pytest.raises(ExpectationError, match="all prompts are answered"):
         checks.check(run, RETRIEVAL)
