@@ -62,7 +62,7 @@ def answers(
             the logits are not finite.
     """
     for prompt in asked:
-        _require_positions(model, prompt)
+        require_positions(prompt, model.context_length, model.name)
     # What is read side by side has one shape; tiers are sized by document.
     at_once = 1 if isinstance(settings.policy, MemoryPaths) else AT_ONCE
     places = sorted(range(len(asked)), key=lambda place: (_shape(asked[place]), place))
@@ -140,12 +140,22 @@ def _go_on(
     return logits
 
 
-def _require_positions(model: LanguageModel, prompt: Prompt) -> None:
+def require_positions(prompt: Prompt, positions: int | None, name: str) -> None:
+    """Whether a model has a position for all of a prompt, its question and its answer.
+
+    Args:
+        prompt: The prompt.
+        positions: That the model was built for; None: any number.
+        name: Of the model, for the error.
+
+    Raises:
+        ModelError: if not.
+    """
     length = sum(_shape(prompt))
-    if model.context_length is not None and length > model.context_length:
-        most = model.context_length - length + len(prompt.context)
+    if positions is not None and length > positions:
+        most = positions - length + len(prompt.context)
         raise ModelError(
             f"a prompt of the task {prompt.task} has {length:,} tokens with its question and answer, more than "
-            f"{model.name} was built for ({model.context_length:,} positions)",
+            f"{name} was built for ({positions:,} positions)",
             hint=f"lower retention.retrieval.lengths to {most:,} or less",
         )

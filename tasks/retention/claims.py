@@ -3,8 +3,8 @@
 Every claim is a set of differences, each turned so that it is above 0 where the claim is right, with its 95 % interval:
 a bootstrap over sequences, paired, for both sides have read the same ones (`retention_readings`, a row a reading of a
 sequence). A claim holds where every interval lies above 0, differs where any lies below, and is undecided in between:
-it must be right at every budget, against every baseline. So many comparisons find one below 0 by chance: one refutes a
-claim only if its chance of being above 0 is less than 2.5 % over their number (Bonferroni). That all are above needs no
+it must be right at every budget, against every baseline. Of so many comparisons some are below 0 by chance: one refutes
+a claim only if its chance, by a t test, is less than 2.5 % over their number (Bonferroni). That all are above needs no
 such correction.
 
 Equal bytes: a baseline is compared at the same budget, length and protocol, where its share of the full cache's bytes
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tasks.report.bootstrap import estimates, resampled_sums
+from tasks.report.bootstrap import estimates
 from tasks.report.queries import resamples_of, rows, tables_of
 from tasks.report.text import integer, listed, percent, signed
 from tasks.report.vocabulary import SAID, Estimate, Finding, Row, Sign, Verdict, beyond, every, untested
@@ -145,7 +145,7 @@ class Compared:
         own: Its number.
         others: The other's.
         difference: Above 0 where the claim is right.
-        chance: Share of the resamples in which it is not below 0; None: the interval alone decides.
+        chance: That it is so low if in truth it is 0; None: the interval alone decides.
     """
 
     other: str
@@ -279,7 +279,7 @@ class Readings:
             own=own.value,
             others=TOLERATED,
             difference=difference,
-            chance=self._chance(sums, of_sums),
+            chance=_chance(sums, of_sums),
         )
 
     def compare(
@@ -315,15 +315,8 @@ class Readings:
             own=shown(mine.value),
             others=shown(others.value),
             difference=difference,
-            chance=self._chance(sums, of_sums),
+            chance=_chance(sums, of_sums),
         )
-
-    def _chance(self, sums: Floats, of_sums: Callable[[Floats], Floats]) -> float:
-        """Of the first number: the share of resamples in which it is not below 0, the sample itself counted as one."""
-        if len(sums) < 2:
-            return 1.0
-        drawn = of_sums(resampled_sums(sums, self.resamples))[:, 0]
-        return float((1 + (drawn >= 0).sum()) / (1 + len(drawn)))
 
     def _addends(
         self, sides: Sequence[tuple[str, Measure]], setting: Setting, budget: float
@@ -341,6 +334,29 @@ class Readings:
             else:
                 found.append(line)
         return np.array(found, dtype=np.float64) if found else None
+
+
+def _chance(sums: Floats, of_sums: Callable[[Floats], Floats]) -> float:
+    """How likely the first number of a statistic is so low if it is 0: one-sided jackknife t test (Tukey 1958).
+
+    Far out in its tails the bootstrap of a dozen sequences is too sure of itself; t knows how few they are.
+
+    Args:
+        sums: (sequences, columns) addends, as the bootstrap draws them.
+        of_sums: The statistic.
+    """
+    from scipy.stats import t
+
+    n = len(sums)
+    if n < 2:
+        return 1.0
+    whole = of_sums(sums.sum(axis=0)[None])[0, 0]
+    without = of_sums(sums.sum(axis=0) - sums)[:, 0]
+    pseudo = n * whole - (n - 1) * without
+    error = pseudo.std(ddof=1) / math.sqrt(n)
+    if error == 0:
+        return 0.0 if whole < 0 else 1.0
+    return float(t.cdf(pseudo.mean() / error, n - 1))
 
 
 def verdict(judged: Sequence[Judged]) -> Verdict:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import torch
 
 from infra import verified
 from infra.manifest import Manifest, content_key
@@ -22,19 +22,19 @@ from schemas.config import Config
 from schemas.errors import FunctokError, about
 from schemas.retention.section import FULL, Retention, Retrieval, retention_of
 from schemas.retention.tables import SHARD_FILES
+from schemas.retention.work import Setup
 from tasks.corpus.function_tokens import function_token_ids
 from tasks.corpus.tokenization import TOKENIZE
 from tasks.engine.run import Run
 from tasks.engine.stage import Made, Question, Shown, Stage, Unit
 from tasks.models.devices import device_client, settle
-from tasks.models.language_model import LanguageModel, load_language_model
-from tasks.models.model import model_key, require_key
+from tasks.models.model import context_length, model_key
 from tasks.models.tokenizers import LoadedTokenizer, load_tokenizer
 from tasks.retention import prompts
-from tasks.retention.answers import answers
+from tasks.retention.answers import answers, require_positions
 from tasks.retention.gates import GATES, read_gate
-from tasks.retention.running import Settings, Stream
-from tasks.retention.setups import budget_of, has_gate, policy_key, policy_of, protection_of
+from tasks.retention.loaded import forget_loaded, function_mask, loaded_model
+from tasks.retention.setups import has_gate, policy_key, policy_of, retrieval_setups, settings_of
 
 VERSION = 1
 SOLVED = 0.9
@@ -87,9 +87,6 @@ class RetrievalStage(Stage[RetrievalUnit, list[Retrieved]]):
     libraries = ("torch", "transformers")
     tops = ("retrieval",)
 
-    def __init__(self) -> None:
-        self._loaded: tuple[str, LanguageModel, LoadedTokenizer] | None = None
-
     @property
     def needs(self) -> tuple[Stage[Any, Any], ...]:
         """The corpus, which says what function tokens are, and the learned gate."""
@@ -133,12 +130,8 @@ class RetrievalStage(Stage[RetrievalUnit, list[Retrieved]]):
             "seed": section.seed,
         }
         units = []
-        for task, length, (name, budget) in (
-            (task, length, setup)
-            for task in asked.tasks
-            for length in asked.lengths
-            for setup in _setups(section)
-        ):
+        for task, setup in ((task, setup) for task in asked.tasks for setup in retrieval_setups(section)):
+            name, budget, length = setup.policy, setup.budget, setup.length
             kinds = ids if policy_of(section, name).needs_kinds else None
             own_gate = gate if has_gate(section, name) else None
             units.append(
@@ -168,16 +161,19 @@ class RetrievalStage(Stage[RetrievalUnit, list[Retrieved]]):
         return units
 
     def prepare(self, run: Run, missing: Sequence[RetrievalUnit]) -> Sequence[RetrievalUnit]:
-        """Decide the number format, and refuse contexts that are too short for their task.
+        """Decide the number format, and refuse contexts that are too short for their task, or too long for the model.
 
         Raises:
-            ConfigError: naming the first.
+            ConfigError: naming the first that is too short.
+            ModelError: naming the first that is too long with its question and answer.
         """
-        settle(run.config.model, run.storage)
-        tokenizer = load_tokenizer(run.config.model, run.storage)
+        model, storage = run.config.model, run.storage
+        settle(model, storage)
+        tokenizer, positions = load_tokenizer(model, storage), context_length(model, storage)
         with about(stage=self.name):
             for task, length in dict.fromkeys((unit.task, unit.length) for unit in missing):
-                _prompts_of(run.config, tokenizer, task, length)
+                for prompt in _prompts_of(run.config, tokenizer, task, length):
+                    require_positions(prompt, positions, model.name)
         return missing
 
     def client(self, run: Run, groups: Sequence[Sequence[RetrievalUnit]]) -> AbstractContextManager[Any]:
@@ -190,15 +186,20 @@ class RetrievalStage(Stage[RetrievalUnit, list[Retrieved]]):
         Raises:
             ModelError: if the model here is another one, or a prompt is longer than its positions.
         """
+        config, storage, section = run.config, run.storage, retention_of(run.config, self.name)
+        tokenizer = load_tokenizer(config.model, storage)
         for unit in group:
-            model, tokenizer = self._load(run, unit.model_key)
-            function_tokens = None
+            model = loaded_model(config.model, storage, unit.model_key)
+            kinds = None
             if unit.function_ids is not None:
-                function_tokens = torch.zeros(model.vocabulary, dtype=torch.bool)
-                function_tokens[torch.tensor(unit.function_ids)] = True
-            asked = _prompts_of(run.config, tokenizer, unit.task, unit.length)
+                kinds = function_mask(np.array(unit.function_ids), model.vocabulary)
+            setup = Setup(policy=unit.policy, budget=unit.budget, protocol="stream", length=unit.length)
+            settings = settings_of(
+                section, setup, None if unit.gate is None else read_gate(storage, unit.gate)
+            )
+            asked = _prompts_of(config, tokenizer, unit.task, unit.length)
             with about(unit.about, stage=self.name):
-                found = answers(model, asked, _settings(run, unit), function_tokens=function_tokens)
+                found = answers(model, asked, settings, function_tokens=kinds)
             rows = [
                 {
                     "policy": unit.policy,
@@ -218,7 +219,7 @@ class RetrievalStage(Stage[RetrievalUnit, list[Retrieved]]):
 
     def close(self) -> None:
         """Free the model."""
-        self._loaded = None
+        forget_loaded()
 
     def result(
         self, run: Run, units: Sequence[RetrievalUnit], done: Mapping[str, Manifest]
@@ -270,14 +271,6 @@ class RetrievalStage(Stage[RetrievalUnit, list[Retrieved]]):
             row[f"{unit.task}, {unit.length:,} tokens"] = f"{unit.exact} of {unit.n}"
         return [Shown(name="retrieval", description="Prompts answered exactly", rows=list(rows.values()))]
 
-    def _load(self, run: Run, key: str) -> tuple[LanguageModel, LoadedTokenizer]:
-        if self._loaded is None or self._loaded[0] != key:
-            self._loaded = None
-            model = load_language_model(run.config.model, run.storage)
-            require_key(run.config.model, model_key(run.config.model, run.storage), key)
-            self._loaded = key, model, load_tokenizer(run.config.model, run.storage)
-        return self._loaded[1:]
-
 
 RETRIEVAL = RetrievalStage()
 
@@ -302,33 +295,6 @@ def _asked_of(config: Config) -> Retrieval:
     asked = retention_of(config).retrieval
     assert asked is not None
     return asked
-
-
-def _setups(section: Retention) -> list[tuple[str, float]]:
-    """Policies and budgets that are asked; the full cache first."""
-    asked = section.retrieval
-    assert asked is not None
-    return [
-        (FULL, 1.0),
-        *(
-            (name, budget)
-            for name in section.policies
-            if asked.policies is None or name in asked.policies
-            for budget in asked.budgets or section.budgets
-        ),
-    ]
-
-
-def _settings(run: Run, unit: RetrievalUnit) -> Settings:
-    section = retention_of(run.config)
-    gate = None if unit.gate is None else read_gate(run.storage, unit.gate)
-    return Settings(
-        policy=policy_of(section, unit.policy, gate),
-        budget=None if unit.policy == FULL else budget_of(section, unit.budget),
-        protocol=Stream(chunk=section.chunk),
-        protection=protection_of(section),
-        seed=section.seed,
-    )
 
 
 def _bos_id(config: Config, tokenizer: LoadedTokenizer) -> int | None:

@@ -141,6 +141,9 @@ def check_fit(config: Config, storage: Storage, known: Mapping[int, Facts]) -> N
                         hint="lower its tokens or turns, or raise its lengths",
                     )
                 refuse_unfit(outline, section, setup, Prefill(prompt=before, chunk=1))
+        if section.retrieval is not None:
+            for setup in retrieval_setups(section):
+                refuse_unfit(outline, section, setup)
 
 
 def speed_setups(section: Retention) -> list[Setup]:
@@ -151,6 +154,21 @@ def speed_setups(section: Retention) -> list[Setup]:
         for length in section.speed.lengths
         for name in section.speed.policies
         for budget in section.speed.budgets
+    ]
+
+
+def retrieval_setups(section: Retention) -> list[Setup]:
+    """Under what contexts are read before they are asked about; the full cache first, at each length."""
+    asked = section.retrieval
+    assert asked is not None
+    return [
+        Setup(policy=name, budget=budget, protocol="stream", length=length)
+        for length in asked.lengths
+        for name in (
+            FULL,
+            *(name for name in section.policies if name in (asked.policies or section.policies)),
+        )
+        for budget in ((1.0,) if name == FULL else asked.budgets or section.budgets)
     ]
 
 
