@@ -7,7 +7,6 @@ TORCH ?= torch==2.13.0
 TORCH_OPTIONS ?=
 ASSETS ?= assets
 DEMO_OPTIONS ?=
-# Files of tests go to processes in the order of their names: the last ones are short.
 TEST_PROCESSES ?= 2
 PYTEST_OPTIONS ?=
 
@@ -22,13 +21,15 @@ RUN_STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-for-tests
 SYSTEM_STAMP := $(VENV)/.system-packages
 
-.PHONY: help venv venv-tests system assets demo demo-steering demo-consolidation bench test lint format clean
+.PHONY: help venv venv-tests system assets demo demo-steering demo-consolidation demo-retention bench test test-fast lint format clean
 
 help:
 	@echo "make demo    environment, assets, and the whole pipeline on a real model and corpus"
 	@echo "make demo-steering   case studies and steering: do function tokens carry the context's features, and decide?"
 	@echo "make demo-consolidation   two models trained from scratch, and what their checkpoints learn (half an hour)"
+	@echo "make demo-retention   which tokens a model must keep: caches that forget, under every policy (20 minutes)"
 	@echo "make test    everything the tests need, then the tests"
+	@echo "make test-fast   those that start no process, server, cluster or browser: for the inner loop"
 	@echo "make bench   how fast, side by side: the table of bench/README.md (half an hour)"
 	@echo "make lint    ruff, strict mypy, and who may import whom"
 	@echo "make venv    the environment alone, in $(VENV)"
@@ -76,11 +77,20 @@ demo-steering: assets
 demo-consolidation: assets
 	$(BIN)/functok run configs/consolidation.toml $(DEMO_OPTIONS)
 
+demo-retention: assets
+	$(BIN)/functok run configs/retention.toml $(DEMO_OPTIONS)
+
 bench: assets
 	$(BIN)/python -m bench.run_all
 
+# What goes to which process, and what is left out of the fast ones: tests/suite.py
+PYTEST = $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder
+
 test: $(TEST_STAMP) $(SYSTEM_STAMP)
-	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_OPTIONS)
+	$(PYTEST) $(PYTEST_OPTIONS)
+
+test-fast: $(TEST_STAMP)
+	$(PYTEST) -m 'not (server or cluster or s3 or chromium or process or slow)' $(PYTEST_OPTIONS)
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff format --check .
@@ -93,5 +103,5 @@ format: $(TEST_STAMP)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(ASSETS) runs/demo runs/steering runs/consolidation build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(ASSETS) runs/demo runs/steering runs/consolidation runs/retention build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -34,7 +34,7 @@ from bench.common import Side, alternate, emit, figure, parser_with_data, ratio,
 from bench.dictionaries import save_random_dictionary
 from infra.storage import Storage
 from schemas.config import Config
-from schemas.work import CorpusShards, Dictionary, FeatureShard
+from schemas.work import FeatureShard
 from tasks.corpus.windows import Batch
 
 CALIBRATION_BATCHES = 1
@@ -43,18 +43,19 @@ CALIBRATION_BATCHES = 1
 def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
     """Compare on the first `arguments.tokens` tokens of a corpus; everything is written under `root`."""
     from tasks.corpus.graph_documents import graph_shards
-    from tasks.corpus.tokenization import tokenize_corpus
+    from tasks.corpus.tokenization import TOKENIZE
     from tasks.corpus.windows import read_shard_tokens
-    from tasks.dictionaries.dictionaries import load_dictionary, prepare_dictionaries
+    from tasks.dictionaries.dictionaries import DICTIONARIES, load_dictionary
     from tasks.dictionaries.residuals import shard_batches
+    from tasks.engine.run import Run, make
     from tasks.graph.extraction import _encoder, keep_for, loaded_model, loaded_tokenizer
-    from tasks.graph.features import extract_features
+    from tasks.graph.features import FEATURES
     from tasks.models.devices import choose_device
 
     storage = Storage(root)
     config = _config(arguments, root)
     say("tokenizing, and converting the model where needed")
-    shards = tokenize_corpus(config, storage)
+    shards = make(Run(config, storage), TOKENIZE)
     model = loaded_model(config.model, storage)
     tokenizer = loaded_tokenizer(config.model, storage)
     (part,) = graph_shards(config, shards, storage)
@@ -80,7 +81,8 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
             ).sae
         }
     )
-    dictionaries = prepare_dictionaries(config, storage, shards)
+    run = Run(config, storage)
+    dictionaries = make(run, DICTIONARIES)
     device = choose_device(config.model.device)
     saes = {entry.layer: load_dictionary(storage, entry, device) for entry in dictionaries}
     kept = [torch.from_numpy(batch.token >= 0) for batch in plan]
@@ -89,6 +91,7 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
     def load_ours() -> None:
         # What a run loads for its first part, and keeps for all others.
         storage.delete("features")
+        run.forget(FEATURES)
         keep_for(model.key)
         loaded_model(config.model, storage)
         loaded_tokenizer(config.model, storage)
@@ -98,7 +101,7 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
     made: list[list[FeatureShard]] = []
 
     def ours() -> None:
-        made.append(extract_features(config, storage, shards, dictionaries))
+        made.append(make(run, FEATURES))
 
     bare_weights = {layer: _folded(sae) for layer, sae in saes.items()}
 
@@ -120,7 +123,7 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
         Side(name="saelens_proxy_stopped", run=lambda: proxy.encode_all(inputs, stopped=True)),
     ]
     say("warming up on one batch")
-    _check_same(config, storage, shards, dictionaries, proxy, plan)
+    _check_same(config, storage, proxy, plan)
     cpu: dict[str, list[float]] = {}
     seconds = alternate(sides, arguments.rounds, cpu)
     sizes = _sizes(storage, made[-1])
@@ -263,14 +266,7 @@ class _Proxy:
             self.encode(ids, stopped=stopped)
 
 
-def _check_same(
-    config: Config,
-    storage: Storage,
-    shards: CorpusShards,
-    dictionaries: list[Dictionary],
-    proxy: _Proxy,
-    plan: Sequence[Batch],
-) -> None:
+def _check_same(config: Config, storage: Storage, proxy: _Proxy, plan: Sequence[Batch]) -> None:
     """Make sure that ours and SAELens' way find the same features; what differs must not be compared."""
     from tasks.dictionaries.encoding import build_encoder
     from tasks.graph.extraction import loaded_model

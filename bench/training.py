@@ -29,8 +29,9 @@ from tasks.pretraining.plan import TrainingPlan
 
 def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
     """Compare on a corpus' first documents; everything is written under `root`."""
-    from tasks.corpus.tokenization import tokenize_corpus
+    from tasks.corpus.tokenization import TOKENIZE
     from tasks.corpus.tokenizer_training import train_tokenizer, with_tokenizer
+    from tasks.engine.run import Run, make
     from tasks.models.devices import prepared_device
     from tasks.models.tokenizers import load_tokenizer
     from tasks.pretraining.loop import packed_rows
@@ -44,7 +45,7 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
     train_tokenizer(asked, storage)
     config = with_tokenizer(asked, storage)
     assert config is not None
-    shards = tokenize_corpus(config, storage)
+    shards = make(Run(config, storage), TOKENIZE)
     (series,) = consolidation_of(config).series
     plan = plan_training(config, shards, series)
     tokenizer = load_tokenizer(config.model, storage)
@@ -81,7 +82,7 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
         Side(name="bare_loop", run=bare, prepare=prepare_bare),
         Side(
             name="train_series",
-            run=lambda: train_series(config, storage, shards, series),
+            run=lambda: train_series(config, storage, shards, plan),
             prepare=prepare_whole,
         ),
     ]

@@ -14,9 +14,8 @@ from infra.run_api import chosen_api
 from infra.storage import Storage
 from infra.terminal import printable
 from schemas.config import Config
-from schemas.experiments import EXPERIMENTS
 from schemas.work import StageName
-from tasks.stages import experiment, is_up_to_date, plan_run, stages_of
+from tasks.stages import is_up_to_date, plan_run, published_experiments, stages_of
 
 
 def run_pipeline(
@@ -59,12 +58,11 @@ def show_results(config: Config, storage: Storage, seconds: float) -> None:
     with connect(storage) as connection:
         if "coverage" in catalog.tables:
             console.print(coverage_table(connection))
-        for one in map(experiment, EXPERIMENTS):
-            if one.tables.name in catalog.lineage:
-                one.closing(connection, console)
-                for found in one.report.findings(connection):
-                    told = f"\n{found.title}: {found.verdict.upper()}. {printable(found.text)}"
-                    console.print(told, markup=False, highlight=False)
+        for one in published_experiments(catalog):
+            one.closing(connection, console)
+            for found in one.report.findings(connection):
+                told = f"\n{found.title}: {found.verdict.upper()}. {printable(found.text)}"
+                console.print(told, markup=False, highlight=False)
     console.print(
         f"\nfinished in {seconds:.1f} s; everything is under {storage.root}", markup=False, highlight=False
     )

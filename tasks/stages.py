@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from infra.duck import Catalog
+from infra.duck import Catalog, read_catalog
 from infra.progress import Progress, silent
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.errors import ConfigError, FunctokError
-from schemas.experiments import EXPERIMENTS, asked_for
+from schemas.experiments import EXPERIMENTS, asked_for, experiment_rooms
 from schemas.work import STAGES, StagePlan
 from tasks.engine import tables
 from tasks.engine.run import Run, looking, plan
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from tasks.experiment import Experiment
-    from tasks.report.vocabulary import Part
 
 TABLES, REPORT = "tables", "report"
 """The stages that end every run: they make no units."""
@@ -31,6 +30,11 @@ TABLES, REPORT = "tables", "report"
 def experiments_of(config: Config) -> list[Experiment]:
     """The experiments that a configuration asks for, in the order of the one list."""
     return [experiment(name) for name in asked_for(config)]
+
+
+def published_experiments(catalog: Catalog) -> list[Experiment]:
+    """The experiments that have published tables, whoever made them; the others are not imported."""
+    return [experiment(room.name) for room in experiment_rooms() if room.group in catalog.lineage]
 
 
 def experiment(name: str) -> Experiment:
@@ -170,12 +174,10 @@ def check_before_work(config: Config, storage: Storage, stages: Sequence[str]) -
 
 def beside(storage: Storage, catalog: Catalog) -> Mapping[str, pa.Table]:
     """What expectations on tables read besides these: of every published group, whoever made it."""
-    groups = [experiment(name).tables for name in EXPERIMENTS]
     return {
         view: rows
-        for group in groups
-        if group.name in catalog.lineage
-        for view, rows in group.beside(storage, catalog).items()
+        for one in published_experiments(catalog)
+        for view, rows in one.tables.beside(storage, catalog).items()
     }
 
 
@@ -183,12 +185,8 @@ def write_report(storage: Storage, config: Config | None = None, progress: Progr
     """Write the report of the published tables; its address. Raises as `tasks.report.report.write_report`."""
     from tasks.report import report
 
-    return report.write_report(storage, None if config is None else config.duckdb, progress, report_parts())
-
-
-def report_parts() -> list[Part]:
-    """What the experiments tell in the report."""
-    return [experiment(name).report for name in EXPERIMENTS]
+    parts = [one.report for one in published_experiments(read_catalog(storage))]
+    return report.write_report(storage, None if config is None else config.duckdb, progress, parts)
 
 
 def _plan_report(storage: Storage, of_tables: StagePlan) -> StagePlan:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from infra.duck import Catalog
 from infra.manifest import MANIFEST, Manifest, commit, content_key, load, manifests_of
 from infra.storage import Storage, StoredFile
 from schemas.config import Config
@@ -19,6 +20,7 @@ from schemas.tables import SHARD_FILES, VOCABULARY
 from schemas.work import CorpusShards, Dictionary, FeatureShard, GraphShard, TokenShard
 from tasks.engine.run import Found, Run
 from tasks.engine.stage import Stage
+from tasks.engine.tables import TableGroup, candidate
 
 Active = dict[int, float]
 """What one occurrence activates: feature id to activation."""
@@ -106,6 +108,11 @@ def run_of(config: Config, storage: Storage, given: Mapping[Stage[Any, Any], Any
         given: Stage to what it made; what such a stage needs is not asked for.
     """
     return GivenRun(config, storage, given)
+
+
+def build(run: Run, *groups: TableGroup) -> Catalog:
+    """The catalogue that publishing these groups of a run would leave."""
+    return candidate(run.storage, [group.build(run) for group in groups])
 
 
 def write_corpus(storage: Storage, cuts: Sequence[Cut], vocabulary: int = 23, seed: int = 0) -> CorpusShards:

@@ -1,16 +1,19 @@
 """The pipeline without Prefect: the stages, one after another, as the flows make them.
 
-As a program, `python tests/plain.py CONFIG PREFIX NTH` runs it and kills itself with SIGKILL in the middle of the
-NTH write of a file whose name begins with PREFIX.
+As a program, `python tests/plain.py KILLS` makes a run for each `[CONFIG, PREFIX, NTH]` of a JSON list, in a process
+that kills itself with SIGKILL in the middle of the NTH write of a file whose name begins with PREFIX; it prints how
+each ended.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import IO, Any
 
 from infra.config_file import load_config
@@ -79,6 +82,11 @@ def finished(
     return open_run(config, storage)
 
 
+def there(run: Any, stage: Any) -> Any:
+    """What a stage made, if it is finished; None if anything of it is missing, changed or refused. Makes nothing."""
+    return run.result(stage) if run.is_finished(stage) else None
+
+
 def _killing(prefix: str, nth: int) -> None:
     write, count = Storage.write, [0]
 
@@ -96,6 +104,19 @@ def _killing(prefix: str, nth: int) -> None:
     Storage.write = deadly  # type: ignore[method-assign]
 
 
+def _main() -> None:
+    from tasks import stages
+
+    # One process imports, and those that die are copies of it: importing takes longer than such a run.
+    for library in {library for stage in stages.spine() for library in stage.libraries}:
+        import_module(library)
+    for config, prefix, nth in json.loads(sys.argv[1]):
+        if (child := os.fork()) == 0:
+            _killing(prefix, nth)
+            run_plain(load_config(config), checked=False)
+            os._exit(0)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
 if __name__ == "__main__":
-    _killing(sys.argv[2], int(sys.argv[3]))
-    run_plain(load_config(sys.argv[1]), checked=False)
+    _main()

@@ -118,12 +118,17 @@ def steering_of(config: Config, stage: str = "") -> Steering:
     """
     section = config.section(Steering)
     if section is None:
-        raise ConfigError(
-            "this configuration has no steering section, so there are no cases",
-            stage=stage,
-            hint="configs/steering.toml shows one",
-        )
+        raise without_steering(stage)
     return section
+
+
+def without_steering(stage: str = "") -> ConfigError:
+    """Why a stage about cases does not apply to a configuration that has none."""
+    return ConfigError(
+        "this configuration has no steering section, so there are no cases",
+        stage=stage,
+        hint="configs/steering.toml shows one",
+    )
 
 
 class Case(Section):

@@ -19,7 +19,7 @@ from schemas.work import CorpusShards
 from tasks.corpus.graph_documents import graph_shards
 from tasks.corpus.tokenization import TOKENIZE
 from tasks.engine.run import Run
-from tasks.engine.stage import Shown, Stage
+from tasks.engine.stage import Shown
 from tasks.engine.tables import VERSION, TableGroup, Tables, ensure_folder, explained, write_table
 from tasks.models.token_texts import label, shared_texts
 
@@ -38,14 +38,10 @@ class CorpusTables(TableGroup):
     """
 
     name = "corpus"
+    needs = (TOKENIZE,)
 
     def __init__(self, facts: Sequence[Facts] = ()) -> None:
         self._facts = facts
-
-    @property
-    def needs(self) -> tuple[Stage[Any, Any], ...]:
-        """The corpus."""
-        return (TOKENIZE,)
 
     def planned(self, run: Run) -> Tables:
         """The group as it would be published."""

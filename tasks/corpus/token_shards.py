@@ -193,8 +193,8 @@ def remember_shards(storage: Storage, jobs: Sequence[FileJob], manifests: Mappin
     for job in jobs:
         own = of_job.get(job.folder, {})
         folders = [f"{job.folder}/{number:05d}" for number in range(len(own))]
-        # Of a file that was begun earlier, not all shards were made now.
-        if own.keys() == set(folders) and own[folders[-1]].stats["ends_file"]:
+        # A limit may not have reached the file; of one that was begun earlier, not all shards were made now.
+        if own and own.keys() == set(folders) and own[folders[-1]].stats["ends_file"]:
             shards = tuple(_entry(folder, own[folder]) for folder in folders)
             made = FileShards(shards=shards, is_cut=False)
             if _is_listed(made):

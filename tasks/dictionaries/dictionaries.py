@@ -88,16 +88,12 @@ class Dictionaries(Stage[DictionaryUnit, list[Dictionary]]):
     """Every dictionary of the configuration: fetched, copied or trained, and checked."""
 
     name = "dictionaries"
+    needs = (TOKENIZE,)
     measure = ""
     things = "dictionaries"
     changed = "a layer's is new, or what makes it changed"
     libraries = ("torch", "sae_lens")
     tops = ("dictionaries", "residuals")
-
-    @property
-    def needs(self) -> tuple[Stage[Any, Any], ...]:
-        """The corpus, whose residuals train them."""
-        return (TOKENIZE,)
 
     def applies(self, config: Config) -> bool:
         """Where there is a graph to make."""
@@ -116,8 +112,14 @@ class Dictionaries(Stage[DictionaryUnit, list[Dictionary]]):
         return f"layer {', '.join(str(entry.layer) for entry in config.sae)}"
 
     def units(self, run: Run) -> Sequence[DictionaryUnit]:
-        """One for each `sae` entry, by layer. Reads no weights, but the content of saved ones is hashed."""
-        shards = run.result(TOKENIZE)
+        """One for each `sae` entry, by layer. Reads no weights, but the content of saved ones is hashed.
+
+        Raises:
+            DictionaryError: if the model does not have a layer, or the files of a saved one are missing.
+        """
+        shards, n_layers = run.result(TOKENIZE), model_dimensions(run.config.model, run.storage)[1]
+        for entry in run.config.sae:
+            check_layer(entry, n_layers, run.config.model.name)
         units = []
         for entry in sorted(run.config.sae, key=lambda entry: entry.layer):
             parts = (
@@ -129,7 +131,7 @@ class Dictionaries(Stage[DictionaryUnit, list[Dictionary]]):
                     inputs=_key_inputs(run.config, run.storage, entry, parts),
                     about=f"the dictionary of layer {entry.layer} ({source_of(entry)})",
                     # One forward gives the residuals of all layers that are trained.
-                    together=None if entry.train is None else "trained",
+                    together="brought" if entry.train is None else "trained",
                     entry=entry,
                     parts=parts,
                 )
@@ -146,32 +148,28 @@ class Dictionaries(Stage[DictionaryUnit, list[Dictionary]]):
         dimensions = model_dimensions(run.config.model, run.storage)
         refused: list[FunctokError] = []
         for unit in units:
-            try:
-                check_layer(unit.entry, dimensions[1], run.config.model.name)
-                if unit.folder in done:
+            if unit.folder in done:
+                try:
                     _checked(run.config, unit, done[unit.folder], dimensions)
-            except DictionaryError as error:
-                refused.append(error)
+                except DictionaryError as error:
+                    refused.append(error)
         return refused
 
     def prepare(self, run: Run, missing: Sequence[DictionaryUnit]) -> Sequence[DictionaryUnit]:
-        """Refuse layers that the model does not have, before any is made."""
-        n_layers = model_dimensions(run.config.model, run.storage)[1]
-        for entry in run.config.sae:
-            check_layer(entry, n_layers, run.config.model.name)
-        return missing
+        """Those that others have made come first: what is wrong with one is told before hours of training."""
+        return sorted(missing, key=lambda unit: unit.entry.train is not None)
 
     def make(self, run: Run, group: Sequence[DictionaryUnit]) -> Iterator[Made]:
-        """One that others have made, or all that are trained here.
+        """Those that others have made, or all that are trained here.
 
         Raises:
             DictionaryError: naming layer and source, if one cannot be had, or does not fit the model's residual stream.
         """
         dimensions = model_dimensions(run.config.model, run.storage)
         if group[0].entry.train is None:
-            for unit in group:
+            for place, unit in enumerate(group, 1):
                 yield _brought(run, unit, dimensions)
-                run.tell(1, 1, "dictionaries fetched")
+                run.tell(place, len(group), "dictionaries fetched")
             return
         yield from _trained(run, group, dimensions)
 

@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 from infra.addresses import without_credentials
@@ -158,10 +159,16 @@ def warn_of_differences(facts: Facts, entry: Sae, config: Config) -> None:
         ("context_size", facts.context_size, windows.context_size),
     ):
         if theirs is not None and theirs != ours:
-            logger.warning(
-                "sae layer %d (%s) was trained with %s = %s, but windows.%s = %s",
-                *(entry.layer, source_of(entry), name, theirs, name, ours),
+            _warn_once(
+                f"sae layer {entry.layer} ({source_of(entry)}) was trained with {name} = {theirs}, "
+                f"but windows.{name} = {ours}"
             )
+
+
+@cache
+def _warn_once(text: str) -> None:
+    # Every stage after the dictionaries asks for them again.
+    logger.warning("%s", text)
 
 
 def check_gate(quality: Mapping[str, float], gate: Gate, entry: Sae) -> None:

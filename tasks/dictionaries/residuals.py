@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -113,8 +114,7 @@ class Residuals(Stage[ResidualUnit, dict[Place, ResidualShard]]):
                 top="residuals",
                 inputs={"version": VERSION, "part": part_key(part), "layer": layer, "forward": forward},
                 about=f"layer {layer}, {part.shard.folder}",
-                # One forward gives all layers of a part.
-                size=part.n_tokens if layer == self.layers[0] else 0,
+                size=part.n_tokens,
                 together=(part.shard.folder, part.n_documents),
                 part=part,
                 layer=layer,
@@ -122,6 +122,10 @@ class Residuals(Stage[ResidualUnit, dict[Place, ResidualShard]]):
             for part in self.parts
             for layer in self.layers
         ]
+
+    def prepare(self, run: Run, missing: Sequence[ResidualUnit]) -> Sequence[ResidualUnit]:
+        """One forward gives all layers that a part lacks."""
+        return counted_once(missing)
 
     def make(self, run: Run, group: Sequence[ResidualUnit]) -> Iterator[Made]:
         """The residuals of one part."""
@@ -162,6 +166,15 @@ class Residuals(Stage[ResidualUnit, dict[Place, ResidualShard]]):
             for unit in found.units
             if unit.folder in found.done
         }
+
+
+U = TypeVar("U", bound=Unit)
+
+
+def counted_once(units: Sequence[U]) -> list[U]:
+    """The same units; of those that are made together, the first has the whole size and the others none."""
+    first = {unit.together: unit for unit in reversed(units)}
+    return [unit if first[unit.together] is unit else replace(unit, size=0) for unit in units]
 
 
 def _dense(

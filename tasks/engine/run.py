@@ -119,6 +119,13 @@ class Run:
             self._results[stage] = stage.result(self, found.units, found.done)
         return cast("R", self._results[stage])
 
+    def under(self, config: Config, *shared: Stage[Any, Any]) -> Run:
+        """A run of another configuration on the same storage, which takes what these finished stages made from here."""
+        other = Run(config, self.storage)
+        for stage in shared:
+            other._results[stage], other._found[stage] = self.result(stage), self.find(stage)
+        return other
+
     def forget(self, stage: Stage[Any, Any]) -> None:
         """Look for a stage again the next time."""
         self._found.pop(stage, None)
@@ -246,12 +253,13 @@ class _Watch:
     def reach(self, group: int, size: int | None = None) -> None:
         """A group has done so much in all; None: it is done."""
         with self._lock:
-            whole = self._sizes[group]
-            self._done[group] = whole if size is None else max(self._done[group], min(size, whole))
-        self._tell()
+            whole, before = self._sizes[group], self._done[group]
+            self._done[group] = whole if size is None else max(before, min(size, whole))
+            if self._done[group] > before:
+                self._tell()
 
     def _tell(self) -> None:
-        if self._measure:
+        if self._measure and self._sizes:
             self._progress(sum(self._done), sum(self._sizes), self._measure)
 
 
@@ -272,8 +280,11 @@ def _here(
                 if not stage.overlaps:
                     yield _written(watch, *waiting)
                     waiting = None
-            # Modules know each other in circles; what is made next needs their memory.
-            gc.collect()
+            if waiting is None:
+                # A limit may have ended it before all was read.
+                watch.reach(index)
+            if stage.loads:
+                _free()
         if waiting is not None:
             yield _written(watch, *waiting)
 
@@ -318,7 +329,8 @@ def _on_worker(
         if time.monotonic() - told > _TELL_SECONDS:
             told = time.monotonic()
             worker.log_event(topic, [index, done])
-    gc.collect()
+    if stage.loads:
+        _free()
     return manifests
 
 
@@ -327,6 +339,11 @@ def _alone_on_worker(
     run: Run, stage: Stage[U, Any], group: Sequence[U], topic: str, index: int
 ) -> dict[str, Manifest]:
     return _on_worker(run, stage, group, topic, index)
+
+
+def _free() -> None:
+    # Modules know each other in circles. Looking for them takes a second, once all libraries are loaded.
+    gc.collect()
 
 
 def _write(run: Run, stage: Stage[Any, Any], made: Made) -> dict[str, Manifest]:

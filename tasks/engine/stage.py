@@ -146,25 +146,23 @@ class Stage(ABC, Generic[U, R]):
         needs: Stages whose results it reads; they are finished before its units are asked for.
         overlaps: Whether what is made is written beside the making of the next; then at most one waits to be written.
         alone: Whether a process makes one group at a time (a model, a device); several threads may else.
+        loads: Whether each group loads a model of its own, whose memory the next needs.
         retries: How often a worker tries a group again before the run fails.
         libraries: Libraries that take seconds to import and that it uses: they are imported while a server starts.
         tops: Top folders of the storage whose folders are its units, or are made by the way.
     """
 
     name: ClassVar[str]
+    needs: ClassVar[tuple[Stage[Any, Any], ...]] = ()
     measure: ClassVar[str] = "units"
     things: ClassVar[str] = "units"
     changed: ClassVar[str] = "they are new or damaged, or what determines them changed"
     overlaps: ClassVar[bool] = False
     alone: ClassVar[bool] = True
+    loads: ClassVar[bool] = False
     retries: ClassVar[int] = 0
     libraries: ClassVar[tuple[str, ...]] = ()
     tops: ClassVar[tuple[str, ...]] = ()
-
-    @property
-    def needs(self) -> tuple[Stage[Any, Any], ...]:
-        """Stages whose results it reads."""
-        return ()
 
     def applies(self, config: Config) -> bool:
         """Whether a configuration asks for it."""

@@ -88,11 +88,7 @@ class TableGroup(ABC):
     """
 
     name: ClassVar[str]
-
-    @property
-    @abstractmethod
-    def needs(self) -> tuple[Stage[Any, Any], ...]:
-        """Stages whose results it is made of."""
+    needs: ClassVar[tuple[Stage[Any, Any], ...]]
 
     def applies(self, config: Config) -> bool:
         """Whether a configuration asks for it."""

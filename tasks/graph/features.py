@@ -26,7 +26,14 @@ from tasks.corpus.graph_documents import graph_shards
 from tasks.corpus.tokenization import TOKENIZE, identity
 from tasks.corpus.windows import ShardTokens, count_tokens
 from tasks.dictionaries.dictionaries import DICTIONARIES
-from tasks.dictionaries.residuals import Residuals, ResidualShard, forward_key, part_key, place_of
+from tasks.dictionaries.residuals import (
+    Residuals,
+    ResidualShard,
+    counted_once,
+    forward_key,
+    part_key,
+    place_of,
+)
 from tasks.engine.checks import ask_of_made
 from tasks.engine.offenders import Views
 from tasks.engine.run import Run, make
@@ -62,16 +69,12 @@ class Features(Stage[FeatureUnit, list[FeatureShard]]):
     """Which feature is active at which token of the graph's documents, layer by layer."""
 
     name = "features"
+    needs = (TOKENIZE, DICTIONARIES)
     measure = "tokens, features"
     things = "feature shards"
     changed = "they are new or damaged, or their model, windows or dictionary changed"
     overlaps = True
     tops = ("features",)
-
-    @property
-    def needs(self) -> tuple[Stage[Any, Any], ...]:
-        """The corpus and the dictionaries."""
-        return TOKENIZE, DICTIONARIES
 
     def applies(self, config: Config) -> bool:
         """Where there is a graph to make."""
@@ -131,15 +134,10 @@ class Features(Stage[FeatureUnit, list[FeatureShard]]):
             make(run, Residuals(every, layers), run.tell)
         parts = list({unit.together: unit.part for unit in missing}.values())
         there = Residuals(parts, [unit.dictionary.layer for unit in missing]).there(run)
-        # One forward gives all layers of a part: the work is counted once.
-        counted: set[Any] = set()
-        units = []
-        for unit in missing:
-            residuals = there.get(place_of(unit.part, unit.dictionary.layer))
-            size = 0 if unit.together in counted else unit.size
-            counted.add(unit.together)
-            units.append(replace(unit, residuals=residuals, size=size))
-        return units
+        return [
+            replace(unit, residuals=there.get(place_of(unit.part, unit.dictionary.layer)))
+            for unit in counted_once(missing)
+        ]
 
     def client(self, run: Run, groups: Sequence[Sequence[FeatureUnit]]) -> AbstractContextManager[Any]:
         """Several GPUs or a cluster: each worker makes whole parts."""

@@ -24,7 +24,7 @@ from tasks.corpus.tables import build_tokens, corpus_group
 from tasks.corpus.tokenization import TOKENIZE
 from tasks.dictionaries.dictionaries import DICTIONARIES
 from tasks.engine.run import Run
-from tasks.engine.stage import Shown, Stage
+from tasks.engine.stage import Shown
 from tasks.engine.tables import VERSION, TableGroup, Tables, ensure_folder, selected, write_table
 from tasks.graph import power_law
 from tasks.graph.edges import edge_files, ensure_edges
@@ -51,11 +51,7 @@ class GraphTables(TableGroup):
     """The tables of the graph."""
 
     name = "graph"
-
-    @property
-    def needs(self) -> tuple[Stage[Any, Any], ...]:
-        """Corpus, dictionaries and features."""
-        return TOKENIZE, DICTIONARIES, FEATURES
+    needs = (TOKENIZE, DICTIONARIES, FEATURES)
 
     def applies(self, config: Config) -> bool:
         """Where there is a graph to make."""

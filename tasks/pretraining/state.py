@@ -67,6 +67,12 @@ def finished_checkpoints(storage: Storage, plan: TrainingPlan) -> dict[int, Mani
     return {step: done[folder] for step, folder in folders.items() if folder in done}
 
 
+def is_trained(storage: Storage, plan: TrainingPlan) -> bool:
+    """Whether a training is at its end and all of its wanted checkpoints are there."""
+    folders = {plan.folder, *map(plan.checkpoint_folder, plan.checkpoint_steps)}
+    return folders == set(load_all(storage, sorted(folders)))
+
+
 def newest_state(storage: Storage, plan: TrainingPlan, finished: Collection[int]) -> int:
     """The step to go on from: that of the newest state before which no checkpoint is missing; 0 for none."""
     missing = [step for step in plan.checkpoint_steps if step not in finished]

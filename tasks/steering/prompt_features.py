@@ -1,21 +1,110 @@
-"""The residual stream and the features of single prompts (PAPER 1.3).
+"""The residual stream and the features of single prompts (PAPER 1.3), read layer by layer for cases and traits.
 
 A prompt is a forward of its own: in a batch, padding and another shape of the products would round differently, and a
-feature at its threshold would depend on the prompt's neighbours.
+feature at its threshold would depend on the prompt's neighbours. What a layer says lies in a folder of its own, so that
+another SAE makes that layer's alone anew, while one forward serves every layer that a case or a trait lacks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import gc
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
-from infra.storage import Storage
 from schemas.errors import ModelError
+from schemas.steering.work import LayerFolder
 from schemas.work import Dictionary
 from tasks.dictionaries.dictionaries import load_dictionary
 from tasks.dictionaries.encoding import Encoder, build_encoder
-from tasks.models.model import LoadedModel
+from tasks.engine.run import Run
+from tasks.engine.stage import Unit
+from tasks.models.devices import choose_device
+from tasks.models.model import LoadedModel, load_model
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerUnit(Unit):
+    """One layer of a case or of a trait.
+
+    Attributes:
+        dictionary: The layer's; None: what no layer has to do with (a case's tokens).
+        n_layers: How many layers its case or trait has.
+    """
+
+    dictionary: Dictionary | None
+    n_layers: int
+
+
+U = TypeVar("U", bound=LayerUnit)
+
+
+def read_once(missing: Sequence[U]) -> list[U]:
+    """The units, of which one of each case or trait has its size: one forward serves all of its layers."""
+    seen = set[Hashable]()
+    units = []
+    for unit in missing:
+        units.append(replace(unit, size=0) if unit.together in seen else unit)
+        seen.add(unit.together)
+    return units
+
+
+def layer_folders(units: Iterable[LayerUnit]) -> tuple[LayerFolder, ...]:
+    """Where the layers of a case or of a trait are."""
+    return tuple(
+        LayerFolder(layer=unit.dictionary.layer, folder=unit.folder)
+        for unit in units
+        if unit.dictionary is not None
+    )
+
+
+def labels_of(missing: Sequence[LayerUnit]) -> list[str]:
+    """How `functok status` names what is missing: with its layers, where others are there."""
+    groups: dict[Hashable, list[LayerUnit]] = {}
+    for unit in missing:
+        groups.setdefault(unit.together, []).append(unit)
+    return [_label(units) for units in groups.values()]
+
+
+def _label(units: Sequence[LayerUnit]) -> str:
+    layers = [str(entry.layer) for entry in layer_folders(units)]
+    if not layers or len(layers) == units[0].n_layers:
+        return units[0].about
+    return f"{units[0].about}, layer{'s' * (len(layers) > 1)} {', '.join(layers)}"
+
+
+class Readers:
+    """The model without its head, and dictionaries; loaded when first asked for, and kept until `forget`."""
+
+    def __init__(self) -> None:
+        self._model: LoadedModel | None = None
+        self._encoders: dict[str, Encoder] = {}
+
+    def model(self, run: Run) -> LoadedModel:
+        """The run's model; raises as `load_model`."""
+        if self._model is None:
+            self._model = load_model(run.config.model, run.storage)
+        return self._model
+
+    def encoder(self, run: Run, dictionary: Dictionary) -> Encoder:
+        """A dictionary's own encoder, where the model is or would be; the SAE itself is the encoder's `sae`.
+
+        Raises:
+            DictionaryError: if the dictionary's files no longer load.
+        """
+        if dictionary.folder not in self._encoders:
+            device = choose_device(run.config.model.device) if self._model is None else self._model.device
+            sae = load_dictionary(run.storage, dictionary, device)
+            self._encoders[dictionary.folder] = build_encoder(sae, device)
+        return self._encoders[dictionary.folder]
+
+    def forget(self) -> None:
+        """Free all of them."""
+        self._model, self._encoders = None, {}
+        # Modules know each other in circles; what is loaded next needs their memory.
+        gc.collect()
 
 
 def residuals_of(model: LoadedModel, ids: Sequence[int], layers: Iterable[int]) -> dict[int, torch.Tensor]:
@@ -50,19 +139,6 @@ def residuals_of(model: LoadedModel, ids: Sequence[int], layers: Iterable[int]) 
                 hint="try model.dtype = 'float32'",
             )
     return found
-
-
-def load_encoders(
-    storage: Storage, dictionaries: Sequence[Dictionary], device: torch.device
-) -> dict[int, Encoder]:
-    """Every dictionary's own encoder on a device, by layer; the SAE itself is the encoder's `sae`.
-
-    Raises:
-        DictionaryError: if a dictionary's files no longer load.
-    """
-    return {
-        entry.layer: build_encoder(load_dictionary(storage, entry, device), device) for entry in dictionaries
-    }
 
 
 def _check(model: LoadedModel, ids: Sequence[int], layers: Sequence[int]) -> None:

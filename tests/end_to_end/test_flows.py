@@ -22,8 +22,8 @@ from infra.storage import Storage
 from schemas.config import Config, Model
 from schemas.errors import ConfigError, CorpusError, ExpectationError, FunctokError, StorageError
 from schemas.pretraining.work import Checkpoint
-from schemas.steering.work import CaseFeatures, LayerFolder, SteeredPrompt, TraitFeatures
-from tasks.steering.values import HeatMap, HeatPanel
+from schemas.steering.work import CaseFeatures, LayerFolder, Steered, SteeredPrompt, TraitFeatures
+from tasks.steering.heat_maps import HeatMap, HeatPanel
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def steered(stages: StandIns) -> None:
     """Have the stages of cases give a case, a trait and an experiment, with what is shown of them."""
     stages.results |= {
         "reactivation": lambda config: [CASE],
-        "steering": lambda config: ([TRAIT], [EXPERIMENT]),
+        "steering": lambda config: Steered(traits=(TRAIT,), experiments=(EXPERIMENT,)),
     }
     prompts = [{"case": "c", "prompt": prompt, "position": 0} for prompt in ("of A", "of B")]
     stages.files["reactivation"] = [shard_file(CASE.folder, "prompt_tokens", prompts)]
@@ -255,7 +255,7 @@ def test_checkpoints_of_pre_training_have_stages_of_their_own(pretraining: Confi
     assert {"checkpoints: small", "losses: check small"} <= {run["name"] for run in last_runs("task_runs")}
     stages.journal.clear()
     reproduce(pretraining, start_from="generations")
-    assert stages.journal == CONSOLIDATION[CONSOLIDATION.index("generations") :]
+    assert stages.journal == CONSOLIDATION[CONSOLIDATION.index("check generations") :]
 
 
 @pytest.mark.usefixtures("prefect_api")
@@ -323,7 +323,7 @@ def test_reactivation_and_steering_have_stages_of_their_own(
 ) -> None:
     from flows.reproduce import reproduce
 
-    monkeypatch.setattr("tasks.steering.rows.heat_maps", lambda connection, limit: [HEAT_MAP] * 2)
+    monkeypatch.setattr("tasks.steering.heat_maps.heat_maps", lambda connection, limit: [HEAT_MAP] * 2)
     steered(stages)
     reproduce(steering)
 
@@ -352,7 +352,7 @@ def test_reactivation_and_steering_have_stages_of_their_own(
     assert {"reactivation: my-cases.toml", "steering: check my-cases.toml", "tables: my-cases.toml"} <= names
     stages.journal.clear()
     reproduce(steering, start_from="steering")
-    assert stages.journal == STEERING[STEERING.index("steering") :]
+    assert stages.journal == STEERING[STEERING.index("check steering") :]
 
 
 @pytest.mark.usefixtures("prefect_api")

@@ -12,18 +12,17 @@ import tiny
 from plain import run_plain
 from s3 import BUCKET, Server
 from s3_proxy import Faults, Proxy
-from tasks.engine.plan import is_up_to_date, plan_run, stages_of
 
 from infra.duck import connect
 from infra.index import index_name
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.work import StagePlan
-from tasks.graph import extraction
+from tasks.stages import is_up_to_date, plan_run, stages_of
 
 pytestmark = pytest.mark.s3
 
-FEW, MANY = 8, 32
+FEW, MANY = 4, 16
 """Files of a corpus, each of one shard."""
 
 
@@ -90,7 +89,6 @@ def counted(tmp_path_factory: pytest.TempPathFactory, proxy: Proxy) -> Counted:
     found = Counted(counts={}, configs={})
     for n_files in (FEW, MANY):
         config = found.configs[n_files] = config_of(folder, proxy.endpoint, n_files)
-        extraction.forget_loaded()
         proxy.clear()
         run_plain(config)
         first = proxy.kinds()
@@ -157,7 +155,6 @@ def test_what_is_found_is_proportional_to_the_files_that_join(counted: Counted, 
     [tokenize, *_] = plans_of(config)
     assert (tokenize.done, tokenize.missing) == (MANY, 1)
     assert proxy.kinds().total() <= counted.counts[MANY]["nothing to do"].total(), proxy.kinds()
-    extraction.forget_loaded()
     proxy.clear()
     run_plain(config)
     root = f"requests-{MANY}"
@@ -177,7 +174,6 @@ def test_faults_of_the_server_change_no_table(counted: Counted, proxy: Proxy) ->
     elsewhere = config.model_copy(
         update={"storage": config.storage.model_copy(update={"root": f"{config.storage.root}-faults"})}
     )
-    extraction.forget_loaded()
     proxy.clear()
     proxy.faults = Faults(slow=0.05, cut=0.02, cut_body=0.03)
     try:

@@ -385,6 +385,7 @@ def test_a_relative_root_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / "runs" / "x" / "a").read_bytes() == b"1"
 
 
+@pytest.mark.process
 def test_it_is_cheap_to_import() -> None:
     heavy = (
         "torch",

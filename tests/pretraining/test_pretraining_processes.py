@@ -14,7 +14,7 @@ import torch
 from trained import BATCH_TOKENS, STEPS, Training
 
 from schemas.config import Config
-from tasks.pretraining.launch import as_written
+from tasks.pretraining.training import as_written
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = (

@@ -20,14 +20,14 @@ from tasks.retention.running import Prefill, Settings, Step, local_errors, read
 from tasks.retention.sequences import SequenceTokens
 from tasks.retention.survival import ends, life_table
 
-CHUNK, PROMPT, DOCUMENT = 8, 48, 77
+CHUNK, PROMPT, DOCUMENT = 8, 64, 77
 IDS = forgetful.ids()[0].numpy()
 TOKENS = SequenceTokens(
     ids=IDS,
     is_special=np.isin(np.arange(LENGTH), [0, 40]),
     document=np.repeat([0, 1], [41, LENGTH - 41]),
 )
-KIND = FUNCTION.numpy()[IDS]
+KIND = FUNCTION.int().numpy()[IDS]
 
 
 def setting(name: str, prefill: bool = False, **options: Any) -> Settings:
@@ -226,7 +226,7 @@ def test_layers_may_be_looked_into_less_often() -> None:
     assert seldom["reading_sums"].equals(often["reading_sums"])
     assert seldom["reading_survival"].equals(often["reading_survival"])
     n = {row["n"] for row in seldom["reading_layers"].to_pylist()}
-    assert n == {sum(CHUNK for end in range(CHUNK, LENGTH + 1, CHUNK) if end % (4 * CHUNK) == 0 and end > 24)}
+    assert n == {sum(CHUNK for end in range(CHUNK, LENGTH + 1, CHUNK) if end % (4 * CHUNK) == 0 and end > 32)}
 
 
 @pytest.mark.parametrize("name", ["random", "cmp"])

@@ -11,12 +11,11 @@ import tiny
 import torch
 from plain import run_plain
 from s3 import S3Root
-from tasks.engine.plan import is_up_to_date, plan_run, stages_of
 
 from infra.duck import connect
 from infra.storage import Storage
 from schemas.config import Config
-from tasks.graph import extraction
+from tasks.stages import is_up_to_date, plan_run, stages_of
 
 SAES = {0: "standard", 1: "jumprelu"}
 CASES = """
@@ -51,11 +50,6 @@ traits = ["given"]
 prompt = "said the lazy"
 target = " dog jumps"
 """
-
-
-@pytest.fixture(autouse=True)
-def _here(monkeypatch: pytest.MonkeyPatch) -> None:
-    extraction.forget_loaded()
 
 
 @pytest.fixture(scope="module")

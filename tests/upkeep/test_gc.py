@@ -46,7 +46,7 @@ def age(place: Path, days: float = 2) -> None:
 
 
 def config_of(finished: Path, root: Path) -> Config:
-    return load_config(finished / "tiny.toml", None, str(root))
+    return load_config(finished / "tiny.toml", root=str(root))
 
 
 def names(found: list[Garbage]) -> dict[str, str]:
@@ -218,6 +218,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.process
 def test_sae_lens_leaves_no_folders_of_wandb_when_it_is_killed(tmp_path: Path) -> None:
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     done = subprocess.run(

@@ -1,113 +1,100 @@
-"""The checks at the boundaries of reactivation and steering (PAPER 1.3), as those of `tasks.engine.validation`."""
+"""What the expectations of reactivation and steering are asked of (PAPER 1.3)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import pyarrow as pa
 
 from infra import verified
-from infra.duck import open_duckdb
 from infra.manifest import load_all
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.errors import ExpectationError, StorageError
-from schemas.expectations import SUITES
 from schemas.steering.section import Cases, Trait, steering_of
-from schemas.steering.work import CaseFeatures, SteeredPrompt, TraitFeatures
+from schemas.steering.work import CaseFeatures, Steered, TraitFeatures
 from schemas.tables import SHARD_FILES
-from schemas.work import CorpusShards, Dictionary
-from tasks.engine.offenders import find_in_views
-from tasks.engine.shard_checks import put, rows_table
-from tasks.engine.verdicts import check_key, conclude, passed
+from schemas.work import Dictionary
+from tasks.corpus.tokenization import TOKENIZE
+from tasks.dictionaries.dictionaries import DICTIONARIES
+from tasks.engine.checks import put
+from tasks.engine.run import Run
+from tasks.engine.stage import Question
 from tasks.steering.cases import read_cases
 
 Rows = list[dict[str, Any]]
+Small = dict[str, tuple[Rows, pa.Schema]]
+"""Small tables, by their names."""
 
 
-def check_reactivation(
-    config: Config,
-    storage: Storage,
-    shards: CorpusShards,
-    dictionaries: Sequence[Dictionary],
-    read: Sequence[CaseFeatures],
-) -> None:
-    """Check the cases that were read against their file, the dictionaries and the vocabulary.
+def of_reactivation(run: Run, read: Sequence[CaseFeatures]) -> Question:
+    """The cases that were read, against their file, the dictionaries and the vocabulary.
 
     Raises:
         ConfigError: if the cases' file cannot be read.
-        ExpectationError: naming the expectation, the table and offending rows.
-        StorageError: if a file cannot be read.
     """
+    storage, dictionaries, vocabulary = run.storage, run.result(DICTIONARIES), run.result(TOKENIZE).vocabulary
     wanted = [
         {"case": case.name, "relation": case.relation, "prompt": prompt}
-        for case in read_cases(config, storage).case
+        for case in read_cases(run.config, storage).case
         for prompt in case.prompts
     ]
     named = [(case.folder, {"case": case.case, "n_tokens": case.n_tokens}) for case in read]
-    tables: dict[str, tuple[Rows, pa.Schema]] = {
+    small: Small = {
         "shards": (_folders(storage, named), _CASES),
         "layer_shards": (_folders(storage, _of_layers("case", read)), _CASE_LAYERS),
         "wanted": (wanted, _PROMPTS),
         "dictionaries": (_sizes(dictionaries), _SIZES),
     }
-    rows = {name: rows for name, (rows, _) in tables.items()}
-    key = check_key("reactivation", **rows, of=shards.vocabulary)
-    if passed(storage, "reactivation", key):
-        return
-    with open_duckdb(storage, config.duckdb) as connection:
-        for name, (entries, schema) in tables.items():
-            put(connection, name, rows_table(entries, schema))
-        put(connection, "vocabulary", verified.read_table(storage, shards.vocabulary))
-        for name, view in (("prompt_tokens", "shards"), ("prompt_features", "layer_shards")):
-            _put_files(connection, storage, name, [row["folder"] for row in rows[view]])
-        views = {*tables, "vocabulary", "prompt_tokens", "prompt_features"}
-        findings = find_in_views(connection, SUITES["reactivation"], views, storage.url("reactivation"))
-    conclude(storage, "reactivation", key, findings)
+    files = {
+        "prompt_tokens": [case.folder for case in read],
+        "prompt_features": [entry.folder for case in read for entry in case.layers],
+    }
+    return Question(
+        of={**_rows(small), "of": vocabulary},
+        views=lambda: {**_tables(small), "vocabulary": verified.read_table(storage, vocabulary)},
+        put=lambda connection: _put_files(connection, storage, files),
+    )
 
 
-def check_steering(
-    config: Config,
-    storage: Storage,
-    dictionaries: Sequence[Dictionary],
-    traits: Sequence[TraitFeatures],
-    steered: Sequence[SteeredPrompt],
-) -> None:
-    """Check traits and experiments against the cases' file, the configuration and the dictionaries.
+def of_steering(run: Run, steered: Steered) -> Question:
+    """Traits and experiments, against the cases' file, the configuration and the dictionaries.
 
     Raises:
         ConfigError: if the cases' file cannot be read.
-        ExpectationError: naming the expectation, the table and offending rows.
-        StorageError: if a file cannot be read.
     """
-    tables = {
-        **_wanted(read_cases(config, storage), [dictionary.layer for dictionary in dictionaries]),
-        **_settings(config),
+    storage, dictionaries = run.storage, run.result(DICTIONARIES)
+    named = [(made.folder, {"case": made.case, "prompt": made.prompt}) for made in steered.experiments]
+    small: Small = {
+        **_wanted(read_cases(run.config, storage), [dictionary.layer for dictionary in dictionaries]),
+        **_settings(run.config),
         "dictionaries": (_sizes(dictionaries), _SIZES),
-        "traits": (_folders(storage, _of_layers("trait", traits)), _TRAITS),
-        "experiments": (
-            _folders(
-                storage, [(made.folder, {"case": made.case, "prompt": made.prompt}) for made in steered]
-            ),
-            _EXPERIMENTS,
-        ),
+        "traits": (_folders(storage, _of_layers("trait", steered.traits)), _TRAITS),
+        "experiments": (_folders(storage, named), _EXPERIMENTS),
     }
-    key = check_key("steering", **{name: rows for name, (rows, _) in tables.items()})
-    if passed(storage, "steering", key):
-        return
-    with open_duckdb(storage, config.duckdb) as connection:
-        for name, (rows, schema) in tables.items():
-            put(connection, name, rows_table(rows, schema))
-        for name in ("trait_layers", "trait_features"):
-            _put_files(connection, storage, name, [row["folder"] for row in tables["traits"][0]])
-        _put_files(connection, storage, "steering", [made.folder for made in steered])
-        views = {*tables, "trait_layers", "trait_features", "steering"}
-        findings = find_in_views(connection, SUITES["steering"], views, storage.url("steering"))
-    conclude(storage, "steering", key, findings)
+    of_traits = [entry.folder for trait in steered.traits for entry in trait.layers]
+    files = {
+        "trait_layers": of_traits,
+        "trait_features": of_traits,
+        "steering": [made.folder for made in steered.experiments],
+    }
+    return Question(
+        of=_rows(small),
+        views=lambda: _tables(small),
+        put=lambda connection: _put_files(connection, storage, files),
+    )
 
 
-def _wanted(cases: Cases, layers: Sequence[int]) -> dict[str, tuple[Rows, pa.Schema]]:
+def _rows(small: Small) -> dict[str, Rows]:
+    return {name: rows for name, (rows, _) in small.items()}
+
+
+def _tables(small: Small) -> dict[str, pa.Table]:
+    return {name: pa.Table.from_pylist(rows, schema=schema) for name, (rows, schema) in small.items()}
+
+
+def _wanted(cases: Cases, layers: Sequence[int]) -> Small:
     """What the cases' file asks the stage steering for."""
     return {
         "wanted_traits": (
@@ -156,7 +143,7 @@ def _given(trait: Trait) -> Rows:
     ]
 
 
-def _settings(config: Config) -> dict[str, tuple[Rows, pa.Schema]]:
+def _settings(config: Config) -> Small:
     """The configuration's numbers that the stage depends on, and the conditions that follow from them."""
     section = steering_of(config)
     variants: list[tuple[str, str, int]] = [(place, "trait", 0) for place in section.places]
@@ -198,36 +185,42 @@ def _of_layers(
     ]
 
 
-def _put_files(connection: Any, storage: Storage, name: str, folders: Iterable[str]) -> None:
-    """The table `name`: that file of all folders, with the folder and the number of each row in its file.
+def _put_files(connection: Any, storage: Storage, files: Mapping[str, Iterable[str]]) -> Collection[str]:
+    """Make a table of each file of all folders that have it, with the folder and the number of each row in its file.
 
     Raises:
         ExpectationError: if a file has not the columns that it should have.
         StorageError: if a file cannot be read.
     """
+    for name, folders in files.items():
+        place = pa.schema([("folder", pa.string()), ("file_row", pa.int64())])
+        put(connection, name, pa.schema([*SHARD_FILES[name], *place]).empty_table())
+        for folder in dict.fromkeys(folders):
+            rows = _file(storage, folder, name)
+            rows = rows.append_column("folder", pa.repeat(folder, len(rows)))
+            rows = rows.append_column("file_row", pa.array(range(len(rows)), pa.int64()))
+            connection.register("_part", rows)
+            connection.execute(f"INSERT INTO {name} SELECT * FROM _part")
+            connection.unregister("_part")
+    return files.keys()
+
+
+def _file(storage: Storage, folder: str, name: str) -> pa.Table:
     schema = SHARD_FILES[name]
-    place = [("folder", pa.string()), ("file_row", pa.int64())]
-    put(connection, name, pa.schema([*schema, *place]).empty_table())
-    for folder in dict.fromkeys(folders):
-        try:
-            found = verified.read_table(storage, f"{folder}/{name}.parquet")
-        except (FileNotFoundError, pa.ArrowInvalid) as error:
-            raise StorageError(
-                f"{storage.url(folder)}: {name}.parquet cannot be read: {error}",
-                hint="delete the folder and run again",
-            ) from error
-        try:
-            rows = found.select(schema.names).cast(schema)
-        except (KeyError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise ExpectationError(
-                f"{storage.url(folder)}: {name}.parquet has not the columns that it should have: {error}",
-                hint="delete the folder and run again",
-            ) from error
-        rows = rows.append_column("folder", pa.repeat(folder, len(rows)))
-        rows = rows.append_column("file_row", pa.array(range(len(rows)), pa.int64()))
-        connection.register("_part", rows)
-        connection.execute(f"INSERT INTO {name} SELECT * FROM _part")
-        connection.unregister("_part")
+    try:
+        found = verified.read_table(storage, f"{folder}/{name}.parquet")
+    except (FileNotFoundError, pa.ArrowInvalid) as error:
+        raise StorageError(
+            f"{storage.url(folder)}: {name}.parquet cannot be read: {error}",
+            hint="delete the folder and run again",
+        ) from error
+    try:
+        return found.select(schema.names).cast(schema)
+    except (KeyError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise ExpectationError(
+            f"{storage.url(folder)}: {name}.parquet has not the columns that it should have: {error}",
+            hint="delete the folder and run again",
+        ) from error
 
 
 _TEXT, _WHOLE = pa.string(), pa.int64()
