@@ -65,16 +65,12 @@ class Readings(Stage[ReadingUnit, list[ReadSequence]]):
     """What forgetting does to the reading of held-out text."""
 
     name = "retention"
+    needs = (TOKENIZE, GATES)
     measure = "tokens, retention"
     things = "readings"
     changed = "sequences, policies or budgets are new, or how they are read changed"
     libraries = ("torch", "transformers")
     tops = ("retention",)
-
-    @property
-    def needs(self) -> tuple[Stage[Any, Any], ...]:
-        """The corpus, and the learned gate, which has no unit where no policy has one."""
-        return TOKENIZE, GATES
 
     def applies(self, config: Config) -> bool:
         """Where the section is there."""

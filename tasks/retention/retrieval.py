@@ -81,16 +81,12 @@ class RetrievalStage(Stage[RetrievalUnit, list[Retrieved]]):
     """Passkey, several keys and variables, asked after the context was read under each policy."""
 
     name = "retrieval"
+    needs = (TOKENIZE, GATES)
     measure = "prompts, retrieval"
     things = "answers"
     changed = "the prompts, the model or how a policy reads changed"
     libraries = ("torch", "transformers")
     tops = ("retrieval",)
-
-    @property
-    def needs(self) -> tuple[Stage[Any, Any], ...]:
-        """The corpus, which says what function tokens are, and the learned gate."""
-        return TOKENIZE, GATES
 
     def applies(self, config: Config) -> bool:
         """Where it is asked for."""
