@@ -339,7 +339,4 @@ def _spread(n: int, wanted: int) -> list[int]:
 
 
 def _within(progress: Progress, where: str) -> Progress:
-    def tell(done: int, total: int, what: str) -> None:
-        progress(done, total, f"{where}: {what}")
-
-    return tell
+    return lambda done, total, what: progress(done, total, f"{where}: {what}")
