@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,7 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 from prefect_home import prefect_api, prefect_database  # noqa: E402
 from s3 import ceph_server, moto_root, moto_server, s3_root  # noqa: E402
 from s3_proxy import s3_proxy  # noqa: E402
-from suite import Starts, arrange  # noqa: E402
+from suite import Groups, Starts, arrange  # noqa: E402
 
 # A busy machine is no failure.
 settings.register_profile("functok", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -50,6 +51,10 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     arrange(items)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Groups | None:
+    return Groups(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from infra.manifest import Manifest, load_all
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.errors import ModelError
-from schemas.pretraining.section import Series, consolidation_of
+from schemas.pretraining.section import consolidation_of
 from schemas.pretraining.work import Checkpoint
 from schemas.sections import Model
 from schemas.tables import TABLES
@@ -95,23 +95,38 @@ class Checkpoints(Stage[CheckpointUnit, list[Checkpoint]]):
         self, run: Run, units: Sequence[CheckpointUnit], done: Mapping[str, Manifest]
     ) -> list[Checkpoint]:
         """All checkpoints, series in the configuration's order, steps ascending."""
-        config, storage = run.config, run.storage
+        config = run.config
+        section = consolidation_of(config)
         checkpoints: list[Checkpoint] = []
-        for series in consolidation_of(config).series:
+        for series in section.series:
+            found: list[tuple[int, Model, int | None, int | None]]
             if series.shape is None:
-                checkpoints += [
-                    _checkpoint(config, storage, series, step, model, parameters=count_parameters(model.name))
-                    for step, model in public_checkpoints(config, series)
-                ]
-                continue
-            for unit in units:
-                if unit.plan.series == series.name and unit.step is not None:
-                    # Its folder holds the tokenizer too, unless another is named.
-                    model = config.model.model_copy(
-                        update={"name": f"{IN_STORAGE}{unit.folder}", "revision": None}
+                public = public_checkpoints(config, series)
+                found = [(step, model, None, count_parameters(model.name)) for step, model in public]
+            else:
+                own = [unit for unit in units if unit.plan.series == series.name and unit.step is not None]
+                found = [
+                    (
+                        unit.step or 0,
+                        _model(config, unit.folder),
+                        int(stats["tokens"]),
+                        int(stats["parameters"]),
                     )
-                    known = {name: int(done[unit.folder].stats[name]) for name in ("tokens", "parameters")}
-                    checkpoints.append(_checkpoint(config, storage, series, unit.step, model, **known))
+                    for unit in own
+                    for stats in [done[unit.folder].stats]
+                ]
+            checkpoints += [
+                Checkpoint(
+                    series=series.name,
+                    step=step,
+                    model=model,
+                    key=model_key(model, run.storage),
+                    layer=section.layer_of(series),
+                    tokens=tokens,
+                    parameters=parameters,
+                )
+                for step, model, tokens, parameters in found
+            ]
         return checkpoints
 
     def question(self, run: Run, result: list[Checkpoint]) -> Question:
@@ -203,23 +218,6 @@ def _still_to_do(storage: Storage, plan: TrainingPlan) -> str:
     return f"train {plan.series}" + (f": goes on after step {step:,} of {plan.steps:,}" if step else "")
 
 
-def _checkpoint(
-    config: Config,
-    storage: Storage,
-    series: Series,
-    step: int,
-    model: Model,
-    tokens: int | None = None,
-    parameters: int | None = None,
-) -> Checkpoint:
-    growth = consolidation_of(config).growth
-    layer = None if growth is None else growth.layer if series.layer is None else series.layer
-    return Checkpoint(
-        series=series.name,
-        step=step,
-        model=model,
-        key=model_key(model, storage),
-        layer=layer,
-        tokens=tokens,
-        parameters=parameters,
-    )
+def _model(config: Config, folder: str) -> Model:
+    # Its folder holds the tokenizer too, unless another is named.
+    return config.model.model_copy(update={"name": f"{IN_STORAGE}{folder}", "revision": None})

@@ -33,12 +33,10 @@ from schemas.work import CorpusShards, Dictionary, HeldoutPart
 from tasks.corpus.heldout import document_hashes, heldout_parts
 from tasks.corpus.tokenization import TOKENIZE
 from tasks.dictionaries.dictionaries import DICTIONARIES, training_parts
-from tasks.dictionaries.facts import check_layer
 from tasks.dictionaries.sample import leaves_out, n_documents_within
 from tasks.engine.run import Run, make
 from tasks.engine.stage import Made, Question, Shown, Stage, Unit
 from tasks.graph.features import FEATURE_TOTALS, FEATURES, feature_row, stored_feature_views
-from tasks.models.model import model_dimensions
 from tasks.pretraining.checkpoints import CHECKPOINTS, key_columns, wanted_series
 from tasks.pretraining.judgement import VERSION, Judging, learned_row
 from tasks.pretraining.loading import config_of, named
@@ -93,7 +91,9 @@ class Growth(Stage[GrowthUnit, list[GrownSae]]):
             own = dictionary = None
             if before is None or before.dictionary is not None or not _starts_from_previous(run.config):
                 own = _own_run(run, checkpoint, None if before is None else before.dictionary)
-                dictionary = own.result(DICTIONARIES)[0] if own.is_finished(DICTIONARIES) else None
+                # A layer that the checkpoint does not have is told here, before any SAE is trained.
+                with named(checkpoint, self.name, FunctokError):
+                    dictionary = own.result(DICTIONARIES)[0] if own.is_finished(DICTIONARIES) else None
             units.append(
                 GrowthUnit(
                     top="growth",
@@ -120,14 +120,6 @@ class Growth(Stage[GrowthUnit, list[GrownSae]]):
             for folder, unit in known.items()
             if folder in there and unit.own is not None and unit.own.is_finished(FEATURES)
         }
-
-    def prepare(self, run: Run, missing: Sequence[GrowthUnit]) -> Sequence[GrowthUnit]:
-        """Refuse layers that a checkpoint does not have, before any SAE is trained."""
-        for unit in missing:
-            with named(unit.checkpoint, self.name, FunctokError):
-                n_layers = model_dimensions(unit.checkpoint.model, run.storage)[1]
-                check_layer(_entry(run, unit.checkpoint, None), n_layers, unit.checkpoint.model.name)
-        return missing
 
     def make(self, run: Run, group: Sequence[GrowthUnit]) -> Iterator[Made]:
         """SAE, graph and judgement of a checkpoint, or of several of which each SAE starts from the one before."""
@@ -347,7 +339,4 @@ def _spread(n: int, wanted: int) -> list[int]:
 
 
 def _within(progress: Progress, where: str) -> Progress:
-    def tell(done: int, total: int, what: str) -> None:
-        progress(done, total, f"{where}: {what}")
-
-    return tell
+    return lambda done, total, what: progress(done, total, f"{where}: {what}")

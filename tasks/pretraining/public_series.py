@@ -17,7 +17,7 @@ from typing import Literal
 
 from infra.addresses import without_credentials
 from schemas.config import Config
-from schemas.errors import ConfigError, ModelError
+from schemas.errors import ConfigError, ModelError, about
 from schemas.pretraining.section import Revision, Series, Subfolder
 from schemas.sections import Model
 from tasks.models.files import is_gguf
@@ -45,7 +45,12 @@ def public_checkpoints(config: Config, series: Series) -> list[tuple[int, Model]
     Raises:
         ConfigError: if it has no checkpoint, two at one step, or one whose step is unknown.
     """
-    found = _in_folder(config, series) if series.folder is not None else _revisions(config, series)
+    with about(stage="checkpoints"):
+        found = _in_folder(config, series) if series.folder is not None else _revisions(config, series)
+        return _in_order(series, found)
+
+
+def _in_order(series: Series, found: Sequence[tuple[int, Model]]) -> list[tuple[int, Model]]:
     steps = [step for step, _ in found]
     twice = sorted({step for step in steps if steps.count(step) > 1})
     if twice:
@@ -54,7 +59,6 @@ def public_checkpoints(config: Config, series: Series) -> list[tuple[int, Model]
             f"series {series.name}: two checkpoints are at step {twice[0]}: {', '.join(names)}",
             hint="rename or leave out one, or give their steps: the step is the number behind 'step', or else at a "
             "name's end",
-            stage="checkpoints",
         )
     return sorted(found, key=lambda pair: pair[0])
 
@@ -115,7 +119,6 @@ def _with_steps(
             raise ConfigError(
                 f"series {series.name}: the {key} {name!r} does not say its step",
                 hint=_how_to_give(name, key),
-                stage="checkpoints",
             )
     if differing(read):
         listed = sorted(read, key=lambda name: (step_of(name) or 0, name))
@@ -124,7 +127,6 @@ def _with_steps(
             f"series {series.name}: its names differ in more than the step, so their steps cannot be told from them "
             f"(several stages, runs or seeds?); as read: {shown}{' …' * (len(listed) > _SHOWN_NAMES)}",
             hint=f"{_how_to_give(listed[0], key)}, or make a series of each stage or run",
-            stage="checkpoints",
         )
     return [(name, (step_of(name) or 0) if step is None else step) for name, step in given]
 
@@ -138,14 +140,12 @@ def _in_folder(config: Config, series: Series) -> list[tuple[int, Model]]:
         raise ConfigError(
             f"series {series.name}: {without_credentials(str(series.folder))} is no local folder",
             hint="copy the checkpoints to a disk, or mount it: models are read from local folders and from hubs",
-            stage="checkpoints",
         )
     folder = Path(str(series.folder))
     if not folder.is_dir():
         raise ConfigError(
             f"series {series.name}: there is no local folder {folder}",
             hint="give the folder above its checkpoints' own",
-            stage="checkpoints",
         )
     children = [child for child in sorted(folder.iterdir()) if (child / "config.json").is_file()]
     given: list[tuple[str, int | None]] = [(child.name, None) for child in children]
@@ -158,7 +158,6 @@ def _in_folder(config: Config, series: Series) -> list[tuple[int, Model]]:
             raise ConfigError(
                 f"series {series.name}: {folder / missing[0]} has no config.json",
                 hint=f"the subfolders that have one: {', '.join(child.name for child in children) or 'none'}",
-                stage="checkpoints",
             )
     found = []
     for name, step in _with_steps(given, series, "subfolder"):
@@ -167,7 +166,6 @@ def _in_folder(config: Config, series: Series) -> list[tuple[int, Model]]:
             raise ConfigError(
                 f"series {series.name}: {child} has a config.json, but no weights",
                 hint="finish copying it, or move it out of the series' folder",
-                stage="checkpoints",
             )
         found.append((step, _model(config, str(child), None)))
     if not found:
@@ -178,7 +176,6 @@ def _in_folder(config: Config, series: Series) -> list[tuple[int, Model]]:
             hint=f"give the folder above it, {folder.parent}"
             if is_one
             else "for example step-1000/config.json and step-1000/model.safetensors",
-            stage="checkpoints",
         )
     return found
 

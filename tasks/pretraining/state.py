@@ -166,16 +166,10 @@ def save_checkpoint(
     tokenizer: LoadedTokenizer,
     stats: dict[str, Any],
 ) -> None:
-    """Save a checkpoint in Hugging Face format, with its tokenizer: the folder loads by itself.
+    """Save a checkpoint in Hugging Face format, with the corpus' tokenizer: the folder loads by itself.
 
-    Args:
-        storage: Where.
-        plan: What is trained.
-        step: The last finished step.
-        causal: The transformers model, for its configurations; its own weights may be sharded.
-        model: Full weights by name.
-        tokenizer: What the corpus was tokenized with.
-        stats: `tokens`, `parameters`, the `loss` of the step, and what the weights were `made_with`.
+    Full weights are given by name, as those of the transformers model, which gives its configurations, may be sharded.
+    `stats` are `tokens`, `parameters`, the `loss` of the step, and what the weights were `made_with`.
     """
     weights = {
         name.removeprefix("causal."): tensor for name, tensor in _without_tied_head(plan, model).items()

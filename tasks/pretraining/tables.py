@@ -76,19 +76,15 @@ class ConsolidationTables(TableGroup):
         else:
             inputs["shard_document_losses"] = losses
         if growth:
+            graphs = [(one.checkpoint, _graph_folder(config, corpus.key, one)[0]) for one in growth]
             for table in ("checkpoint_degree", "checkpoint_graph"):
-                sharded[table] = [
-                    _file_of(
-                        grown.checkpoint, f"{_graph_folder(config, corpus.key, grown)[0]}/{table}.parquet"
-                    )
-                    for grown in growth
-                ]
+                sharded[table] = [_file_of(one, f"{folder}/{table}.parquet") for one, folder in graphs]
             inputs["learned_features"] = [
-                _file_of(grown.checkpoint, f"{grown.folder}/learned.parquet") for grown in growth
+                _file_of(one.checkpoint, f"{one.folder}/learned.parquet") for one in growth
             ]
         if texts:
             inputs["generations"] = [
-                _file_of(made.checkpoint, f"{made.folder}/generations.parquet") for made in texts
+                _file_of(one.checkpoint, f"{one.folder}/generations.parquet") for one in texts
             ]
         if curves := training_losses(run):
             inputs["training_losses"] = [

@@ -131,12 +131,8 @@ def intervention_of(
     """What a condition does to its row of a batch: nothing at strength 0.
 
     Random features are always added, with the trait's values: their change is then scaled, position by position, to
-    the norm of what the trait's does in this mode.
-
-    Args:
-        condition: The condition.
-        values: The trait's features' values at strength 1 in its mode.
-        directions: By draw; 0 is the trait's.
+    the norm of what the trait's does in this mode. Values are those of the trait's features at strength 1; directions
+    are by draw, the trait's being 0.
     """
     if condition.strength == 0:
         return []

@@ -110,10 +110,7 @@ def by_unit(
     """Values of each group of rows and each of the units that are drawn.
 
     Args:
-        rows: One row a group and unit.
-        group_columns: What names a group.
-        unit_columns: What names a unit.
-        value_columns: The values.
+        rows: One row a group and unit, which these columns name.
         absent: Value of a unit that a group lacks.
 
     Returns:

@@ -882,7 +882,10 @@ def test_residuals_of_a_copy_that_a_limit_cuts_are_its_own(model: Path, tmp_path
     for gone in (2, 3, 0):
         dense = residuals(config, storage, parts, [0, 1], lambda *report: told.append(report))
         assert [(shard.layer, shard.part) for shard in dense] == [(i, part) for part in parts for i in (0, 1)]
-        rows = [load_file(storage.local_folder(shard.folder) / Path(shard.file).name) for shard in dense]
+        rows = [
+            load_file(storage.local_folder(shard.folder) / f"layer-{shard.layer}.safetensors")
+            for shard in dense
+        ]
         assert [len(each["residuals"]) for each in rows] == [part.n_tokens for part in parts for _ in (0, 1)]
         assert {int(each["doc"].max()) for each in rows[2:]} == {4}
         storage.delete(dense[gone].folder)

@@ -130,9 +130,9 @@ def test_a_file_that_cannot_be_read_is_named_without_its_query(
 ) -> None:
     asked, storage = config(tmp_path, "a.txt"), Storage(str(tmp_path))
     monkeypatch.setattr("fsspec.open", refusing)
+    monkeypatch.setattr("tasks.corpus.files.content_hash", refusing)
     for plans in ("tokenization", "tokenizer_training"):
         monkeypatch.setattr(f"tasks.corpus.{plans}.corpus_files", lambda _: [SIGNED])
-        monkeypatch.setattr(f"tasks.corpus.{plans}.content_hash", refusing)
     monkeypatch.setattr("tasks.corpus.tokenization.load_tokenizer", lambda *_: TOKENIZER)
     monkeypatch.setattr("tasks.corpus.tokenizer_training._vocabulary_size", lambda _: 300)
     with pytest.raises(CorpusError, match=r"https://host/a\.txt: OSError") as caught:
@@ -142,7 +142,7 @@ def test_a_file_that_cannot_be_read_is_named_without_its_query(
 
 def test_a_plan_names_files_without_their_query(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("tasks.corpus.tokenization.corpus_files", lambda _: [SIGNED])
-    monkeypatch.setattr("tasks.corpus.tokenization.content_hash", lambda *_: "k")
+    monkeypatch.setattr("tasks.corpus.files.content_hash", lambda *_: "k")
     monkeypatch.setattr("tasks.corpus.tokenization.load_tokenizer", lambda *_: TOKENIZER)
     [tokenize] = plan(Run(config(tmp_path, "a.txt"), Storage(str(tmp_path))), [TOKENIZE])
     assert tokenize.details == ("tokenize https://host/a.txt",)

@@ -138,7 +138,9 @@ def test_one_more_checkpoint_makes_its_own_work_alone(pythia: Path, public: Path
         update={"model": config.model.model_copy(update={"tokenizer": str(pythia / "step2")})}
     )
     storage = Storage(config.storage.root)
-    assert is_up_to_date(plan_run(config, storage), stages_of(config)), "where a series lies decides nothing"
+    # What is said of the run in its tables names the folder.
+    working = [stage for stage in stages_of(config) if stage not in {"tables", "report"}]
+    assert is_up_to_date(plan_run(config, storage), working), "where a series lies decides nothing"
     before = storage.sizes("losses") | storage.sizes("growth") | storage.sizes("generations")
     save_model(series / "step64", "gpt_neox", seed=7)
     missing = {plan.stage: plan.missing for plan in plan_run(config, storage)}

@@ -423,7 +423,7 @@ def test_charts_show_the_tables(connection: Any) -> None:
         assert drawn == {
             (row["layer"], name): (row[f"{score}_low"], row[score], row[f"{score}_high"])
             for row in whole
-            for score, name in zip(("own", "counterfactual", "unrelated"), SCORES.names, strict=True)
+            for score, name in zip(("own", "counterfactual", "unrelated"), SCORES.looks, strict=True)
             if row["kind"] == kind
         }
     effects = effect_rows(connection)
