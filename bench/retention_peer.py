@@ -40,6 +40,8 @@ from tasks.retention.budgets import Budget, Protection
 from tasks.retention.policies import Held, Policy, policy_named
 from tasks.retention.running import Prefill, Settings, next_losses, read
 
+Row = dict[str, Any]
+
 KVPRESS = "0.5.5"
 SHARES = (0.25, 0.5)
 """Of the prompt's tokens, that are kept."""
@@ -53,7 +55,8 @@ class KeyNorm(Policy):
 
     def score(self, held: Held) -> torch.Tensor:
         """The smaller the norm, the higher."""
-        return -held.keys().float().norm(dim=-1)
+        norms: torch.Tensor = held.keys().float().norm(dim=-1)
+        return -norms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,9 +218,9 @@ def compare(
     name: str,
     documents: Sequence[tuple[list[int], list[int]]],
     rounds: int,
-) -> list[dict[str, Any]]:
-    """Figures of one model: each pair of policies at each share."""
-    figures = []
+) -> list[Row]:
+    """What one model gives: each pair of policies at each share."""
+    found = list[Row]()
     for pair in PAIRS:
         for share in SHARES:
             what = f"{name}, {pair.policy.name} and {pair.press}, {share:.0%} kept"
@@ -234,17 +237,16 @@ def compare(
                 sizes = mine.n_bytes, theirs["bytes"]
             perplexity, its_perplexity = (math.exp(sum(some) / len(some)) for some in (losses, theirs_losses))
             seconds: dict[str, list[float]] = {"ours": [], "rest": [], "theirs": [], "their rest": []}
-            prompt, rest = documents[0]
 
             def run_ours(pair: Pair = pair, share: float = share, seconds: Any = seconds) -> None:
-                found = ours(model, pair, share, *documents[0])
-                seconds["ours"].append(found.seconds)
-                seconds["rest"].append(found.rest_seconds)
+                made = ours(model, pair, share, *documents[0])
+                seconds["ours"].append(made.seconds)
+                seconds["rest"].append(made.rest_seconds)
 
             def run_theirs(pair: Pair = pair, share: float = share, seconds: Any = seconds) -> None:
-                found = other.ask(pair, share, *documents[0])
-                seconds["theirs"].append(found["seconds"])
-                seconds["their rest"].append(found["rest_seconds"])
+                made = other.ask(pair, share, *documents[0])
+                seconds["theirs"].append(made["seconds"])
+                seconds["their rest"].append(made["rest_seconds"])
 
             run_ours()
             run_theirs()
@@ -254,26 +256,55 @@ def compare(
             say(
                 f"{what}: {same / of:.4f} of the tokens, perplexity {perplexity:.4f} and {its_perplexity:.4f}"
             )
-            figures += [
-                figure(f"retention, {what}: the same tokens", _one(same / of), "≥", 0.999),
-                figure(
-                    "the same: perplexity apart from kvpress’s",
-                    _one(abs(perplexity / its_perplexity - 1)),
-                    "≤",
-                    0.01,
-                ),
-                figure(
-                    "the same: bytes over kvpress’s, positions and states included", _one(sizes[0] / sizes[1])
-                ),
-                figure(
-                    "the same: speed over kvpress’s, prompt and compression",
-                    ratio(seconds["theirs"], seconds["ours"]),
-                ),
-                figure(
-                    "the same: speed over kvpress’s, the rest", ratio(seconds["their rest"], seconds["rest"])
-                ),
-            ]
-    return figures
+            found.append(
+                {
+                    "model": name,
+                    "policy": pair.policy.name,
+                    "press": pair.press,
+                    "kept": share,
+                    "same_tokens": same / of,
+                    "perplexity": perplexity,
+                    "kvpress_perplexity": its_perplexity,
+                    "bytes_ratio": sizes[0] / sizes[1],
+                    "prompt_speed": ratio(seconds["theirs"], seconds["ours"]),
+                    "rest_speed": ratio(seconds["their rest"], seconds["rest"]),
+                }
+            )
+    return found
+
+
+def figures_of(name: str, pairs: Sequence[Row]) -> list[Row]:
+    """A model's rows of the table of all benches: the worst of its pairs."""
+    same = min(pair["same_tokens"] for pair in pairs)
+    apart = max(abs(pair["perplexity"] / pair["kvpress_perplexity"] - 1) for pair in pairs)
+    tokens = f"retention, {name}: of the tokens that kvpress keeps, kept here, the fewest of all policies"
+    perplexity = f"retention, {name}: perplexity apart from kvpress's, the most of all policies"
+    return [figure(tokens, _one(same), "≥", 0.999), figure(perplexity, _one(apart), "≤", 0.01)]
+
+
+def table(pairs: Sequence[Row]) -> str:
+    """What `bench/README.md` shows: a line a model, policy and share."""
+    lines = [
+        "| model | policy, press | kept | same tokens | perplexity, kvpress's | bytes ÷ kvpress's | speed ÷ kvpress's, "
+        "prompt and compression | the rest |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for pair in pairs:
+        speeds = [
+            f"{of['median']:.2f} ({of['min']:.2f} … {of['max']:.2f}, n = {of['n']})"
+            for of in (pair["prompt_speed"], pair["rest_speed"])
+        ]
+        cells = (
+            pair["model"],
+            f"{pair['policy']}, {pair['press']}",
+            f"{pair['kept']:.0%}",
+            f"{pair['same_tokens']:.2%}",
+            f"{pair['perplexity']:.4f}, {pair['kvpress_perplexity']:.4f}",
+            f"{pair['bytes_ratio']:.2f}",
+            *speeds,
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _one(value: float) -> dict[str, Any]:
@@ -320,7 +351,7 @@ def corpus_documents(arguments: argparse.Namespace, storage: Storage) -> list[tu
     tokenizer, length = load_tokenizer(config.model, storage), arguments.prompt + arguments.rest
     first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     (file,) = corpus_files(config)
-    ids, found = list(first), []
+    ids, found = list(first), list[tuple[list[int], list[int]]]()
     for record in read_records(file, config.corpus):
         if record.text is None:
             continue
@@ -344,14 +375,17 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
         models.append((Path(arguments.model).name, model, corpus_documents(arguments, storage)))
     else:
         say(f"{arguments.model} is not here: make assets")
-    figures, versions = list[dict[str, Any]](), dict[str, str]()
+    figures, pairs, versions = list[Row](), list[Row](), dict[str, str]()
     for name, model, documents in models:
         folder = Path(root) / name
         model.module.save_pretrained(folder)
         with peer(environment, folder, threads) as other:
             versions = other.versions
-            figures += compare(model, other, name, documents, arguments.rounds)
-    return {"figures": figures, "peer": versions, "documents": arguments.documents}
+            mine = compare(model, other, name, documents, arguments.rounds)
+        figures += figures_of(name, mine)
+        pairs += mine
+    say(table(pairs))
+    return {"figures": figures, "pairs": pairs, "peer": versions, "documents": arguments.documents}
 
 
 def main() -> None:

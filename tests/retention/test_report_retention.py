@@ -222,7 +222,7 @@ def test_survival_is_kaplan_meiers_over_layers_and_relative_to_random() -> None:
     # A policy with tiers is shown by its tier warm, which loses half as many.
     assert found["cmp", "function"]["survival"] == pytest.approx(0.9**5, rel=1e-3)
     text = built(made())["retention-survival"].findings[0].text
-    assert "str function tokens (1.8" in text
+    assert "str function tokens (1.69 times as many)" in text
     assert "h2o neither kind" in text
 
 
