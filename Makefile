@@ -84,7 +84,7 @@ bench: assets
 	$(BIN)/python -m bench.run_all
 
 # What goes to which process, and what is left out of the fast ones: tests/suite.py
-PYTEST = $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder
+PYTEST = $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test: $(TEST_STAMP) $(SYSTEM_STAMP)
 	$(PYTEST) $(PYTEST_OPTIONS)

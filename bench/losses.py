@@ -19,9 +19,8 @@ from unittest.mock import patch
 
 import torch
 
-from bench.common import Side, alternate, emit, figure, parser_with_data, ratio, say, spread
+from bench.common import Side, alternate, config_with_data, emit, figure, parser_with_data, ratio, say, times
 from infra.storage import Storage
-from schemas.config import Config
 from schemas.pretraining.work import LossShard
 
 
@@ -48,7 +47,16 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
             return [checkpoint] if stage is CHECKPOINTS else super().result(stage)
 
     storage = Storage(root)
-    config = _config(arguments, root)
+    config = config_with_data(
+        arguments,
+        root,
+        {"max_tokens": arguments.tokens},
+        model={"name": arguments.model},
+        windows={"context_size": arguments.context_size},
+        # Every document is held out; the series is never looked for.
+        consolidation={"heldout_share": 1.0, "series": [{"name": "bench", "folder": root}]},
+        losses={"max_tokens": None},
+    )
     say("tokenizing, and converting the model where needed")
     shards = make(Run(config, storage), TOKENIZE)
     checkpoint = Checkpoint(series="bench", step=0, model=config.model, key=model_key(config.model, storage))
@@ -110,11 +118,7 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
                 ratio(seconds["bare_forward"], seconds["ours"]),
             ),
         ],
-        "seconds": {name: spread(values) for name, values in seconds.items()},
-        "cpu_seconds": {name: spread(values) for name, values in cpu.items()},
-        "tokens_per_second": {
-            name: round(n_tokens / spread(values)["median"]) for name, values in seconds.items()
-        },
+        **times(seconds, cpu, n_tokens),
         "input": {
             "tokens": n_tokens,
             "predictions": sum(shard.n_predictions for shard in made[-1]),
@@ -128,25 +132,6 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
         },
         "limits": "the matrix products of decoder and head, and the softmax over the vocabulary, a row a prediction",
     }
-
-
-def _config(arguments: argparse.Namespace, root: str) -> Config:
-    return Config.model_validate(
-        {
-            "corpus": {
-                "urls": [arguments.corpus],
-                "text_field": arguments.text_field,
-                "max_tokens": arguments.tokens,
-            },
-            "model": {"name": arguments.model},
-            "windows": {"context_size": arguments.context_size},
-            # Every document is held out; the series is never looked for.
-            "consolidation": {"heldout_share": 1.0, "series": [{"name": "bench", "folder": root}]},
-            "losses": {"max_tokens": None},
-            "storage": {"root": root},
-            "dask": {"workers": 1},
-        }
-    )
 
 
 def _check_same(storage: Storage, made: list[LossShard], total: float) -> None:

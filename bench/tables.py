@@ -20,7 +20,8 @@ from bench.common import emit, figure, parser, say, spread
 from infra.manifest import Manifest, commit, content_key, load
 from infra.storage import Storage
 from schemas.config import Config, DuckDb
-from schemas.tables import SHARD_FILES, VOCABULARY
+from schemas.corpus.tables import VOCABULARY
+from schemas.tables import SHARD_FILES
 from schemas.work import CorpusShards, Dictionary, FeatureShard, GraphShard, TokenShard
 from tasks.graph.features import count_edges, round_mantissa
 

@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from bench.common import Side, alternate, emit, figure, parser_with_data, ratio, say, spread
+from bench.common import Side, alternate, config_with_data, emit, figure, parser_with_data, ratio, say, times
 from schemas.config import Config
 from schemas.work import CorpusShards
 from tasks.corpus.files import CorpusFile
@@ -36,16 +36,7 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
     from tasks.models.tokenizers import load_tokenizer
 
     storage = Storage(root)
-    config = Config.model_validate(
-        {
-            "corpus": {
-                "urls": [arguments.corpus],
-                "text_field": arguments.text_field,
-            },
-            "model": {"name": arguments.model},
-            "storage": {"root": root},
-        }
-    )
+    config = config_with_data(arguments, root, {}, model={"name": arguments.model})
     say("loading the tokenizer and the texts")
     tokenizer = load_tokenizer(config.model, storage)
     (file,) = corpus_files(config)
@@ -97,13 +88,7 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
             ),
             figure("tokenization: speed over the Rust backend alone, ids left in Rust", against_backend),
         ],
-        "seconds": {name: spread(values) for name, values in seconds.items()},
-        "cpu_seconds": {name: spread(values) for name, values in cpu.items()},
-        "tokens_per_second": {
-            name: round(n_tokens / spread(values)["median"])
-            for name, values in seconds.items()
-            if name != "reading_alone"
-        },
+        **times(seconds, cpu, n_tokens),
         "input": {
             "documents": len(texts),
             "characters": characters,

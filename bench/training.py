@@ -19,7 +19,19 @@ from typing import Any
 
 import torch
 
-from bench.common import CORPUS, Side, alternate, emit, figure, parser, ratio, say, spread
+from bench.common import (
+    CORPUS,
+    Side,
+    alternate,
+    config_with_data,
+    emit,
+    figure,
+    parser,
+    ratio,
+    say,
+    spread,
+    times,
+)
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.pretraining.section import consolidation_of
@@ -108,11 +120,7 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
                 ratio(seconds["bare_loop"], seconds["train_series"]),
             ),
         ],
-        "seconds": {name: spread(values) for name, values in seconds.items()},
-        "cpu_seconds": {name: spread(values) for name, values in cpu.items()},
-        "tokens_per_second": {
-            name: round(n_tokens / spread(values)["median"]) for name, values in seconds.items()
-        },
+        **times(seconds, cpu, n_tokens),
         "last_loss": last,
         "input": {
             "tokens": n_tokens,
@@ -176,19 +184,13 @@ def _config(arguments: argparse.Namespace, root: str) -> Config:
         "checkpoints": 2,
         "first_checkpoint": max(1, arguments.steps // 2),
     }
-    return Config.model_validate(
-        {
-            "corpus": {
-                "urls": [arguments.corpus],
-                "text_field": arguments.text_field,
-                "max_documents": arguments.documents,
-                "max_reject_share": 1.0,
-            },
-            "model": {"device": "cpu"},
-            "windows": {"context_size": arguments.context_size},
-            "storage": {"root": root},
-            "consolidation": {"series": [{"name": "bench", "shape": shape}], "train": train},
-        }
+    return config_with_data(
+        arguments,
+        root,
+        {"max_documents": arguments.documents, "max_reject_share": 1.0},
+        model={"device": "cpu"},
+        windows={"context_size": arguments.context_size},
+        consolidation={"series": [{"name": "bench", "shape": shape}], "train": train},
     )
 
 

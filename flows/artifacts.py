@@ -32,7 +32,8 @@ def shown_in_prefect(storage: Storage, shown: Iterable[Shown | Image]) -> None:
     """Show what a stage or a group of tables has to show."""
     for entry in shown:
         if isinstance(entry, Shown):
-            _show_table(storage, entry.name, [dict(row) for row in entry.rows[:MOST_ROWS]], entry.description)
+            rows = [dict(row) for row in entry.rows[:MOST_ROWS]]
+            create_table_artifact(table=rows, **_named(storage, entry.name, entry.description))
         else:
             create_image_artifact(
                 image_url=entry.url,
@@ -44,11 +45,9 @@ def shown_in_prefect(storage: Storage, shown: Iterable[Shown | Image]) -> None:
 def show_catalogue(storage: Storage) -> None:
     """Where the published tables are, and how to ask them."""
     question = f'functok query --root {shlex.quote(storage.root)} "SHOW TABLES"'
-    _show_text(
-        storage,
-        "catalogue",
-        f"{_code(storage.url(CATALOG))}\n\n{_code(question)}",
-        "The published tables, and how to ask them",
+    create_markdown_artifact(
+        markdown=f"{_code(storage.url(CATALOG))}\n\n{_code(question)}",
+        **_named(storage, "catalogue", "The published tables, and how to ask them"),
     )
 
 
@@ -65,38 +64,26 @@ def show_report(storage: Storage) -> None:
     description = "The figures and tables of the paper"
     if link is None:
         how = "A browser opens a file on its own machine; `functok up` serves the reports of its runs."
-        _show_text(storage, "report", f"{_code(storage.url(REPORT))}\n\n{how}", description)
+        create_markdown_artifact(
+            markdown=f"{_code(storage.url(REPORT))}\n\n{how}", **_named(storage, "report", description)
+        )
     else:
         text = f"Report of {storage.name}"
-        create_link_artifact(
-            link=link,
-            link_text=text,
-            key=f"report-{storage.name}",
-            # The page of a key shows its description alone.
-            description=_of_root(f"[{text}]({link}): {description[0].lower()}{description[1:]}", storage),
-        )
+        # The page of a key shows its description alone.
+        shown = f"[{text}]({link}): {description[0].lower()}{description[1:]}"
+        create_link_artifact(link=link, link_text=text, **_named(storage, "report", shown))
 
 
 def show_damage(storage: Storage, rows: list[dict[str, Any]], n_files: int, n_bytes: int) -> None:
     """What `functok verify` found."""
     shown = rows or [{"file": "none", "what": "everything is as it was written"}]
-    _show_table(storage, "damaged-files", shown, f"{n_files:,} files, {n_bytes:,} bytes read")
+    description = f"{n_files:,} files, {n_bytes:,} bytes read"
+    create_table_artifact(table=shown, **_named(storage, "damaged-files", description))
 
 
-def _show_table(storage: Storage, what: str, rows: list[dict[str, Any]], description: str) -> None:
-    create_table_artifact(
-        table=rows, key=f"{what}-{storage.name}", description=_of_root(description, storage)
-    )
-
-
-def _show_text(storage: Storage, what: str, markdown: str, description: str) -> None:
-    create_markdown_artifact(
-        markdown=markdown, key=f"{what}-{storage.name}", description=_of_root(description, storage)
-    )
-
-
-def _of_root(description: str, storage: Storage) -> str:
-    return f"{description} (root: {storage.root})"
+def _named(storage: Storage, what: str, description: str) -> dict[str, Any]:
+    """The key and the description of an artifact of a root."""
+    return {"key": f"{what}-{storage.name}", "description": f"{description} (root: {storage.root})"}
 
 
 def _code(text: str) -> str:

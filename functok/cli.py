@@ -7,11 +7,11 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from functok.api import PRIVATE, QUIET
+from functok.api import PRIVATE, QUIET, opened, require_published
 from infra.interrupt import end_interrupted, interruptible
 from infra.last_words import last_words
 from schemas.errors import ConfigError, FunctokError, whole_message
@@ -91,7 +91,7 @@ def run(
 
     if only is not None and start_from is not None:
         raise ConfigError("--only and --from exclude each other")
-    loaded, storage = _open(config, assignments, root)
+    loaded, storage = opened(config, assignments or (), root)
     run_pipeline(loaded, storage, only=only, start_from=start_from, debug=debug, verify=verify)
 
 
@@ -110,15 +110,14 @@ def status(
 
     from tasks.stages import plan_run
 
-    loaded, storage = _open(config, assignments, root)
+    loaded, storage = opened(config, assignments or (), root)
     table = Table(title=f"{config} → {storage.root}", title_justify="left")
     for column in ("stage", "done", "to do", "why"):
         table.add_column(column)
     plans = plan_run(loaded, storage, verify=verify)
     for plan in plans:
-        table.add_row(
-            plan.stage, str(plan.done), "?" if plan.missing is None else str(plan.missing), plan.reason
-        )
+        missing = "?" if plan.missing is None else str(plan.missing)
+        table.add_row(plan.stage, str(plan.done), missing, plan.reason)
     console = Console()
     console.print(table)
     lines = [f"{plan.stage}: {line}" for plan in plans for line in plan.details]
@@ -195,9 +194,10 @@ def verify(
     """Read everything under a root, and tell each file that is not what was written. Exit status 1 if any is."""
     from functok.upkeep import verify as verify_root
 
-    loaded, storage = (None, _storage(root, endpoint_url))
-    if config is not None:
-        loaded, storage = _open(config, assignments, root)
+    if config is None:
+        loaded, storage = None, _storage(root, endpoint_url)
+    else:
+        loaded, storage = opened(config, assignments or (), root)
     verify_root(storage, loaded, repair=repair, keep_suspects=keep_suspects, debug=debug)
 
 
@@ -222,9 +222,9 @@ def gc(
     """Show what nothing reaches any more: how many bytes, and why. `--delete` acts."""
     from functok.upkeep import collect
 
-    opened = [_open(path, None, root) for path in configs or []]
-    storage = opened[0][1] if opened else _storage(root, endpoint_url)
-    collect(storage, [config for config, _ in opened], delete=delete, hours=older_than)
+    loaded = [opened(path, root=root) for path in configs or []]
+    storage = loaded[0][1] if loaded else _storage(root, endpoint_url)
+    collect(storage, [config for config, _ in loaded], delete=delete, hours=older_than)
 
 
 @app.command()
@@ -252,12 +252,6 @@ def up(
     bring_up(root, host=host, port=port, config=None if config is None else str(config), debug=debug)
 
 
-def _open(path: Path, assignments: list[str] | None, root: str | None) -> tuple[Any, Storage]:
-    from functok.api import opened
-
-    return opened(path, assignments or (), root)
-
-
 def _storage(root: str | None, endpoint_url: str | None) -> Storage:
     from infra.storage import Storage
 
@@ -265,8 +259,6 @@ def _storage(root: str | None, endpoint_url: str | None) -> Storage:
 
 
 def _published(root: str | None, endpoint_url: str | None) -> Storage:
-    from functok.api import require_published
-
     storage = _storage(root, endpoint_url)
     require_published(storage)
     return storage
@@ -290,12 +282,8 @@ def main(arguments: list[str] | None = None) -> None:
     except FunctokError as error:
         if debug:
             raise
-        stage = f"stage {error.stage}" if error.stage else ""
-        _complain(
-            stage or ("the configuration" if isinstance(error, ConfigError) else ""),
-            error.message,
-            error.hint,
-        )
+        place = "the configuration" if isinstance(error, ConfigError) else ""
+        _complain(f"stage {error.stage}" if error.stage else place, error.message, error.hint)
     except (KeyboardInterrupt, typer.Abort):
         is_run = arguments[:1] == ["run"]
         end_interrupted("finished work is kept; run the same command again to continue" if is_run else "")

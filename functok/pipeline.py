@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from infra.config_file import refuse_secrets
@@ -54,6 +55,7 @@ def show_results(config: Config, storage: Storage, seconds: float) -> None:
     from rich.console import Console
 
     console = Console()
+    say = partial(console.print, markup=False, highlight=False)
     catalog = read_catalog(storage)
     with connect(storage) as connection:
         if "coverage" in catalog.tables:
@@ -61,20 +63,13 @@ def show_results(config: Config, storage: Storage, seconds: float) -> None:
         for one in published_experiments(catalog):
             one.closing(connection, console)
             for found in one.report.findings(connection):
-                told = f"\n{found.title}: {found.verdict.upper()}. {printable(found.text)}"
-                console.print(told, markup=False, highlight=False)
-    console.print(
-        f"\nfinished in {seconds:.1f} s; everything is under {storage.root}", markup=False, highlight=False
-    )
+                say(f"\n{found.title}: {found.verdict.upper()}. {printable(found.text)}")
+    say(f"\nfinished in {seconds:.1f} s; everything is under {storage.root}")
     if storage.exists(REPORT):
-        console.print(f"report:  {storage.url(REPORT)}", markup=False, highlight=False)
+        say(f"report:  {storage.url(REPORT)}")
     if catalog.tables:
         example = f"SELECT * FROM {'coverage' if 'coverage' in catalog.tables else 'tokens'} LIMIT 10"
-        console.print(
-            f'query:   functok query --root {shlex.quote(config.storage.root)} "{example}"',
-            markup=False,
-            highlight=False,
-        )
+        say(f'query:   functok query --root {shlex.quote(config.storage.root)} "{example}"')
 
 
 def coverage_table(connection: Any) -> Any:

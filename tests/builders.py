@@ -16,7 +16,8 @@ from infra.duck import Catalog
 from infra.manifest import MANIFEST, Manifest, commit, content_key, load, manifests_of
 from infra.storage import Storage, StoredFile
 from schemas.config import Config
-from schemas.tables import SHARD_FILES, VOCABULARY
+from schemas.corpus.tables import VOCABULARY
+from schemas.tables import SHARD_FILES
 from schemas.work import CorpusShards, Dictionary, FeatureShard, GraphShard, TokenShard
 from tasks.engine.run import Found, Run
 from tasks.engine.stage import Stage

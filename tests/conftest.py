@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,12 +20,14 @@ _DATABASES.mkdir(parents=True, exist_ok=True)
 Path(_CACHE, "prefect").symlink_to(_DATABASES)
 # No test asks a hub: without this, a name that is nowhere is retried for most of a minute.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Threads that wait by spinning take the cores from the other processes of the suite.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from hypothesis import HealthCheck, settings  # noqa: E402
 from prefect_home import prefect_api, prefect_database  # noqa: E402
 from s3 import ceph_server, moto_root, moto_server, s3_root  # noqa: E402
 from s3_proxy import s3_proxy  # noqa: E402
-from suite import Starts, arrange  # noqa: E402
+from suite import Groups, Starts, arrange  # noqa: E402
 
 # A busy machine is no failure.
 settings.register_profile("functok", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -48,6 +51,10 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     arrange(items)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Groups | None:
+    return Groups(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,8 @@ from infra.duck import Catalog, ShardFile
 from infra.manifest import Manifest
 from infra.storage import Storage
 from schemas.config import Config
-from schemas.tables import SHARD_FILES, TABLES, VOCABULARY
+from schemas.corpus.tables import VOCABULARY
+from schemas.tables import SHARD_FILES, TABLES
 from schemas.work import CorpusShards, Dictionary, FeatureShard, GraphShard, TokenShard
 from tasks.corpus.tokenization import TOKENIZE
 from tasks.dictionaries.dictionaries import DICTIONARIES

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 TESTS = Path(__file__).parent
 STARTS = {
@@ -49,20 +50,26 @@ LONGEST = (
 
 
 def arrange(items: list[pytest.Item]) -> None:
-    """Mark tests by what they start, group them for `--dist loadgroup`, and put the longest groups first."""
+    """Mark tests by what they start, and put the longest groups first."""
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
         for marker in {STARTS[name] for name in fixtures if name in STARTS}:
             item.add_marker(marker)
-        item.add_marker(pytest.mark.xdist_group(group_of(item)))
     order = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: order.get(group_of(item), len(LONGEST)))
+    items.sort(key=lambda item: order.get(group_of(item.nodeid), len(LONGEST)))
 
 
-def group_of(item: pytest.Item) -> str:
+def group_of(nodeid: str) -> str:
     """Tests of one group run in one process: those of a file share its fixtures, those on Ceph the gateway."""
-    is_on_ceph = "ceph_server" in getattr(item, "fixturenames", ()) or "[ceph" in item.name
-    return "ceph" if is_on_ceph else str(item.path.relative_to(TESTS))
+    file, _, name = nodeid.partition("::")
+    return "ceph" if "ceph" in name else file.removeprefix(f"{TESTS.name}/")
+
+
+class Groups(LoadScopeScheduling):
+    """Gives groups to processes, in the order in which they were collected."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group_of(nodeid)
 
 
 class Starts:

@@ -298,18 +298,16 @@ class Consolidation(ExperimentSection):
         return self.heldout_share
 
 
-def consolidation_of(config: Config, stage: str = "") -> Consolidation:
+def consolidation_of(config: Config) -> Consolidation:
     """The section `consolidation`.
 
     Raises:
-        ConfigError: in that stage, if the configuration has none.
+        ConfigError: if the configuration has none.
     """
     section = config.section(Consolidation)
     if section is None:
         raise ConfigError(
-            "this configuration has no consolidation section, so there are no checkpoints",
-            stage=stage,
-            hint="configs/consolidation.toml shows one",
+            "this configuration has no consolidation section", hint="configs/consolidation.toml shows one"
         )
     return section
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 from infra.storage import Storage
 from schemas.config import Corpus
@@ -90,19 +90,11 @@ class FileShards:
         return sum(shard.n_tokens for shard in self.shards)
 
     @property
-    def n_bytes(self) -> int:
-        """Bytes of the file's text that were read."""
-        return sum(shard.n_bytes for shard in self.shards)
-
-    @property
-    def lost_bytes(self) -> int:
-        """Those of them that could not be used."""
-        return sum(shard.lost_bytes for shard in self.shards)
-
-    @property
     def is_unreadable(self) -> bool:
         """Whether the file ended early, or gave no document of what is in it."""
-        is_all_lost = not self.is_cut and not self.n_documents and self.lost_bytes > 0
+        is_all_lost = (
+            not self.is_cut and not self.n_documents and any(shard.lost_bytes for shard in self.shards)
+        )
         return is_all_lost or any(shard.ends_early for shard in self.shards)
 
 
@@ -115,9 +107,5 @@ class FileJob:
     corpus: Corpus
     storage: Storage
     tokenizer_folder: str
-    budget: Budget = field(default_factory=Budget)
+    budget: Budget = Budget()
     has_begun: bool = True
-
-    def within(self, budget: Budget) -> FileJob:
-        """The same job under a limit."""
-        return replace(self, budget=budget)

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from infra.addresses import without_credentials
-from infra.duck import Catalog, ShardFile, create_views, open_duckdb
+from infra.duck import Catalog, ShardFile
 from infra.manifest import content_key
 from infra.progress import Progress, silent
 from infra.storage import StoredFile
@@ -20,7 +20,7 @@ from tasks.corpus.graph_documents import graph_shards
 from tasks.corpus.tokenization import TOKENIZE
 from tasks.engine.run import Run
 from tasks.engine.stage import Shown
-from tasks.engine.tables import VERSION, TableGroup, Tables, ensure_folder, explained, write_table
+from tasks.engine.tables import VERSION, TableGroup, Tables, ensure_folder, opened, write_table
 from tasks.models.token_texts import label, shared_texts
 
 FUNCTION_TOKENS_SHOWN = 200
@@ -187,11 +187,8 @@ def _shown(config: Config) -> list[Any]:
 
 def _run_info(run: Run, group: Tables) -> dict[str, object]:
     config, storage, shards = run.config, run.storage, run.result(TOKENIZE)
-    with (
-        open_duckdb(storage, config.duckdb) as connection,
-        explained("the table run_info", config.duckdb, storage),
-    ):
-        create_views(connection, storage, Catalog(tables={"tokens": group.tables["tokens"]}))
+    tokens = Catalog(tables={"tokens": group.tables["tokens"]})
+    with opened("the table run_info", config.duckdb, storage, tokens) as connection:
         counted = "SELECT count(*), count(*) FILTER (is_function) FROM tokens"
         distinct, function = connection.execute(counted).fetchone()
     values: dict[str, object] = {

@@ -128,9 +128,6 @@ class ShardUnit(Unit):
 def tokenize_file(job: FileJob) -> Iterator[Made | int]:
     """Make what is missing of a file's shards, and list them.
 
-    Args:
-        job: The file, where its shards go, and how much of it may be taken.
-
     Yields:
         Each shard, to be written before the next is made, and bytes of the file read between.
     """

@@ -20,17 +20,16 @@ from typing import Any
 import pyarrow as pa
 
 from infra import verified
-from infra.addresses import failed_at, without_credentials
+from infra.addresses import without_credentials
 from infra.cluster import tokenization_client
-from infra.hashing import content_hash
 from infra.manifest import Manifest, commit, load, load_all
 from infra.storage import Storage
 from schemas.config import Config, Corpus
+from schemas.corpus.tables import VOCABULARY
 from schemas.errors import CorpusError
-from schemas.tables import VOCABULARY
 from schemas.work import CorpusShards, TokenShard
 from tasks.corpus.file_jobs import Budget, FileJob, FileShards, ShardEntry
-from tasks.corpus.files import corpus_files
+from tasks.corpus.files import content_of, corpus_files
 from tasks.corpus.token_shards import (
     TOTALS,
     begun,
@@ -98,15 +97,11 @@ class Tokenize(Stage[FileUnit, CorpusShards]):
         }
         units = []
         for file in corpus_files(config):
-            try:
-                identity = content_hash(file.url, config.storage.endpoint_url)
-            except OSError as error:
-                raise CorpusError(f"cannot read {failed_at(file.url, error)}", stage="tokenize") from error
             unit = FileUnit(
                 top="tokens",
                 inputs={
                     "version": VERSION,
-                    "content": identity,
+                    "content": content_of(file),
                     "format": file.format,
                     "compression": file.compression,
                     "tokenizer": tokenizer.key,
@@ -181,7 +176,7 @@ class Tokenize(Stage[FileUnit, CorpusShards]):
         for job in unit.jobs:
             shards = find_file_shards(job.storage, [job], [left])[0]
             if shards is None:
-                yield from tokenize_file(job.within(left))
+                yield from tokenize_file(replace(job, budget=left))
                 shards = find_file_shards(job.storage, [job], [left])[0]
                 assert shards is not None
             left = left.after(shards)
@@ -235,26 +230,15 @@ class Tokenize(Stage[FileUnit, CorpusShards]):
         """The token shards, and that they are the whole corpus."""
         storage = run.storage
         kept = ["documents", "token_counts", *["occurrences"] * run.config.corpus.keep_occurrences]
-        n_documents = {shard.folder: shard.n_documents for shard in result.shards}
 
         def manifests() -> dict[str, Manifest]:
-            return load_all(storage, n_documents)
+            return load_all(storage, [shard.folder for shard in result.shards])
 
-        def folders() -> dict[str, Views]:
-            there = manifests()
+        def views(shard: TokenShard) -> Views:
             # A shard without rejects has no file of them.
-            without = {f for f, manifest in there.items() if "rejects.parquet" not in manifest.files}
-            return {
-                folder: shard_views(
-                    folder,
-                    n,
-                    {
-                        name: f"{folder}/{name}.parquet"
-                        for name in (*kept, *["rejects"] * (folder not in without))
-                    },
-                )
-                for folder, n in n_documents.items()
-            }
+            names = (*kept, *["rejects"] * bool(shard.n_rejects))
+            files = {name: f"{shard.folder}/{name}.parquet" for name in names}
+            return shard_views(shard.folder, shard.n_documents, files)
 
         def rows() -> list[dict[str, Any]]:
             stats = {folder: manifest.stats for folder, manifest in manifests().items()}
@@ -270,7 +254,7 @@ class Tokenize(Stage[FileUnit, CorpusShards]):
         return Question(
             of={"shards": [identity(shard) for shard in result.shards], "of": result.vocabulary},
             views=lambda: {"vocabulary": verified.read_table(storage, result.vocabulary)},
-            folders=folders,
+            folders=lambda: {shard.folder: views(shard) for shard in result.shards},
             totals=TOTALS,
             rows=rows,
             manifests=manifests,

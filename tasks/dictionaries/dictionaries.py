@@ -16,10 +16,10 @@ import json
 import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import torch
@@ -45,7 +45,7 @@ from tasks.dictionaries.facts import (
     source_of,
     warn_of_differences,
 )
-from tasks.dictionaries.residuals import Residuals, forward_key, place_of, residual_folder
+from tasks.dictionaries.residuals import Residuals, ResidualShard, forward_key, place_of
 from tasks.dictionaries.sample import leaves_out
 from tasks.dictionaries.sources import (
     FILES,
@@ -78,22 +78,13 @@ class DictionaryUnit(Unit):
     entry: Sae
     parts: tuple[GraphShard, ...] = ()
 
-    @property
-    def key(self) -> str:
-        """Content key of the dictionary."""
-        return self.folder.removeprefix("dictionaries/")
+
+U = TypeVar("U", bound=Unit)
+R = TypeVar("R")
 
 
-class Dictionaries(Stage[DictionaryUnit, list[Dictionary]]):
-    """Every dictionary of the configuration: fetched, copied or trained, and checked."""
-
-    name = "dictionaries"
-    needs = (TOKENIZE,)
-    measure = ""
-    things = "dictionaries"
-    changed = "a layer's is new, or what makes it changed"
-    libraries = ("torch", "sae_lens")
-    tops = ("dictionaries", "residuals")
+class LayersStage(Stage[U, R]):
+    """A stage of the layers that a configuration has `sae` entries for."""
 
     def applies(self, config: Config) -> bool:
         """Where there is a graph to make."""
@@ -111,6 +102,18 @@ class Dictionaries(Stage[DictionaryUnit, list[Dictionary]]):
         """The layers."""
         return f"layer {', '.join(str(entry.layer) for entry in config.sae)}"
 
+
+class Dictionaries(LayersStage[DictionaryUnit, list[Dictionary]]):
+    """Every dictionary of the configuration: fetched, copied or trained, and checked."""
+
+    name = "dictionaries"
+    needs = (TOKENIZE,)
+    measure = ""
+    things = "dictionaries"
+    changed = "a layer's is new, or what makes it changed"
+    libraries = ("torch", "sae_lens")
+    tops = ("dictionaries", "residuals")
+
     def units(self, run: Run) -> Sequence[DictionaryUnit]:
         """One for each `sae` entry, by layer. Reads no weights, but the content of saved ones is hashed.
 
@@ -122,16 +125,15 @@ class Dictionaries(Stage[DictionaryUnit, list[Dictionary]]):
             check_layer(entry, n_layers, run.config.model.name)
         units = []
         for entry in sorted(run.config.sae, key=lambda entry: entry.layer):
-            parts = (
-                () if entry.train is None else training_parts(run.config, run.storage, shards, entry.train)
-            )
+            train = entry.train
+            parts = () if train is None else training_parts(run.config, run.storage, shards, train)
             units.append(
                 DictionaryUnit(
                     top="dictionaries",
                     inputs=_key_inputs(run.config, run.storage, entry, parts),
                     about=f"the dictionary of layer {entry.layer} ({source_of(entry)})",
                     # One forward gives the residuals of all layers that are trained.
-                    together="brought" if entry.train is None else "trained",
+                    together="brought" if train is None else "trained",
                     entry=entry,
                     parts=parts,
                 )
@@ -209,7 +211,7 @@ class Dictionaries(Stage[DictionaryUnit, list[Dictionary]]):
             of={"rows": rows, "wanted": wanted},
             views=lambda: {
                 "dictionaries": pa.Table.from_pylist(rows, schema=_DICTIONARIES),
-                "wanted": pa.Table.from_pylist(wanted, schema=_WANTED),
+                "wanted": pa.Table.from_pylist(wanted),
             },
         )
 
@@ -226,7 +228,6 @@ DICTIONARIES = Dictionaries()
 
 _FIGURES = ("explained_variance", "explained_variance_all", "l0", "k", "alive_share", "heldout_tokens")
 _LIMITS = ("min_explained_variance", "max_l0_deviation", "min_alive_share")
-_WANTED = pa.schema([("layer", pa.int32()), ("source", pa.string())])
 _DICTIONARIES = pa.schema(
     [
         *[("layer", pa.int32()), ("folder", pa.string()), ("key", pa.string()), ("d_sae", pa.int64())],
@@ -247,19 +248,15 @@ def known_facts(config: Config, storage: Storage, entry: Sae) -> Facts | None:
     Raises:
         DictionaryError: if its files are missing or damaged, the registry does not have it, or it names another model.
     """
-    names = names_of(config.model)
     if entry.train is not None:
         return None if entry.train.start_from is None else start_facts(entry, storage.endpoint_url)
     if entry.path is not None:
-        facts = saved_facts(entry, storage.endpoint_url)
-        check_model_name(facts.model_name, entry, names)
-        return facts
-    manifest = load(storage, _folder(_key_inputs(config, storage, entry, ())))
-    if manifest is None:
-        check_model_name(registered_model(entry), entry, names)
-        return None
-    facts = _facts(manifest)
-    check_model_name(facts.model_name, entry, names)
+        facts: Facts | None = saved_facts(entry, storage.endpoint_url)
+    else:
+        manifest = load(storage, f"dictionaries/{content_key(**_key_inputs(config, storage, entry, ()))}")
+        facts = None if manifest is None else _facts(manifest)
+    model_name = registered_model(entry) if facts is None else facts.model_name
+    check_model_name(model_name, entry, names_of(config.model))
     return facts
 
 
@@ -280,10 +277,6 @@ def load_dictionary(storage: Storage, dictionary: Dictionary, device: str | torc
             f"dictionary of layer {dictionary.layer} in {folder} does not load: {whole_message(error, with_type=True)}",
             hint="delete that folder and run again",
         ) from error
-
-
-def _folder(entry_inputs: Mapping[str, Any]) -> str:
-    return f"dictionaries/{content_key(**entry_inputs)}"
 
 
 def _key_inputs(
@@ -335,7 +328,7 @@ def _training_inputs(
         section["start_from"] = start_content(entry, storage.endpoint_url)
     inputs: dict[str, Any] = {
         "version": training.VERSION,
-        "residuals": [residual_folder(part, entry.layer, forward) for part in parts],
+        "residuals": [ResidualShard.of(part, entry.layer, forward).folder for part in parts],
         "train": section,
         "layer": entry.layer,
     }
@@ -374,7 +367,7 @@ def _kept(
     run: Run, unit: DictionaryUnit, aside: Path, facts: Facts, quality: dict[str, float] | None = None
 ) -> Made:
     written = run.storage.upload(aside, unit.folder)
-    return Made.of(unit, lambda: written, {"facts": facts.as_json(), "quality": quality})
+    return Made.of(unit, lambda: written, {"facts": asdict(facts), "quality": quality})
 
 
 def _facts(manifest: Manifest) -> Facts:
@@ -393,7 +386,7 @@ def _checked(
     return Dictionary(
         layer=entry.layer,
         folder=unit.folder,
-        key=unit.key,
+        key=unit.folder.removeprefix("dictionaries/"),
         d_sae=facts.d_sae,
         source=source_of(entry),
         quality=quality,

@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from infra.manifest import Manifest, content_key
+from infra.manifest import Manifest
 from infra.storage import Storage, StoredFile
 from schemas.config import Config
 from schemas.work import GraphShard
@@ -27,29 +27,6 @@ from tasks.models.model import LoadedModel, load_model, model_key
 from tasks.models.tokenizers import LoadedTokenizer, load_tokenizer
 
 VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class ResidualShard:
-    """One layer's residual stream over one part.
-
-    Its folder holds `layer-<L>.safetensors` with `residuals` (n_tokens, d_model; the model's dtype; rows in
-    (doc, position) order, special tokens left out) and `doc` (n_tokens, int32; inside the shard).
-    """
-
-    layer: int
-    folder: str
-    part: GraphShard
-
-    @property
-    def n_tokens(self) -> int:
-        """Rows."""
-        return self.part.n_tokens
-
-    @property
-    def file(self) -> str:
-        """File name in the storage."""
-        return f"{self.folder}/layer-{self.layer}.safetensors"
 
 
 def forward_key(config: Config, key_of_model: str) -> dict[str, object]:
@@ -66,36 +43,49 @@ def part_key(part: GraphShard) -> dict[str, object]:
     return {"shard": part.shard.folder, "documents": part.n_documents}
 
 
-def residual_folder(part: GraphShard, layer: int, forward: dict[str, object]) -> str:
-    """The folder of one layer's residuals of one part."""
-    return f"residuals/{content_key(version=VERSION, part=part_key(part), layer=layer, forward=forward)}"
-
-
 Place = tuple[str, int, int]
 """What tells residuals of one forward apart: folder of the token shard, documents of it that count, layer."""
 
 
 def place_of(part: GraphShard, layer: int) -> Place:
-    """Where a layer's residuals of a part stand in the answer of `find_residuals`."""
+    """Where a layer's residuals of a part stand in the result of `Residuals`."""
     return part.shard.folder, part.n_documents, layer
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ResidualUnit(Unit):
-    """One layer's residuals of one part."""
+class ResidualShard(Unit):
+    """One layer's residual stream over one part.
+
+    Its folder holds `layer-<L>.safetensors` with `residuals` (n_tokens, d_model; the model's dtype; rows in
+    (doc, position) order, special tokens left out) and `doc` (n_tokens, int32; inside the shard).
+    """
 
     part: GraphShard
     layer: int
 
+    @classmethod
+    def of(cls, part: GraphShard, layer: int, forward: dict[str, object]) -> ResidualShard:
+        """Those of a forward (`forward_key`)."""
+        return cls(
+            top="residuals",
+            inputs={"version": VERSION, "part": part_key(part), "layer": layer, "forward": forward},
+            about=f"layer {layer}, {part.shard.folder}",
+            size=part.n_tokens,
+            together=(part.shard.folder, part.n_documents),
+            part=part,
+            layer=layer,
+        )
 
-class Residuals(Stage[ResidualUnit, dict[Place, ResidualShard]]):
+    @property
+    def file_name(self) -> str:
+        """Name of its one file."""
+        return f"layer-{self.layer}.safetensors"
+
+
+class Residuals(Stage[ResidualShard, dict[Place, ResidualShard]]):
     """The residuals of some parts at some layers, one forward for all layers that a part lacks.
 
     No stage of its own: whoever needs residuals makes them by the way.
-
-    Args:
-        parts: The parts.
-        layers: The layers.
     """
 
     name = "residuals"
@@ -106,28 +96,16 @@ class Residuals(Stage[ResidualUnit, dict[Place, ResidualShard]]):
         self.parts, self.layers = tuple(parts), sorted(set(layers))
         self._loaded: tuple[LoadedModel, LoadedTokenizer] | None = None
 
-    def units(self, run: Run) -> Sequence[ResidualUnit]:
+    def units(self, run: Run) -> Sequence[ResidualShard]:
         """A unit a part and layer."""
         forward = forward_key(run.config, model_key(run.config.model, run.storage))
-        return [
-            ResidualUnit(
-                top="residuals",
-                inputs={"version": VERSION, "part": part_key(part), "layer": layer, "forward": forward},
-                about=f"layer {layer}, {part.shard.folder}",
-                size=part.n_tokens,
-                together=(part.shard.folder, part.n_documents),
-                part=part,
-                layer=layer,
-            )
-            for part in self.parts
-            for layer in self.layers
-        ]
+        return [ResidualShard.of(part, layer, forward) for part in self.parts for layer in self.layers]
 
-    def prepare(self, run: Run, missing: Sequence[ResidualUnit]) -> Sequence[ResidualUnit]:
+    def prepare(self, run: Run, missing: Sequence[ResidualShard]) -> Sequence[ResidualShard]:
         """One forward gives all layers that a part lacks."""
         return counted_once(missing)
 
-    def make(self, run: Run, group: Sequence[ResidualUnit]) -> Iterator[Made]:
+    def make(self, run: Run, group: Sequence[ResidualShard]) -> Iterator[Made]:
         """The residuals of one part."""
         if self._loaded is None:
             model, tokenizer = (
@@ -151,7 +129,7 @@ class Residuals(Stage[ResidualUnit, dict[Place, ResidualShard]]):
         self._loaded = None
 
     def result(
-        self, run: Run, units: Sequence[ResidualUnit], done: Mapping[str, Manifest]
+        self, run: Run, units: Sequence[ResidualShard], done: Mapping[str, Manifest]
     ) -> dict[Place, ResidualShard]:
         """All of them, by `place_of` their part and layer."""
         return self.there(run)
@@ -159,13 +137,7 @@ class Residuals(Stage[ResidualUnit, dict[Place, ResidualShard]]):
     def there(self, run: Run) -> dict[Place, ResidualShard]:
         """Those that are finished, by `place_of` their part and layer."""
         found = run.find(self)
-        return {
-            place_of(unit.part, unit.layer): ResidualShard(
-                layer=unit.layer, folder=unit.folder, part=unit.part
-            )
-            for unit in found.units
-            if unit.folder in found.done
-        }
+        return {place_of(unit.part, unit.layer): unit for unit in found.units if unit.folder in found.done}
 
 
 U = TypeVar("U", bound=Unit)
@@ -197,12 +169,12 @@ def _dense(
 
 
 def _write(
-    storage: Storage, unit: ResidualUnit, residuals: torch.Tensor, doc: torch.Tensor
+    storage: Storage, unit: ResidualShard, residuals: torch.Tensor, doc: torch.Tensor
 ) -> list[StoredFile]:
     from safetensors.torch import save_file
 
     with tempfile.TemporaryDirectory() as aside:
-        save_file({"residuals": residuals, "doc": doc}, Path(aside) / f"layer-{unit.layer}.safetensors")
+        save_file({"residuals": residuals, "doc": doc}, Path(aside) / unit.file_name)
         return storage.upload(Path(aside), unit.folder)
 
 

@@ -40,16 +40,16 @@ def check(run: Run, stage: Stage[Any, Any]) -> None:
 
     Raises:
         ExpectationError: naming the expectation, the table and offending rows.
-        StorageError: if a file cannot be read.
     """
     question, storage = stage.question(run, run.result(stage)), run.storage
     if question is None:
         return
-    key = _check_key(stage.name, **question.of)
+    rows = {name: table.to_pylist() for name, table in question.small.items()}
+    key = _check_key(stage.name, **{**rows, **question.of})
     if _passed(storage, stage.name, key):
         return
     with open_duckdb(storage, run.config.duckdb) as connection:
-        views = question.views()
+        views = {**question.small, **question.views()}
         for name, table in views.items():
             put(connection, name, table)
         names = {*views, *question.put(connection)}
@@ -104,17 +104,10 @@ def check_tables(
     """Check a candidate catalogue: every table against the contract and against the others.
 
     Expectations on tables that it does not have (a graph, occurrences) do not apply; a table that its groups
-    (`Catalog.lineage`) should have does.
-
-    Args:
-        config: The configuration.
-        storage: Where the tables are.
-        catalog: The candidate.
-        beside: Small tables that expectations read besides: what groups of tables were made with.
+    (`Catalog.lineage`) should have does. They also read the small tables `beside`: what groups were made with.
 
     Raises:
         ExpectationError: naming the expectation, the table and offending rows.
-        StorageError: if a file cannot be read.
     """
     settings = pa.table(
         {

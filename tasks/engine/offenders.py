@@ -59,13 +59,7 @@ def applying(expectations: Sequence[Expectation], views: set[str]) -> list[Expec
 def find_in_views(
     connection: Any, expectations: Sequence[Expectation], views: set[str], place: str
 ) -> list[Finding]:
-    """Ask what applies to these views, whole.
-
-    Args:
-        connection: A DuckDB connection that has the views.
-        expectations: What is asked; one whose views are not all there is left out.
-        views: Names of the views that are there.
-        place: Where the data lies, for messages.
+    """Ask what applies to the views that a connection has, whole; messages say at which place the data lies.
 
     Raises:
         ExpectationError: if a view lacks a column.

@@ -133,12 +133,7 @@ class Run:
 
 
 def make(run: Run, stage: Stage[Any, R], progress: Progress = silent) -> R:
-    """Make what is missing of a stage.
-
-    Args:
-        run: The run; the stages that it needs are finished.
-        stage: The stage.
-        progress: Called with what is done in the stage's measure.
+    """Make what is missing of a stage, telling `progress` what is done in its measure.
 
     Raises:
         FunctokError: what the stage raises; also if a stage that it needs is not finished.

@@ -17,8 +17,9 @@ import pyarrow as pa
 
 from infra.manifest import Manifest, content_key, load_all, remember
 from infra.storage import StoredFile
+from schemas.arrow import declared
 from schemas.config import Config
-from schemas.errors import FunctokError
+from schemas.errors import ConfigError, FunctokError
 from tasks.engine import offenders
 
 if TYPE_CHECKING:
@@ -82,8 +83,9 @@ class Question:
     """What a stage's expectations are asked of.
 
     Attributes:
-        of: What the check's key is made of, beside the expectations: a check that was passed is not made again.
-        views: Makes the tables that the expectations read.
+        small: Small tables that the expectations read, all of whose rows are part of the check's key.
+        of: What that key is made of besides: a check that was passed is not made again.
+        views: Makes the other tables that they read.
         put: Makes further ones by SQL on the connection; their names.
         folders: Folder to its own views, for what is asked of one folder at a time; None where nothing is.
         totals: View to {column: SQL aggregate}, counted in each folder and put beside its row of `shards`.
@@ -91,13 +93,24 @@ class Question:
         manifests: Of the folders, where answers may stand that were given as they were made.
     """
 
-    of: Mapping[str, Any]
+    small: Mapping[str, pa.Table] = field(default_factory=dict)
+    of: Mapping[str, Any] = field(default_factory=dict)
     views: Callable[[], Mapping[str, pa.Table]] = dict
     put: Callable[[Any], Collection[str]] = lambda connection: ()
     folders: Callable[[], Mapping[str, offenders.Views]] | None = None
     totals: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     rows: Callable[[], Sequence[dict[str, Any]]] = list
     manifests: Callable[[], Mapping[str, Manifest]] = dict
+
+
+def table_of(columns: str, rows: Iterable[Sequence[Any]]) -> pa.Table:
+    """A small table from its columns, as SQL declares them, and its rows.
+
+    >>> table_of("layer INTEGER, key VARCHAR", [(7, "a"), (15, "b")]).num_rows
+    2
+    """
+    schema = declared(columns)
+    return pa.Table.from_pylist([dict(zip(schema.names, row, strict=True)) for row in rows], schema=schema)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +147,35 @@ U = TypeVar("U", bound=Unit)
 R = TypeVar("R")
 
 
-class Stage(ABC, Generic[U, R]):
+class Asked:
+    """What a configuration asks for: always, or by a section of an experiment.
+
+    Attributes:
+        section: Where that is in the configuration, such as `consolidation.growth`; empty: it is always asked for.
+    """
+
+    section: ClassVar[str] = ""
+
+    def applies(self, config: Config) -> bool:
+        """Whether a configuration asks for it."""
+        return not self.lacking(config)
+
+    def lacking(self, config: Config) -> str:
+        """What the configuration lacks that would ask for it."""
+        found: Any = config
+        parts = self.section.split(".") if self.section else []
+        for n, part in enumerate(parts, 1):
+            found = getattr(found, part)
+            if found is None:
+                return ".".join(parts[:n])
+        return ""
+
+    def subject(self, config: Config) -> str:
+        """What a run of it is about, in a few words: `layer 7, 15, 22`."""
+        return str(getattr(config, self.section.partition(".")[0]).subject) if self.section else ""
+
+
+class Stage(Asked, ABC, Generic[U, R]):
     """A stage: `U` are its units, `R` is what stages after it get.
 
     Attributes:
@@ -164,16 +205,14 @@ class Stage(ABC, Generic[U, R]):
     libraries: ClassVar[tuple[str, ...]] = ()
     tops: ClassVar[tuple[str, ...]] = ()
 
-    def applies(self, config: Config) -> bool:
-        """Whether a configuration asks for it."""
-        return True
-
-    def subject(self, config: Config) -> str:
-        """What a run of it is about, in a few words: `layer 7, 15, 22`."""
-        return ""
-
     def refuse(self, config: Config) -> FunctokError:
         """Why it does not apply to a configuration that asked for it by name, and what would make it."""
+        if lacking := self.lacking(config):
+            return ConfigError(
+                f"this configuration has no {lacking} section, so there are no {self.things}",
+                stage=self.name,
+                hint=f"configs/{lacking.partition('.')[0]}.toml shows one",
+            )
         return FunctokError(f"the stage {self.name} does not apply to this configuration", stage=self.name)
 
     @abstractmethod
@@ -219,13 +258,7 @@ class Stage(ABC, Generic[U, R]):
 
     @abstractmethod
     def result(self, run: Run, units: Sequence[U], done: Mapping[str, Any]) -> R:
-        """What stages after it get: values that name folders, never data.
-
-        Args:
-            run: The run.
-            units: All units.
-            done: What is there of each, by its folder (`finished`).
-        """
+        """What stages after it get: values that name folders, never data. `done` is of all units, from `finished`."""
 
     def lines(self, missing: Sequence[U]) -> Sequence[str]:
         """What of the missing units `functok status` lists."""

@@ -28,7 +28,7 @@ from schemas.work import StagePlan
 from sql import read_sql
 from tasks.engine.checks import expectations_table
 from tasks.engine.run import Run
-from tasks.engine.stage import Image, Shown, Stage
+from tasks.engine.stage import Asked, Image, Shown, Stage
 
 VERSION = 1
 """Raise when the SQL or what runs it changes what is in a table."""
@@ -79,7 +79,7 @@ class Tables:
         return [*self.tables.values(), *by_shard]
 
 
-class TableGroup(ABC):
+class TableGroup(Asked, ABC):
     """Tables that are made and published together.
 
     Attributes:
@@ -90,13 +90,9 @@ class TableGroup(ABC):
     name: ClassVar[str]
     needs: ClassVar[tuple[Stage[Any, Any], ...]]
 
-    def applies(self, config: Config) -> bool:
-        """Whether a configuration asks for it."""
-        return True
-
     def subject(self, config: Config) -> str:
         """What it is of, in a few words."""
-        return self.name
+        return super().subject(config) or self.name
 
     @abstractmethod
     def planned(self, run: Run) -> Tables | None:
@@ -226,16 +222,14 @@ def write_table(
         StorageError: if a file cannot be read or written.
     """
     query = read_sql(table)
-    with open_duckdb(storage, resources) as connection:
+    with opened(f"the table {table}", resources, storage, inputs) as connection:
         (statement,) = connection.extract_statements(query)
         bound = {key: value for key, value in parameters.items() if key in statement.named_parameters}
-        with explained(f"the table {table}", resources, storage):
-            create_views(connection, storage, inputs)
-            for view, rows in (relations or {}).items():
-                connection.register(view, rows)
-            with storage.write_by_path(name, resources.temp_directory or None) as place:
-                target = place.path.replace("'", "''")
-                connection.execute(f"COPY ({query}) TO '{target}' (FORMAT parquet, COMPRESSION zstd)", bound)
+        for view, rows in (relations or {}).items():
+            connection.register(view, rows)
+        with storage.write_by_path(name, resources.temp_directory or None) as place:
+            target = place.path.replace("'", "''")
+            connection.execute(f"COPY ({query}) TO '{target}' (FORMAT parquet, COMPRESSION zstd)", bound)
     assert place.stored is not None
     return place.stored
 
@@ -246,14 +240,7 @@ def ensure_folder(
     inputs: Mapping[str, Any],
     make: Callable[[], Iterable[StoredFile]],
 ) -> None:
-    """Make and commit the files `names`, all of one folder, if that is not finished.
-
-    Args:
-        storage: Where the folder is.
-        names: The files.
-        inputs: What the folder's key was made of.
-        make: Writes the files, and tells of each.
-    """
+    """Have the files `names`, all of one folder whose key `inputs` made, written and committed, if that is not done."""
     folder = names[0].rsplit("/", 1)[0]
     if load(storage, folder) is None:
         written = list(make())
@@ -267,6 +254,14 @@ def selected(inputs: Catalog, views: Sequence[str]) -> Catalog:
         tables={view: name for view, name in inputs.tables.items() if view in views},
         sharded={view: files for view, files in inputs.sharded.items() if view in views},
     )
+
+
+@contextmanager
+def opened(what: str, resources: DuckDb, storage: Storage, inputs: Catalog) -> Iterator[Any]:
+    """A DuckDB connection that has the upstream tables as views; its errors are `explained`."""
+    with open_duckdb(storage, resources) as connection, explained(what, resources, storage):
+        create_views(connection, storage, inputs)
+        yield connection
 
 
 @contextmanager

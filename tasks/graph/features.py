@@ -18,14 +18,12 @@ import pyarrow as pa
 from infra.addresses import without_credentials
 from infra.manifest import Manifest, load_all
 from infra.storage import StoredFile
-from schemas.config import Config
-from schemas.errors import FunctokError
 from schemas.tables import SHARD_FILES
 from schemas.work import Dictionary, FeatureShard, GraphShard
 from tasks.corpus.graph_documents import graph_shards
 from tasks.corpus.tokenization import TOKENIZE, identity
 from tasks.corpus.windows import ShardTokens, count_tokens
-from tasks.dictionaries.dictionaries import DICTIONARIES
+from tasks.dictionaries.dictionaries import DICTIONARIES, LayersStage
 from tasks.dictionaries.residuals import (
     Residuals,
     ResidualShard,
@@ -37,7 +35,7 @@ from tasks.dictionaries.residuals import (
 from tasks.engine.checks import ask_of_made
 from tasks.engine.offenders import Views
 from tasks.engine.run import Run, make
-from tasks.engine.stage import Made, Question, Shown, Stage, Unit, Written
+from tasks.engine.stage import Made, Question, Shown, Unit, Written
 from tasks.graph.extraction import LayerFeatures, compute_features, forget_loaded
 from tasks.models.devices import device_client, settle
 from tasks.models.model import model_key
@@ -65,7 +63,7 @@ class FeatureUnit(Unit):
     residuals: ResidualShard | None = None
 
 
-class Features(Stage[FeatureUnit, list[FeatureShard]]):
+class Features(LayersStage[FeatureUnit, list[FeatureShard]]):
     """Which feature is active at which token of the graph's documents, layer by layer."""
 
     name = "features"
@@ -75,20 +73,6 @@ class Features(Stage[FeatureUnit, list[FeatureShard]]):
     changed = "they are new or damaged, or their model, windows or dictionary changed"
     overlaps = True
     tops = ("features",)
-
-    def applies(self, config: Config) -> bool:
-        """Where there is a graph to make."""
-        return bool(config.sae)
-
-    def refuse(self, config: Config) -> FunctokError:
-        """No layer is asked for."""
-        error = DICTIONARIES.refuse(config)
-        error.stage = self.name
-        return error
-
-    def subject(self, config: Config) -> str:
-        """The layers."""
-        return DICTIONARIES.subject(config)
 
     def units(self, run: Run) -> Sequence[FeatureUnit]:
         """A unit a part and layer: parts in corpus order, layers ascending."""
@@ -156,11 +140,7 @@ class Features(Stage[FeatureUnit, list[FeatureShard]]):
             first.part,
             [unit.dictionary for unit in group],
             first.model_key,
-            {
-                place_of(unit.part, unit.dictionary.layer): unit.residuals
-                for unit in group
-                if unit.residuals is not None
-            },
+            {unit.dictionary.layer: unit.residuals for unit in group if unit.residuals is not None},
         )
 
         def write() -> Iterator[Written]:
@@ -188,7 +168,7 @@ class Features(Stage[FeatureUnit, list[FeatureShard]]):
         rows = [feature_row(feature) for feature in result]
         return Question(
             of={"shards": rows, "dictionaries": sizes},
-            views=lambda: {"dictionaries": pa.Table.from_pylist(sizes, schema=_SIZES)},
+            views=lambda: {"dictionaries": pa.Table.from_pylist(sizes)},
             folders=lambda: {
                 feature.folder: stored_feature_views(feature, d_sae.get(feature.layer)) for feature in result
             },
@@ -219,8 +199,6 @@ FEATURE_TOTALS = {
     "counts": {"found_tokens": "coalesce(sum(count), 0)::BIGINT"},
 }
 """What is counted in a feature shard's folder."""
-
-_SIZES = pa.schema([("layer", pa.int32()), ("key", pa.string()), ("d_sae", pa.int64())])
 
 
 def feature_views(

@@ -71,13 +71,11 @@ class GraphTables(TableGroup):
         return graph_group(run.config, run.result(TOKENIZE), features, dictionaries, edges)
 
     def build(self, run: Run, progress: Progress = silent) -> Tables:
-        """Make what is missing of the graph's tables.
+        """Make what is missing: the edges of each layer, then what sums them up.
 
         Raises:
-            ConfigError: if a layer has shards and no dictionary or the reverse, or DuckDB cannot work within
-                its limits.
+            ConfigError: also if a layer has shards and no dictionary or the reverse.
             ExpectationError: if an activation is not a finite number.
-            StorageError: if a file cannot be read or written.
         """
         features, dictionaries, storage = run.result(FEATURES), run.result(DICTIONARIES), run.storage
         layers = checked_layers(features, dictionaries)
@@ -185,12 +183,11 @@ def graph_inputs(features: Sequence[FeatureShard], layer: int | None = None) -> 
 def covers_corpus(features: Sequence[FeatureShard], shards: CorpusShards) -> bool:
     """Whether every layer's graph has all documents of the corpus, so that tokens are as often in it as there."""
     whole = {shard.doc_offset for shard in shards.shards if shard.n_documents}
-    in_graph: dict[int, set[int]] = {}
+    in_graph: dict[int, set[int]] = {feature.layer: set() for feature in features}
     for feature in features:
         if feature.part.n_documents == feature.part.shard.n_documents:
-            in_graph.setdefault(feature.layer, set()).add(feature.part.shard.doc_offset)
-    layers = {feature.layer for feature in features}
-    return all(in_graph.get(layer) == whole for layer in layers)
+            in_graph[feature.layer].add(feature.part.shard.doc_offset)
+    return all(offsets == whole for offsets in in_graph.values())
 
 
 def checked_layers(features: Sequence[FeatureShard], dictionaries: Sequence[Dictionary]) -> list[int]:

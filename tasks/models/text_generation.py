@@ -26,17 +26,11 @@ def continuations(
     """Continue batches, one after another; each batch's sampling starts from `seed`.
 
     Keys and values of earlier tokens are cached: after the prompt, a forward sees one token of each row. A row that
-    has ended is filled up until all rows of its batch have.
+    has ended is filled up until all rows of its batch have. The rest is as in `LanguageModel.generate`.
 
     Args:
-        module: The transformers model with its head.
-        name: What errors call it.
+        module: The transformers model with its head; errors call it `name`.
         batches: (rows, n) ids each, on the model's device, rows of equal length: nothing is padded.
-        max_new_tokens: New tokens at most.
-        temperature: Of sampling; None: greedy.
-        top_p: Nucleus of sampling.
-        seed: Of sampling; the random state of the process is left as it was.
-        stop_ids: Ids that end a text; not in the result. The model's own end-of-text ids count as well.
 
     Returns:
         The new ids of each row of each batch, in order.

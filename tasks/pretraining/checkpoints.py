@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 
@@ -16,14 +16,14 @@ from infra.addresses import without_credentials
 from infra.manifest import Manifest, load_all
 from infra.storage import Storage
 from schemas.config import Config
-from schemas.errors import ConfigError, FunctokError, ModelError
-from schemas.pretraining.section import Consolidation, Series, consolidation_of
+from schemas.errors import ModelError
+from schemas.pretraining.section import Series, consolidation_of
 from schemas.pretraining.work import Checkpoint
 from schemas.sections import Model
 from schemas.tables import TABLES
 from tasks.corpus.tokenization import TOKENIZE
 from tasks.engine.run import Run
-from tasks.engine.stage import Made, Question, Shown, Stage, Unit
+from tasks.engine.stage import Made, Question, Shown, Stage, Unit, table_of
 from tasks.models.files import IN_STORAGE
 from tasks.models.model import model_key
 from tasks.models.text_generation import prompt_ids
@@ -32,29 +32,6 @@ from tasks.pretraining.plan import TrainingPlan, plan_training
 from tasks.pretraining.public_series import count_parameters, public_checkpoints
 from tasks.pretraining.state import finished_checkpoints, is_trained, newest_state
 from tasks.pretraining.training import train_series
-
-U = TypeVar("U", bound=Unit)
-R = TypeVar("R")
-
-
-class SeriesStage(Stage[U, R]):
-    """What the stages of pre-training have in common: they are about the configured series."""
-
-    def applies(self, config: Config) -> bool:
-        """Where there are checkpoint series."""
-        return config.section(Consolidation) is not None
-
-    def refuse(self, config: Config) -> FunctokError:
-        """There are no series."""
-        try:
-            consolidation_of(config, self.name)
-        except ConfigError as error:
-            return error
-        return super().refuse(config)
-
-    def subject(self, config: Config) -> str:
-        """The series."""
-        return consolidation_of(config).subject
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,10 +47,11 @@ class CheckpointUnit(Unit):
     step: int | None = None
 
 
-class Checkpoints(SeriesStage[CheckpointUnit, list[Checkpoint]]):
+class Checkpoints(Stage[CheckpointUnit, list[Checkpoint]]):
     """The checkpoints of all series: trained here, or found."""
 
     name = "checkpoints"
+    section = "consolidation"
     needs = (TOKENIZE,)
     measure = ""
     things = "checkpoints"
@@ -82,33 +60,20 @@ class Checkpoints(SeriesStage[CheckpointUnit, list[Checkpoint]]):
     tops = ("checkpoints", "training")
 
     def units(self, run: Run) -> Sequence[CheckpointUnit]:
-        """What each series that is trained here leaves; a public one is only looked for (`result`).
-
-        Raises:
-            ConfigError: if sizes do not fit each other.
-        """
+        """What each series that is trained here leaves; a public one is only looked for (`result`)."""
         units: list[CheckpointUnit] = []
         for series in consolidation_of(run.config).series:
             if series.shape is None:
                 continue
             plan = plan_training(run.config, run.result(TOKENIZE), series)
             about = _still_to_do(run.storage, plan)
+            leaves = [("checkpoints", plan.checkpoint_inputs(step), step) for step in plan.checkpoint_steps]
             units += [
                 CheckpointUnit(
-                    top="checkpoints",
-                    inputs=plan.checkpoint_inputs(step),
-                    about=about,
-                    together=series.name,
-                    plan=plan,
-                    step=step,
+                    top=top, inputs=inputs, about=about, together=series.name, plan=plan, step=step
                 )
-                for step in plan.checkpoint_steps
+                for top, inputs, step in [*leaves, ("training", plan.inputs, None)]
             ]
-            units.append(
-                CheckpointUnit(
-                    top="training", inputs=plan.inputs, about=about, together=series.name, plan=plan
-                )
-            )
         return units
 
     def lines(self, missing: Sequence[CheckpointUnit]) -> Sequence[str]:
@@ -122,25 +87,14 @@ class Checkpoints(SeriesStage[CheckpointUnit, list[Checkpoint]]):
         return missing
 
     def make(self, run: Run, group: Sequence[CheckpointUnit]) -> Iterator[Made]:
-        """Train a series; checkpoints are committed as they come, by the processes that train.
-
-        Raises:
-            CorpusError: if there is too little text.
-            TrainingError: if the training diverges; it names the step and the last good checkpoint.
-            FunctokError: if a child process fails.
-        """
+        """Train a series; checkpoints are committed as they come, by the processes that train."""
         train_series(run.config, run.storage, run.result(TOKENIZE), group[0].plan, run.tell)
         yield Made()
 
     def result(
         self, run: Run, units: Sequence[CheckpointUnit], done: Mapping[str, Manifest]
     ) -> list[Checkpoint]:
-        """All checkpoints, series in the configuration's order, steps ascending.
-
-        Raises:
-            ConfigError: if a public series has no checkpoint, two at one step, or one whose step is unknown.
-            ModelError: if a public checkpoint cannot be found.
-        """
+        """All checkpoints, series in the configuration's order, steps ascending."""
         config, storage = run.config, run.storage
         checkpoints: list[Checkpoint] = []
         for series in consolidation_of(config).series:
@@ -177,13 +131,11 @@ class Checkpoints(SeriesStage[CheckpointUnit, list[Checkpoint]]):
             }
             for place, (checkpoint, row) in enumerate(zip(result, checkpoint_rows(result), strict=True))
         ]
-        wanted = series_rows(run.config)
         return Question(
-            of={"rows": rows, "wanted": wanted},
-            views=lambda: {
+            small={
                 "checkpoints": pa.Table.from_pylist(rows, schema=_CHECKPOINTS),
-                "wanted": pa.Table.from_pylist(wanted, schema=SERIES),
-            },
+                "wanted": wanted_series(run.config),
+            }
         )
 
     def shown(self, run: Run, result: list[Checkpoint]) -> Iterable[Shown]:
@@ -195,20 +147,14 @@ class Checkpoints(SeriesStage[CheckpointUnit, list[Checkpoint]]):
 
 CHECKPOINTS = Checkpoints()
 
-SERIES = pa.schema([("model", pa.string())])
-"""The columns of `series_rows`."""
-
 _CHECKPOINTS = pa.schema(
-    [
-        *TABLES["checkpoints"],
-        *[("place", pa.int64()), ("key", pa.string()), ("committed", pa.bool_())],
-    ]
+    [*TABLES["checkpoints"], ("place", pa.int64()), ("key", pa.string()), ("committed", pa.bool_())]
 )
 
 
-def series_rows(config: Config) -> list[dict[str, Any]]:
+def wanted_series(config: Config) -> pa.Table:
     """The configured series, as expectations read them."""
-    return [{"model": series.name} for series in consolidation_of(config).series]
+    return table_of("model VARCHAR", [(series.name,) for series in consolidation_of(config).series])
 
 
 def checkpoint_rows(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
@@ -217,9 +163,7 @@ def checkpoint_rows(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
         {
             **key_columns(checkpoint),
             "source": " ".join(
-                part
-                for part in (without_credentials(checkpoint.model.name), checkpoint.model.revision)
-                if part is not None
+                filter(None, (without_credentials(checkpoint.model.name), checkpoint.model.revision))
             ),
             "tokens": checkpoint.tokens,
             "parameters": checkpoint.parameters,
@@ -234,12 +178,7 @@ def key_columns(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def check_prompts(config: Config, storage: Storage, context_length: int) -> None:
-    """Whether every prompt leaves room for its continuation.
-
-    Args:
-        config: The configuration, its tokenizer resolved.
-        storage: Where the tokenizer may be.
-        context_length: Positions of the models that are to be trained.
+    """Whether every prompt leaves room for its continuation in models of that many positions.
 
     Raises:
         ModelError: naming the first prompt that does not, or one that is empty without a BOS token.

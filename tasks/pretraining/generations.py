@@ -11,18 +11,16 @@ import pyarrow as pa
 
 from infra import verified
 from infra.manifest import Manifest
-from schemas.config import Config
-from schemas.errors import ConfigError, FunctokError
 from schemas.pretraining.section import Generations as Section
 from schemas.pretraining.section import consolidation_of
 from schemas.pretraining.work import Checkpoint, GeneratedTexts
 from schemas.tables import SHARD_FILES, TABLES
 from tasks.engine.run import Run
-from tasks.engine.stage import Made, Question, Unit
+from tasks.engine.stage import Made, Question, Stage, Unit, table_of
 from tasks.models.devices import device_client, settle
 from tasks.models.text_generation import continuation, prompt_ids
 from tasks.models.tokenizers import load_tokenizer
-from tasks.pretraining.checkpoints import CHECKPOINTS, SeriesStage, key_columns
+from tasks.pretraining.checkpoints import CHECKPOINTS, key_columns
 from tasks.pretraining.loading import named, open_checkpoint
 
 VERSION = 1
@@ -36,10 +34,11 @@ class TextsUnit(Unit):
     checkpoint: Checkpoint
 
 
-class Generations(SeriesStage[TextsUnit, list[GeneratedTexts]]):
+class Generations(Stage[TextsUnit, list[GeneratedTexts]]):
     """Every checkpoint's continuations of every prompt."""
 
     name = "generations"
+    section = "consolidation.generations"
     needs = (CHECKPOINTS,)
     measure = "texts, generations"
     things = "texts"
@@ -47,20 +46,6 @@ class Generations(SeriesStage[TextsUnit, list[GeneratedTexts]]):
     loads = True
     libraries = ("torch", "transformers")
     tops = ("generations",)
-
-    def applies(self, config: Config) -> bool:
-        """Where there are prompts."""
-        return super().applies(config) and consolidation_of(config).generations is not None
-
-    def refuse(self, config: Config) -> FunctokError:
-        """There are no prompts."""
-        if not super().applies(config):
-            return super().refuse(config)
-        return ConfigError(
-            "this configuration has no consolidation.generations",
-            stage=self.name,
-            hint="configs/consolidation.toml shows one",
-        )
 
     def units(self, run: Run) -> Sequence[TextsUnit]:
         """A unit a checkpoint; none where there are no prompts."""
@@ -98,12 +83,7 @@ class Generations(SeriesStage[TextsUnit, list[GeneratedTexts]]):
         return device_client(run.config, len(groups))
 
     def make(self, run: Run, group: Sequence[TextsUnit]) -> Iterator[Made | int]:
-        """A checkpoint's texts.
-
-        Raises:
-            ModelError: if the checkpoint does not fit the tokenizer, a prompt leaves no room in its context, or logits
-                are not finite.
-        """
+        """A checkpoint's texts."""
         (unit,) = group
         section = _section(run)
         rows = []
@@ -144,34 +124,31 @@ class Generations(SeriesStage[TextsUnit, list[GeneratedTexts]]):
     def question(self, run: Run, result: list[GeneratedTexts]) -> Question:
         """Every checkpoint continues every prompt, greedily and sampled."""
         section = _section(run)
-        checkpoints = [{**key_columns(texts.checkpoint), "folder": texts.folder} for texts in result]
+        checkpoints = [(made.checkpoint.series, made.checkpoint.step, made.folder) for made in result]
         wanted = [
-            {"prompt": prompt, "mode": mode, "seed": section.seed if mode == "sampled" else None}
+            (prompt, mode, section.seed if mode == "sampled" else None)
             for prompt in section.prompts
             for mode in MODES
         ]
 
         def views() -> dict[str, pa.Table]:
             rows = [
-                {**checkpoint, **row}
-                for checkpoint in checkpoints
-                for row in verified.read_table(
-                    run.storage, f"{checkpoint['folder']}/generations.parquet"
-                ).to_pylist()
+                {**key_columns(made.checkpoint), **row}
+                for made in result
+                for row in verified.read_table(run.storage, f"{made.folder}/generations.parquet").to_pylist()
             ]
-            return {
-                "checkpoints": pa.Table.from_pylist(checkpoints, schema=_CHECKPOINTS),
-                "wanted": pa.Table.from_pylist(wanted, schema=_PROMPTS),
-                "generations": pa.Table.from_pylist(rows, schema=TABLES["generations"]),
-            }
+            return {"generations": pa.Table.from_pylist(rows, schema=TABLES["generations"])}
 
-        return Question(of={"checkpoints": checkpoints, "wanted": wanted}, views=views)
+        return Question(
+            small={
+                "checkpoints": table_of("model VARCHAR, step BIGINT, folder VARCHAR", checkpoints),
+                "wanted": table_of("prompt VARCHAR, mode VARCHAR, seed BIGINT", wanted),
+            },
+            views=views,
+        )
 
 
 GENERATIONS = Generations()
-
-_CHECKPOINTS = pa.schema([("model", pa.string()), ("step", pa.int64()), ("folder", pa.string())])
-_PROMPTS = pa.schema([("prompt", pa.string()), ("mode", pa.string()), ("seed", pa.int64())])
 
 
 def _section(run: Run) -> Section:

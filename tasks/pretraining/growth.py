@@ -21,6 +21,7 @@ from infra import verified
 from infra.manifest import Manifest, load, load_all
 from infra.progress import Progress
 from infra.storage import Storage, StoredFile
+from schemas.arrow import declared
 from schemas.config import Config
 from schemas.errors import ConfigError, CorpusError, FunctokError, about
 from schemas.pretraining.section import Growth as Section
@@ -35,10 +36,10 @@ from tasks.dictionaries.dictionaries import DICTIONARIES, training_parts
 from tasks.dictionaries.facts import check_layer
 from tasks.dictionaries.sample import leaves_out, n_documents_within
 from tasks.engine.run import Run, make
-from tasks.engine.stage import Made, Question, Shown, Unit
+from tasks.engine.stage import Made, Question, Shown, Stage, Unit
 from tasks.graph.features import FEATURE_TOTALS, FEATURES, feature_row, stored_feature_views
 from tasks.models.model import model_dimensions
-from tasks.pretraining.checkpoints import CHECKPOINTS, SERIES, SeriesStage, key_columns, series_rows
+from tasks.pretraining.checkpoints import CHECKPOINTS, key_columns, wanted_series
 from tasks.pretraining.judgement import VERSION, Judging, learned_row
 from tasks.pretraining.loading import config_of, named
 
@@ -62,10 +63,11 @@ class GrowthUnit(Unit):
     dictionary: Dictionary | None
 
 
-class Growth(SeriesStage[GrowthUnit, list[GrownSae]]):
+class Growth(Stage[GrowthUnit, list[GrownSae]]):
     """The SAE series."""
 
     name = "growth"
+    section = "consolidation.growth"
     needs = (TOKENIZE, CHECKPOINTS)
     measure = ""
     things = "SAEs"
@@ -73,29 +75,11 @@ class Growth(SeriesStage[GrowthUnit, list[GrownSae]]):
     libraries = ("torch", "sae_lens")
     tops = ("growth",)
 
-    def applies(self, config: Config) -> bool:
-        """Where an SAE series is asked for."""
-        return super().applies(config) and consolidation_of(config).growth is not None
-
-    def refuse(self, config: Config) -> FunctokError:
-        """There is no SAE series."""
-        if not super().applies(config):
-            return super().refuse(config)
-        return ConfigError(
-            "this configuration has no consolidation.growth, so no SAE series",
-            stage=self.name,
-            hint="configs/consolidation.toml shows one",
-        )
-
     def units(self, run: Run) -> Sequence[GrowthUnit]:
         """One a selected checkpoint, series in order, steps ascending; none where no SAE series is asked for.
 
         The hashes that say which documents are held out are computed where nobody has yet, from all tokens, and kept
         (`tasks.corpus.heldout`).
-
-        Raises:
-            ConfigError: if a series has no checkpoint at a step that is asked for.
-            CorpusError: if no document is left to judge the SAEs.
         """
         if not self.applies(run.config):
             return []
@@ -146,12 +130,7 @@ class Growth(SeriesStage[GrowthUnit, list[GrownSae]]):
         return missing
 
     def make(self, run: Run, group: Sequence[GrowthUnit]) -> Iterator[Made]:
-        """SAE, graph and judgement of a checkpoint, or of several of which each SAE starts from the one before.
-
-        Raises:
-            DictionaryError: naming series and step, if an SAE cannot be trained or falls short.
-            ModelError: naming series and step, if a checkpoint cannot be read, or gives what is not finite.
-        """
+        """SAE, graph and judgement of a checkpoint, or of several of which each SAE starts from the one before."""
         dictionary: Dictionary | None = None
         for unit in group:
             checkpoint, tell = unit.checkpoint, _within(run.tell, f"{unit.about} ({unit.place})")
@@ -208,20 +187,17 @@ class Growth(SeriesStage[GrowthUnit, list[GrownSae]]):
             for entry in result
             for feature in entry.features
         ]
-        wanted = series_rows(run.config)
 
         def views() -> dict[str, pa.Table]:
             learned: list[dict[str, Any]] = []
             for sae in saes:
                 found = verified.read_table(storage, f"{sae['folder']}/learned.parquet").to_pylist()
                 learned += [{**sae, **row, "n_rows": len(found)} for row in found or [{}]]
-            return {
-                "learned": pa.Table.from_pylist(learned, schema=_LEARNED),
-                "wanted": pa.Table.from_pylist(wanted, schema=SERIES),
-            }
+            return {"learned": pa.Table.from_pylist(learned, schema=_LEARNED)}
 
         return Question(
-            of={"saes": saes, "shards": shards, "wanted": wanted},
+            small={"wanted": wanted_series(run.config)},
+            of={"saes": saes, "shards": shards},
             views=views,
             folders=lambda: {
                 feature.folder: stored_feature_views(feature, entry.dictionary.d_sae)
@@ -249,14 +225,11 @@ GROWTH = Growth()
 
 _LEARNED = pa.schema(
     [
-        *[("model", pa.string()), ("step", pa.int64()), ("folder", pa.string())],
-        *[("dictionary_layer", pa.int32()), ("d_sae", pa.int64()), ("committed", pa.bool_())],
-        *[
-            ("configured_size", pa.int64()),
-            ("configured_min", pa.float64()),
-            ("configured_max", pa.float64()),
-        ],
-        *[("n_rows", pa.int64()), *SHARD_FILES["learned"]],
+        *declared(
+            "model VARCHAR, step BIGINT, folder VARCHAR, dictionary_layer INTEGER, d_sae BIGINT, committed BOOLEAN, "
+            "configured_size BIGINT, configured_min DOUBLE, configured_max DOUBLE, n_rows BIGINT"
+        ),
+        *SHARD_FILES["learned"],
     ]
 )
 

@@ -32,7 +32,7 @@ from schemas.work import Dictionary, HeldoutPart
 from tasks.corpus.heldout import heldout_key
 from tasks.corpus.windows import Batch, read_heldout_tokens
 from tasks.dictionaries.dictionaries import load_dictionary
-from tasks.dictionaries.encoding import Encoder, build_encoder
+from tasks.dictionaries.encoding import Encoder
 from tasks.dictionaries.quality import DENSE_ENTRIES, Variance
 from tasks.dictionaries.residuals import forward_key, shard_batches
 from tasks.engine.run import Run
@@ -68,15 +68,10 @@ class Judgement:
 
 
 class Judging(Stage[Unit, Judgement]):
-    """One checkpoint's SAE before held-out text.
+    """One checkpoint's SAE before held-out text, the parts.
 
     No stage of its own: growth makes it by the way. Its folder holds `densities.parquet`, how many tokens activated
     each feature that any did.
-
-    Args:
-        checkpoint: The checkpoint.
-        dictionary: Its SAE.
-        parts: The documents that judge it.
     """
 
     name = "growth"
@@ -100,12 +95,7 @@ class Judging(Stage[Unit, Judgement]):
         return [Unit(top="growth", inputs=inputs, about="how often each feature is active", size=size)]
 
     def make(self, run: Run, group: Sequence[Unit]) -> Iterator[Made | int]:
-        """Read the held-out text.
-
-        Raises:
-            ModelError: if tokens, windows or layer do not fit the model, or residuals or losses are not finite.
-            CorpusError: if no held-out window has two tokens.
-        """
+        """Read the held-out text."""
         (unit,) = group
         judged = yield from judge(run, self.checkpoint, self.dictionary, self.parts)
         active = np.flatnonzero(judged.counts)
@@ -143,20 +133,10 @@ def judge(
 
     BOS, padding and special tokens keep their residuals: nothing here is about them, but what follows reads them.
 
-    Args:
-        run: Its configuration says windows and batches.
-        checkpoint: The checkpoint.
-        dictionary: Its SAE.
-        parts: The documents that judge it.
-
     Yields:
         Tokens judged, a part at a time.
 
-    Returns:
-        What was found.
-
     Raises:
-        ModelError: if tokens, windows or layer do not fit the model, or residuals or losses are not finite.
         CorpusError: if no held-out window has two tokens.
     """
     config, storage = run.config, run.storage
@@ -209,7 +189,7 @@ class _Sums:
 
     def __init__(self, model: LanguageModel, sae: Any, layer: int) -> None:
         self.model, self.layer = model, layer
-        self.encoder: Encoder = build_encoder(sae, model.device)
+        self.encoder: Encoder = Encoder(sae, model.device)
         self.counts = torch.zeros(self.encoder.d_sae, dtype=torch.int64, device=model.device)
         self.variance = Variance()
         self.n_predictions = 0
@@ -217,15 +197,7 @@ class _Sums:
 
     @torch.inference_mode()
     def add(self, batch: Batch) -> None:
-        """Read a batch as it is, through the SAE and with zeros, and add what is found of its ordinary tokens.
-
-        Args:
-            batch: Windows whose `input_ids` and `token` are (windows, padded length); ordinary tokens stand where
-                `token` is not -1. One without any adds nothing.
-
-        Raises:
-            ModelError: if residuals or losses are not finite.
-        """
+        """Read a batch as it is, through the SAE and with zeros, and add what is found of its ordinary tokens."""
         input_ids = torch.from_numpy(batch.input_ids)
         is_ordinary = torch.from_numpy(batch.token >= 0)
         wanted = is_ordinary[:, :-1] & is_ordinary[:, 1:]

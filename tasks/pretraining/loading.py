@@ -25,11 +25,7 @@ def config_of(config: Config, checkpoint: Checkpoint) -> Config:
 def open_checkpoint(
     config: Config, storage: Storage, checkpoint: Checkpoint
 ) -> tuple[LanguageModel, LoadedTokenizer]:
-    """A checkpoint's model, and the corpus' tokenizer as it suits the model (its padding id is in the vocabulary).
-
-    Raises:
-        ModelError: if it cannot be loaded, is another than where it was found, or as `check_checkpoint`.
-    """
+    """A checkpoint's model, and the corpus' tokenizer as it suits the model (its padding id is in the vocabulary)."""
     tokenizer = check_checkpoint(config, storage, checkpoint)
     model = load_language_model(checkpoint.model, storage)
     require_key(checkpoint.model, model_key(checkpoint.model, storage), checkpoint.key)

@@ -37,10 +37,10 @@ from tasks.corpus.windows import ShardTokens, read_heldout_tokens
 from tasks.dictionaries.residuals import forward_key
 from tasks.engine.offenders import Views
 from tasks.engine.run import Run
-from tasks.engine.stage import Made, Question, Unit
+from tasks.engine.stage import Made, Question, Stage, Unit
 from tasks.engine.tables import explained
 from tasks.models.devices import device_client, settle
-from tasks.pretraining.checkpoints import CHECKPOINTS, SERIES, SeriesStage, key_columns, series_rows
+from tasks.pretraining.checkpoints import CHECKPOINTS, key_columns, wanted_series
 from tasks.pretraining.loading import check_checkpoint, named, open_checkpoint
 from tasks.pretraining.predictions import Ids, Predictions, predict, sum_by_document
 
@@ -63,10 +63,11 @@ class LossUnit(Unit):
     function_ids: Ids | None
 
 
-class Losses(SeriesStage[LossUnit, list[LossShard]]):
+class Losses(Stage[LossUnit, list[LossShard]]):
     """What each checkpoint loses on held-out documents, prediction by prediction."""
 
     name = "losses"
+    section = "consolidation"
     needs = (TOKENIZE, CHECKPOINTS)
     measure = "tokens, losses"
     things = "losses"
@@ -76,11 +77,7 @@ class Losses(SeriesStage[LossUnit, list[LossShard]]):
     tops = ("losses",)
 
     def units(self, run: Run) -> Sequence[LossUnit]:
-        """A unit a checkpoint and part: checkpoints in order, parts in corpus order.
-
-        Raises:
-            CorpusError: if no document is held out.
-        """
+        """A unit a checkpoint and part: checkpoints in order, parts in corpus order."""
         config, storage, shards = run.config, run.storage, run.result(TOKENIZE)
         section = losses_of(config)
         kept: dict[str, Any] = {"keep_tokens": section.keep_tokens}
@@ -109,11 +106,7 @@ class Losses(SeriesStage[LossUnit, list[LossShard]]):
         ]
 
     def prepare(self, run: Run, missing: Sequence[LossUnit]) -> Sequence[LossUnit]:
-        """Decide number formats, and refuse what does not fit the corpus before the forwards of those that come first.
-
-        Raises:
-            ModelError: naming the checkpoint (`tasks.pretraining.loading.check_checkpoint`).
-        """
+        """Decide number formats, and refuse what does not fit the corpus before the first forward."""
         for checkpoint in {unit.together: unit.checkpoint for unit in missing}.values():
             settle(checkpoint.model, run.storage)
             # Of a hub's, each would cost requests.
@@ -127,11 +120,7 @@ class Losses(SeriesStage[LossUnit, list[LossShard]]):
         return device_client(run.config, len(groups))
 
     def make(self, run: Run, group: Sequence[LossUnit]) -> Iterator[Made]:
-        """The parts that one checkpoint lacks.
-
-        Raises:
-            ModelError: if the checkpoint does not fit the corpus' tokens or the windows, or a loss is not finite.
-        """
+        """The parts that one checkpoint lacks."""
         with named(group[0].checkpoint, self.name):
             model, tokenizer = open_checkpoint(run.config, run.storage, group[0].checkpoint)
             for unit in group:
@@ -170,18 +159,16 @@ class Losses(SeriesStage[LossUnit, list[LossShard]]):
             }
             for loss in result
         ]
-        wanted = series_rows(config)
         file, count = file_of(config), "count(*)"
         if not losses_of(config).keep_tokens:
             count = "coalesce(sum(n), 0)::BIGINT"
         return Question(
+            small={"wanted": wanted_series(config)},
             of={
                 "shards": rows,
-                "wanted": wanted,
                 "window": window_of(config),
                 "documents": [[part.shard.folder, part.documents] for part in parts],
             },
-            views=lambda: {"wanted": pa.Table.from_pylist(wanted, schema=SERIES)},
             put=lambda connection: _put_predictions(run, connection, parts),
             folders=lambda: {
                 loss.folder: Views(
@@ -223,32 +210,19 @@ def _refuse_not_finite(part: HeldoutPart, tokens: ShardTokens, predictions: Pred
 def _write(
     storage: Storage, unit: LossUnit, tokens: ShardTokens, predictions: Predictions
 ) -> list[StoredFile]:
-    if unit.function_ids is None:
-        return [_write_tokens(storage, unit, tokens, predictions)]
-    sums = sum_by_document(tokens, predictions, unit.function_ids)
-    return [storage.write_parquet(f"{unit.folder}/document_losses.parquet", sums)]
-
-
-def _write_tokens(
-    storage: Storage, unit: LossUnit, tokens: ShardTokens, predictions: Predictions
-) -> StoredFile:
-    at = predictions.token
-    return storage.write_parquet(
+    if unit.function_ids is not None:
+        sums = sum_by_document(tokens, predictions, unit.function_ids)
+        return [storage.write_parquet(f"{unit.folder}/document_losses.parquet", sums)]
+    at, ids = predictions.token, tokens.token_id
+    columns = [tokens.doc[at], tokens.position[at], ids[at - 1], ids[at], predictions.loss]
+    written = storage.write_parquet(
         f"{unit.folder}/token_losses.parquet",
-        pa.table(
-            [
-                tokens.doc[at],
-                tokens.position[at],
-                tokens.token_id[at - 1],
-                tokens.token_id[at],
-                predictions.loss,
-            ],
-            schema=SHARD_FILES["token_losses"],
-        ),
+        pa.table(columns, schema=SHARD_FILES["token_losses"]),
         row_group_size=_ROWS_PER_GROUP,
         use_dictionary=["doc", "current_token_id", "token_id"],
         column_encoding={"position": "DELTA_BINARY_PACKED", "loss": "BYTE_STREAM_SPLIT"},
     )
+    return [written]
 
 
 def _put_predictions(run: Run, connection: Any, parts: Sequence[HeldoutPart]) -> Collection[str]:

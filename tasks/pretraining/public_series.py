@@ -86,11 +86,7 @@ def step_of(name: str) -> int | None:
 
 
 def differing(names: Sequence[str]) -> bool:
-    """Whether names that say their steps differ in more than that, and in a count of tokens that grows with it.
-
-    Args:
-        names: Of one series; `step_of` knows them all.
-    """
+    """Whether names that say their steps differ in more than that, and in a count of tokens that grows with it."""
     if len({_rest(name) for name in names}) > 1:
         return True
     in_order = sorted(names, key=lambda name: step_of(name) or 0)
@@ -112,11 +108,7 @@ def _revisions(config: Config, series: Series) -> list[tuple[int, Model]]:
 def _with_steps(
     given: Sequence[tuple[str, int | None]], series: Series, key: Literal["revision", "subfolder"]
 ) -> list[tuple[str, int]]:
-    """Names of checkpoints, and their steps: as given, or else as the names say them.
-
-    Raises:
-        ConfigError: if a name does not say its step, or several differ in more than it.
-    """
+    """Names of checkpoints, and their steps: as given, or else as the names say them."""
     read = [name for name, step in given if step is None]
     for name in read:
         if step_of(name) is None:

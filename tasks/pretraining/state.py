@@ -86,13 +86,7 @@ def save_state(
 ) -> None:
     """Save the state after a step, and then delete all others.
 
-    Args:
-        storage: Where.
-        plan: What is trained.
-        step: The last finished step.
-        model: Full weights by name.
-        optimizer: Full optimizer state, as `torch.distributed.checkpoint.state_dict` gives it.
-        curve: The loss curve up to the step.
+    Full weights by name, and the full optimizer state as `torch.distributed.checkpoint.state_dict` gives it.
     """
     from safetensors.torch import save_file
 

@@ -17,6 +17,7 @@ from infra.duck import Catalog, ShardFile
 from infra.manifest import MANIFEST, content_key
 from infra.progress import Progress, one_by_one, silent
 from infra.storage import Storage, StoredFile
+from schemas.arrow import declared
 from schemas.config import Config
 from schemas.errors import StorageError
 from schemas.pretraining.section import consolidation_of, losses_of
@@ -37,37 +38,20 @@ from tasks.pretraining.plan import plan_training
 from tasks.pretraining.state import LOSSES as TRAINING_LOSSES
 
 _EMPTY = {
-    "token_losses": pa.schema(
-        [
-            *(("doc_id", pa.int64()), ("current_token_id", pa.int32())),
-            *(("token_id", pa.int32()), ("loss", pa.float32())),
-        ]
-    ),
-    "shard_document_losses": pa.schema(
-        [
-            *(("doc_id", pa.int64()), ("current_is_function", pa.bool_())),
-            *(("next_is_function", pa.bool_()), ("n", pa.int64()), ("loss_units", pa.int64())),
-        ]
-    ),
+    "token_losses": "doc_id BIGINT, current_token_id INTEGER, token_id INTEGER, loss FLOAT",
+    "shard_document_losses": "doc_id BIGINT, current_is_function BOOLEAN, next_is_function BOOLEAN, n BIGINT, "
+    "loss_units BIGINT",
 }
 """Inputs of `sql/pretraining/document_losses.sql`, of which a run has one."""
 
-_MADE_WITH = pa.schema([("window", pa.int64()), ("resamples", pa.int64()), ("m", pa.int64())])
+_MADE_WITH = declared("window BIGINT, resamples BIGINT, m BIGINT")
 
 
 class ConsolidationTables(TableGroup):
     """The tables of the checkpoint series."""
 
-    name = "consolidation"
+    name = section = "consolidation"
     needs = (TOKENIZE, CHECKPOINTS, LOSSES, GROWTH, GENERATIONS)
-
-    def applies(self, config: Config) -> bool:
-        """Where there are checkpoint series."""
-        return CHECKPOINTS.applies(config)
-
-    def subject(self, config: Config) -> str:
-        """The series."""
-        return CHECKPOINTS.subject(config)
 
     def planned(self, run: Run) -> Tables:
         """The group as it would be published."""
@@ -140,13 +124,7 @@ class ConsolidationTables(TableGroup):
         )
 
     def build(self, run: Run, progress: Progress = silent) -> Tables:
-        """Make what is missing of the tables.
-
-        Raises:
-            ConfigError: if DuckDB cannot work within its limits.
-            ExpectationError: if an activation is not a finite number.
-            StorageError: if a file cannot be read or written.
-        """
+        """Make what is missing of the tables."""
         corpus, group = corpus_group(run.config, run.result(TOKENIZE)), self.planned(run)
         by_checkpoint, growth = _loss_files(run), run.result(GROWTH)
         total = len(by_checkpoint) + len(growth) + 1
@@ -245,7 +223,7 @@ def _ensure_document_losses(run: Run, corpus: Tables, files: Sequence[ShardFile]
 
     def make() -> Iterator[StoredFile]:
         inputs = Catalog(tables={"tokens": corpus.tables["tokens"]}, sharded={given: list(files)})
-        nothing = {missing: _EMPTY[missing].empty_table()}
+        nothing = {missing: declared(_EMPTY[missing]).empty_table()}
         yield write_table(run.config.duckdb, run.storage, "document_losses", name, inputs, nothing)
 
     ensure_folder(run.storage, [name], parts, make)

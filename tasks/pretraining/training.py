@@ -44,17 +44,9 @@ _POLL_SECONDS = 0.5
 def train_series(
     config: Config, storage: Storage, shards: CorpusShards, plan: TrainingPlan, progress: Progress = silent
 ) -> None:
-    """Train a series to its end; a training that was killed goes on.
-
-    Args:
-        config: The configuration, its tokenizer resolved.
-        storage: Where everything is kept.
-        shards: The tokenized corpus.
-        plan: What is trained.
-        progress: Called with tokens shown.
+    """Train a series to its end, telling tokens shown; a training that was killed goes on.
 
     Raises:
-        ConfigError: if sizes do not fit each other.
         CorpusError: if there is too little text.
         TrainingError: if the training diverges; it names the step and the last good checkpoint.
         FunctokError: if a child process fails.

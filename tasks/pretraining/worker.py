@@ -27,12 +27,7 @@ _WATCH_SECONDS = 2.0
 
 
 def work(config: Config, name: str, progress: Progress = silent) -> None:
-    """Train a series of a configuration whose corpus is tokenized, as one process of a launch.
-
-    Raises:
-        ConfigError: if there is no such series with a shape.
-        FunctokError: if the corpus is not tokenized, or the training fails.
-    """
+    """Train a series of a configuration whose corpus is tokenized, as one process of a launch."""
     found = [
         series
         for series in consolidation_of(config).series

@@ -32,17 +32,10 @@ def write_report(
     progress: Progress = silent,
     parts: Sequence[Part] = (),
 ) -> str:
-    """Write `report.html` in the storage's root and give its address.
-
-    Args:
-        storage: The run's root.
-        resources: Limits of DuckDB.
-        progress: Told of each section.
-        parts: What the experiments tell.
+    """Write `report.html` in the storage's root, with the experiments' parts, and give its address.
 
     Raises:
         ConfigError: if no corpus tables are published under this root.
-        StorageError: if the tables cannot be read or the report cannot be written.
     """
     key = _report_key(storage)
     with telling_damage(), closing(connect(storage, resources)) as connection:
@@ -78,7 +71,7 @@ def build_report(
         ConfigError: if no corpus tables are published.
     """
     from tasks.report import corpus, graph, run
-    from tasks.report.page import Drawn, draw, render
+    from tasks.report.page import image, render
 
     if not tables_of(connection) >= CORPUS_TABLES:
         raise ConfigError(
@@ -98,10 +91,11 @@ def build_report(
         *(build for _, sections in told for build in sections),
         *run.sections(connection),
     ]
-    sections: list[Drawn] = []
+    sections = []
     for done, build in enumerate(builders):
         progress(done, len(builders), "report sections")
-        sections.append(draw(build()))
+        section = build()
+        sections.append((section, [image(chart) for chart in section.charts]))
     progress(len(builders), len(builders), "report sections")
     facts = corpus.facts(connection) + graph.facts(connection)
     for part, _ in told:

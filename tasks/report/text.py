@@ -6,9 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from tasks.models.token_texts import OPEN_BOX, label, shared_texts, visible
-
-__all__ = ["label", "shared_texts", "visible"]
+from tasks.models.token_texts import OPEN_BOX, visible
 
 DASH = "–"
 """What is not there."""

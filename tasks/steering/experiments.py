@@ -69,13 +69,8 @@ def experiment_units(
 ) -> list[Unit]:
     """All experiments, in the order of the cases' file.
 
-    Those all of whose traits are known are an `ExperimentUnit`; the others are checked as far as can be.
-
-    Args:
-        run: The run.
-        cases: The cases.
-        traits: The traits that are known, by name.
-        function_ids: The corpus' function tokens.
+    Those all of whose traits are known (`traits`, by name) are an `ExperimentUnit`; the others are checked as far as
+    can be.
 
     Raises:
         ConfigError: naming the first whose prompt has no function token, whose prompt or target cannot be read, whose
@@ -83,14 +78,11 @@ def experiment_units(
     """
     if not cases.steer:
         return []
-    tokenizer, key_of_model = (
-        load_tokenizer(run.config.model, run.storage),
-        model_key(run.config.model, run.storage),
-    )
+    tokenizer, key = load_tokenizer(run.config.model, run.storage), model_key(run.config.model, run.storage)
     units = []
     for steer in cases.steer:
         with about(steer.label):
-            units.append(_unit(run, steer, traits, function_ids, tokenizer, key_of_model))
+            units.append(_unit(run, steer, traits, function_ids, tokenizer, key))
     return units
 
 

@@ -80,11 +80,8 @@ def load_layers(storage: Storage, found: TraitFeatures) -> tuple[TraitLayer, ...
     Which is the most informative one is told here, of all of them together: it is the one of the largest separation,
     the lowest of equal ones.
     """
-    rows = [
-        row
-        for entry in found.layers
-        for row in verified.read_table(storage, f"{entry.folder}/trait_layers.parquet").to_pylist()
-    ]
+    names = [f"{entry.folder}/trait_layers.parquet" for entry in found.layers]
+    rows = [row for name in names for row in verified.read_table(storage, name).to_pylist()]
     best = _largest({row["layer"]: row["separation"] or 0.0 for row in rows})
     columns = [name for name in TraitLayer.__annotations__ if name != "is_most_informative"]
     return tuple(

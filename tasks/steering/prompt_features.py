@@ -18,7 +18,7 @@ from schemas.errors import ModelError
 from schemas.steering.work import LayerFolder
 from schemas.work import Dictionary
 from tasks.dictionaries.dictionaries import load_dictionary
-from tasks.dictionaries.encoding import Encoder, build_encoder
+from tasks.dictionaries.encoding import Encoder
 from tasks.engine.run import Run
 from tasks.engine.stage import Unit
 from tasks.models.devices import choose_device
@@ -65,14 +65,13 @@ def labels_of(missing: Sequence[LayerUnit]) -> list[str]:
     groups: dict[Hashable, list[LayerUnit]] = {}
     for unit in missing:
         groups.setdefault(unit.together, []).append(unit)
-    return [_label(units) for units in groups.values()]
-
-
-def _label(units: Sequence[LayerUnit]) -> str:
-    layers = [str(entry.layer) for entry in layer_folders(units)]
-    if not layers or len(layers) == units[0].n_layers:
-        return units[0].about
-    return f"{units[0].about}, layer{'s' * (len(layers) > 1)} {', '.join(layers)}"
+    labels = []
+    for units in groups.values():
+        layers = [str(entry.layer) for entry in layer_folders(units)]
+        is_whole = not layers or len(layers) == units[0].n_layers
+        which = "" if is_whole else f", layer{'s' * (len(layers) > 1)} {', '.join(layers)}"
+        labels.append(f"{units[0].about}{which}")
+    return labels
 
 
 class Readers:
@@ -83,21 +82,17 @@ class Readers:
         self._encoders: dict[str, Encoder] = {}
 
     def model(self, run: Run) -> LoadedModel:
-        """The run's model; raises as `load_model`."""
+        """The run's model."""
         if self._model is None:
             self._model = load_model(run.config.model, run.storage)
         return self._model
 
     def encoder(self, run: Run, dictionary: Dictionary) -> Encoder:
-        """A dictionary's own encoder, where the model is or would be; the SAE itself is the encoder's `sae`.
-
-        Raises:
-            DictionaryError: if the dictionary's files no longer load.
-        """
+        """A dictionary's own encoder, where the model is or would be; the SAE itself is the encoder's `sae`."""
         if dictionary.folder not in self._encoders:
             device = choose_device(run.config.model.device) if self._model is None else self._model.device
             sae = load_dictionary(run.storage, dictionary, device)
-            self._encoders[dictionary.folder] = build_encoder(sae, device)
+            self._encoders[dictionary.folder] = Encoder(sae, device)
         return self._encoders[dictionary.folder]
 
     def forget(self) -> None:
@@ -108,22 +103,25 @@ class Readers:
 
 
 def residuals_of(model: LoadedModel, ids: Sequence[int], layers: Iterable[int]) -> dict[int, torch.Tensor]:
-    """The residual stream after each of some decoder blocks, at every position of one prompt.
+    """(n_tokens, d_model) float32 residual stream after each of some decoder blocks, on the model's device.
 
-    Args:
-        model: The decoder.
-        ids: The prompt's token ids, BOS and the chat template's included.
-        layers: Decoder blocks, counted from 0.
-
-    Returns:
-        (n_tokens, d_model) float32 of each layer, on the model's device.
+    Of one prompt, whose ids hold BOS and the chat template's.
 
     Raises:
         ModelError: if the prompt is empty, longer than the model's context or has ids outside its vocabulary, there is
             no such block, or a residual is not finite.
     """
     wanted = sorted(set(layers))
-    _check(model, ids, wanted)
+    if not ids:
+        raise ModelError("a prompt has no token", hint="give it text")
+    if model.context_length is not None and len(ids) > model.context_length:
+        raise ModelError(
+            f"a prompt of {len(ids)} tokens is longer than the model was built for ({model.context_length})",
+            hint="shorten it",
+        )
+    for layer in wanted:
+        if not 0 <= layer < model.n_layers:
+            raise ModelError(f"the model has no block {layer}: it has {model.n_layers}")
     found: dict[int, torch.Tensor] = {}
 
     def receive(layer: int, hidden: torch.Tensor) -> None:
@@ -139,16 +137,3 @@ def residuals_of(model: LoadedModel, ids: Sequence[int], layers: Iterable[int]) 
                 hint="try model.dtype = 'float32'",
             )
     return found
-
-
-def _check(model: LoadedModel, ids: Sequence[int], layers: Sequence[int]) -> None:
-    if not ids:
-        raise ModelError("a prompt has no token", hint="give it text")
-    if model.context_length is not None and len(ids) > model.context_length:
-        raise ModelError(
-            f"a prompt of {len(ids)} tokens is longer than the model was built for ({model.context_length})",
-            hint="shorten it",
-        )
-    for layer in layers:
-        if not 0 <= layer < model.n_layers:
-            raise ModelError(f"the model has no block {layer}: it has {model.n_layers}")

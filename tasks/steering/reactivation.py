@@ -15,12 +15,10 @@ import torch
 
 from infra import verified
 from infra.manifest import Manifest
-from schemas.config import Config
-from schemas.errors import ConfigError, about
-from schemas.steering.section import Case, Steering, steering_of, without_steering
+from schemas.errors import about
+from schemas.steering.section import Case
 from schemas.steering.work import CaseFeatures
 from schemas.tables import SHARD_FILES
-from schemas.work import Dictionary
 from tasks.corpus.tokenization import TOKENIZE
 from tasks.dictionaries.dictionaries import DICTIONARIES
 from tasks.dictionaries.encoding import Encoder
@@ -63,6 +61,7 @@ class Reactivation(Stage[CaseUnit, list[CaseFeatures]]):
     """Which feature is active at which position of the cases' prompts, layer by layer."""
 
     name = "reactivation"
+    section = "steering"
     needs = (TOKENIZE, DICTIONARIES)
     measure = "tokens, cases"
     things = "cases"
@@ -73,24 +72,8 @@ class Reactivation(Stage[CaseUnit, list[CaseFeatures]]):
     def __init__(self) -> None:
         self._readers = Readers()
 
-    def applies(self, config: Config) -> bool:
-        """Where there are cases."""
-        return config.section(Steering) is not None
-
-    def refuse(self, config: Config) -> ConfigError:
-        """There are no cases."""
-        return without_steering(self.name)
-
-    def subject(self, config: Config) -> str:
-        """The file of cases."""
-        return steering_of(config).cases.rsplit("/", 1)[-1]
-
     def units(self, run: Run) -> Sequence[CaseUnit]:
-        """For each case its tokens, then its layers, ascending.
-
-        Raises:
-            ConfigError: if the cases cannot be used.
-        """
+        """For each case its tokens, then its layers, ascending."""
         config, storage = run.config, run.storage
         with about(stage=self.name):
             cases = read_cases(config, storage).case
@@ -147,15 +130,9 @@ class Reactivation(Stage[CaseUnit, list[CaseFeatures]]):
         return read_once(missing)
 
     def make(self, run: Run, group: Sequence[CaseUnit]) -> Iterator[Made]:
-        """What one case lacks: its prompts are read once for all layers.
-
-        Raises:
-            DictionaryError: if a dictionary no longer loads.
-            ModelError: if the model cannot be loaded or a residual is not finite.
-        """
+        """What one case lacks: its prompts are read once for all layers."""
         with about(group[0].about, stage=self.name):
-            dictionaries = [unit.dictionary for unit in group if unit.dictionary is not None]
-            features = self._features(run, group[0].prompts, dictionaries)
+            features = self._features(run, group)
 
         def write() -> Iterator[Written]:
             for unit in group:
@@ -200,15 +177,14 @@ class Reactivation(Stage[CaseUnit, list[CaseFeatures]]):
             )
         yield Shown(name="cases", description="Prompts that differ in one place", rows=rows)
 
-    def _features(
-        self, run: Run, prompts: Sequence[Prompt], dictionaries: Sequence[Dictionary]
-    ) -> dict[int, pa.Table]:
+    def _features(self, run: Run, group: Sequence[CaseUnit]) -> dict[int, pa.Table]:
         """By layer, the rows of `prompt_features`, prompts in order."""
+        dictionaries = [unit.dictionary for unit in group if unit.dictionary is not None]
         if not dictionaries:
             return {}
         model, mantissa_bits = self._readers.model(run), run.config.activations.mantissa_bits
         encoders = {entry.layer: self._readers.encoder(run, entry) for entry in dictionaries}
-        read = [_features(prompt, model, encoders, mantissa_bits) for prompt in prompts]
+        read = [_features(prompt, model, encoders, mantissa_bits) for prompt in group[0].prompts]
         return {layer: pa.concat_tables([tables[layer] for tables in read]) for layer in encoders}
 
 

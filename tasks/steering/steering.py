@@ -16,9 +16,7 @@ import pyarrow as pa
 
 from infra import verified
 from infra.manifest import Manifest, load_all
-from schemas.config import Config
-from schemas.errors import ConfigError, about
-from schemas.steering.section import without_steering
+from schemas.errors import about
 from schemas.steering.work import Steered, SteeredPrompt, TraitFeatures
 from schemas.tables import SHARD_FILES
 from schemas.work import Dictionary
@@ -35,7 +33,6 @@ from tasks.steering.cases import check_cases, check_clamps, read_cases
 from tasks.steering.experiments import ExperimentUnit, experiment_units
 from tasks.steering.loaded_traits import known_traits, load_layers
 from tasks.steering.prompt_features import Readers, labels_of, read_once
-from tasks.steering.reactivation import REACTIVATION
 from tasks.steering.sweep import Effect, check_experiment, sweep
 from tasks.steering.traits import TraitUnit, find_trait, found_traits, trait_units
 
@@ -49,7 +46,7 @@ SHOWN_TEXTS = 200
 class Steering(Stage[Unit, Steered]):
     """The traits' features, and what each experiment does with them."""
 
-    name = "steering"
+    name = section = "steering"
     needs = (TOKENIZE, DICTIONARIES)
     measure = "texts, steering"
     things = "traits and experiments"
@@ -63,25 +60,8 @@ class Steering(Stage[Unit, Steered]):
         self._model: LanguageModel | None = None
         self._sae: tuple[str, Any] | None = None
 
-    def applies(self, config: Config) -> bool:
-        """Where there are cases."""
-        return REACTIVATION.applies(config)
-
-    def refuse(self, config: Config) -> ConfigError:
-        """There are no cases."""
-        return without_steering(self.name)
-
-    def subject(self, config: Config) -> str:
-        """The file of cases."""
-        return REACTIVATION.subject(config)
-
     def units(self, run: Run) -> Sequence[Unit]:
-        """The traits' layers, then the experiments, in the order of the cases' file.
-
-        Raises:
-            ConfigError: if the cases cannot be used, a prompt has no function token, a feature is in no dictionary, or
-                the traits of an experiment, as far as they are known, cannot be steered together as asked.
-        """
+        """The traits' layers, then the experiments, in the order of the cases' file."""
         function_ids = function_token_ids(run.config, run.storage, run.result(TOKENIZE))
         function = frozenset(function_ids.tolist())
         with about(stage=self.name):
@@ -99,13 +79,7 @@ class Steering(Stage[Unit, Steered]):
         return [*labels_of(traits), *(unit.about for unit in missing if not isinstance(unit, TraitUnit))]
 
     def prepare(self, run: Run, missing: Sequence[Unit]) -> Sequence[Unit]:
-        """Refuse what can be refused without a model, and leave experiments for when no trait is missing.
-
-        Raises:
-            ConfigError: if the cases cannot be used, or features of a dictionary cannot be clamped though that is asked
-                for.
-            DictionaryError: naming experiment and condition, if features cannot be set as asked.
-        """
+        """Refuse what can be refused without a model, and leave experiments for when no trait is missing."""
         with about(stage=self.name):
             check_clamps(run.config, check_cases(run.config, run.storage), _facts(run))
         experiments = [unit for unit in missing if isinstance(unit, ExperimentUnit)]
@@ -117,13 +91,7 @@ class Steering(Stage[Unit, Steered]):
         return read_once(traits) if traits else experiments
 
     def make(self, run: Run, group: Sequence[Unit]) -> Iterator[Made | int]:
-        """What one trait lacks, or one experiment.
-
-        Raises:
-            DictionaryError: if a dictionary cannot be decomposed by as asked, or no longer loads.
-            ModelError: if the model cannot be loaded, or naming experiment, layer and condition, gives what is not
-                finite.
-        """
+        """What one trait lacks, or one experiment."""
         with about(group[0].about, stage=self.name):
             traits = [unit for unit in group if isinstance(unit, TraitUnit)]
             if traits:

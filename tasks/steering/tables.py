@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from infra import verified
-from infra.duck import Catalog, ShardFile, create_views, open_duckdb
+from infra.duck import Catalog, ShardFile
 from infra.progress import Progress, one_by_one, silent
 from infra.storage import StoredFile
 from schemas.config import Config
@@ -25,7 +25,7 @@ from tasks.corpus.tables import build_tokens, corpus_group
 from tasks.corpus.tokenization import TOKENIZE
 from tasks.engine.run import Run
 from tasks.engine.stage import Image, Shown
-from tasks.engine.tables import VERSION, TableGroup, Tables, ensure_folder, explained, selected, write_table
+from tasks.engine.tables import VERSION, TableGroup, Tables, ensure_folder, opened, selected, write_table
 from tasks.report.queries import rows, tables_of
 from tasks.steering.intervals import case_sums, effect_intervals, experiment_effects, score_intervals
 from tasks.steering.loaded_traits import load_layers
@@ -58,16 +58,8 @@ HEAT_MAPS = 6
 class SteeringTables(TableGroup):
     """The tables of a run's cases, traits and experiments; those of what it has none of are left out."""
 
-    name = "steering"
+    name = section = "steering"
     needs = (TOKENIZE, REACTIVATION, STEERING)
-
-    def applies(self, config: Config) -> bool:
-        """Where there are cases."""
-        return STEERING.applies(config)
-
-    def subject(self, config: Config) -> str:
-        """The file of cases."""
-        return STEERING.subject(config)
 
     def planned(self, run: Run) -> Tables:
         """The group as it would be published.
@@ -100,12 +92,7 @@ class SteeringTables(TableGroup):
         return Tables.of(self.name, parts, wanted, inputs=Catalog(sharded=inputs if cases else {}))
 
     def build(self, run: Run, progress: Progress = silent) -> Tables:
-        """Make what is missing of its tables.
-
-        Raises:
-            ConfigError: if DuckDB cannot work within its limits.
-            StorageError: if a file cannot be read or written.
-        """
+        """Make what is missing of its tables."""
         group, corpus = self.planned(run), corpus_group(run.config, run.result(TOKENIZE))
         total = len(group.tables)
         advance = one_by_one(progress, total)
@@ -173,11 +160,7 @@ def _written(run: Run, table: str, name: str, inputs: Catalog) -> StoredFile:
 def _measured(run: Run, table: str, inputs: Catalog) -> dict[str, pa.Table]:
     """What the table's SQL sums, by case or by experiment, and the intervals."""
     config, resamples = run.config, steering_of(run.config).resamples
-    with (
-        open_duckdb(run.storage, config.duckdb) as connection,
-        explained(f"the table {table}", config.duckdb, run.storage),
-    ):
-        create_views(connection, run.storage, inputs)
+    with opened(f"the table {table}", config.duckdb, run.storage, inputs) as connection:
         if table == "reactivation_scores":
             sums = case_sums(connection)
             return {"case_sums": sums, "intervals": score_intervals(sums, resamples)}

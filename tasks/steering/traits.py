@@ -116,18 +116,11 @@ def found_traits(units: Sequence[TraitUnit]) -> list[TraitFeatures]:
 def find_trait(run: Run, group: Sequence[TraitUnit], readers: Readers) -> Made:
     """The features of one trait at the layers that it lacks: its prompts are read once for all of them.
 
-    Args:
-        run: The run.
-        group: The layers.
-        readers: What prompts are read with; features that are given need no model.
-
-    Raises:
-        DictionaryError: if a dictionary cannot be decomposed by as asked, or no longer loads.
-        ModelError: if the model cannot be loaded or a residual is not finite.
+    Features that are given need no model.
     """
     trait, section = group[0].trait, steering_of(run.config)
     residuals = _at_last_function_tokens(run, group, readers)
-    tables = []
+    found = []
     for unit in group:
         layer, encoder = unit.dictionary.layer, readers.encoder(run, unit.dictionary)
         if residuals:
@@ -135,17 +128,21 @@ def find_trait(run: Run, group: Sequence[TraitUnit], readers: Readers) -> Made:
             judged, features = contrasted(encoder, layer, residuals[layer], section.decomposition, most)
         else:
             judged, features = given(encoder, layer, trait.features or (), trait.values or ())
-        tables.append({"trait_layers": [judged], "trait_features": features})
+        found.append({"trait_layers": [judged], "trait_features": features})
 
     def write() -> Iterator[Written]:
-        for unit, files in zip(group, tables, strict=True):
-            written = []
-            for name, rows in files.items():
-                table = pa.Table.from_pylist(
+        for unit, files in zip(group, found, strict=True):
+            tables = {
+                name: pa.Table.from_pylist(
                     [{"trait": trait.name, **row} for row in rows], schema=SHARD_FILES[name]
                 )
-                written.append(run.storage.write_parquet(f"{unit.folder}/{name}.parquet", table))
-            yield unit, written, {}
+                for name, rows in files.items()
+            }
+            yield (
+                unit,
+                [run.storage.write_parquet(f"{unit.folder}/{n}.parquet", t) for n, t in tables.items()],
+                {},
+            )
 
     return Made(size=sum(unit.size for unit in group), write=write)
 

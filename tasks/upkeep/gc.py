@@ -83,15 +83,16 @@ def find_garbage(
     catalog = read_catalog(storage)
     listing = storage.listing()
     finished = {name[: -len(MANIFEST) - 1] for name in listing if name.endswith(f"/{MANIFEST}")}
+    tops = {name.split("/", 1)[0] for name in listing}
     by_owner: dict[str, dict[str, FoundFile]] = {}
     loose: dict[str, dict[str, FoundFile]] = {}
     found: list[Garbage] = []
     for name, file in listing.items():
         owner, folder = _owner(name, finished), name.rpartition("/")[0]
         if is_temporary(name):
-            if file.modified < before:
-                why = "put aside by a writer that was killed"
-                found.append(Garbage(name=name, kind="file", n_bytes=file.size, why=why))
+            found += _of_file(name, file, before, "put aside by a writer that was killed")
+        elif name.startswith("index/") and name.split("/")[1].split(".")[0] not in tops:
+            found += _of_file(name, file, before, "an index of what is no longer there")
         elif owner is not None:
             by_owner.setdefault(owner, {})[name] = file
         elif name.split("/", 1)[0] in units and _UNIT.fullmatch(folder) and not name.endswith(".json"):
@@ -103,32 +104,19 @@ def find_garbage(
     named = _named(catalog)
     published = listing[CATALOG].modified if CATALOG in listing else 0.0
     for folder, files in sorted(by_owner.items()):
-        if _newest(files) >= before or folder in named or (reached is not None and folder in reached):
-            found += _unnamed(storage, folder, files, before)
-        elif folder.startswith("tables/"):
-            if _newest(files) < published:
-                why = "replaced: the catalogue does not name it"
-                found.append(_of_folder(folder, "table", files, why))
-        elif reached is not None and folder.split("/", 1)[0] in units:
-            why = "no configuration given needs it"
-            found.append(_of_folder(folder, "unit", files, why))
+        top, newest = folder.split("/", 1)[0], _newest(files)
+        is_kept = newest >= before or folder in named or folder in (reached or ())
+        if not is_kept and top == "tables":
+            if newest < published:
+                found.append(_of_folder(folder, "table", files, "replaced: the catalogue does not name it"))
+        elif not is_kept and reached is not None and top in units:
+            found.append(_of_folder(folder, "unit", files, "no configuration given needs it"))
         else:
             found += _unnamed(storage, folder, files, before)
-    tops = {name.split("/", 1)[0] for name in listing}
-    for name, file in listing.items():
-        if (
-            name.startswith("index/")
-            and name.split("/")[1].split(".")[0] not in tops
-            and file.modified < before
-        ):
-            why = "an index of what is no longer there"
-            found.append(Garbage(name=name, kind="file", n_bytes=file.size, why=why))
     for upload in storage.unfinished_uploads():
         if upload.started < before:
-            why = "an upload that was never completed"
-            found.append(
-                Garbage(name=upload.name, kind="upload", n_bytes=0, why=why, upload_id=upload.upload_id)
-            )
+            why, upload_id = "an upload that was never completed", upload.upload_id
+            found.append(Garbage(name=upload.name, kind="upload", n_bytes=0, why=why, upload_id=upload_id))
     return sorted([*found, *_in_cache(before)], key=lambda entry: (entry.why, entry.name))
 
 
@@ -211,17 +199,18 @@ def _unnamed(storage: Storage, folder: str, files: Mapping[str, FoundFile], befo
     value = unsealed(read_bytes(storage, f"{folder}/{MANIFEST}"), storage.url(f"{folder}/{MANIFEST}"))
     named = {f"{folder}/{name}" for name in (*value["files"], MANIFEST)}
     why = "in a finished folder whose manifest does not name it"
-    return [
-        Garbage(name=name, kind="file", n_bytes=file.size, why=why)
-        for name, file in files.items()
-        if name not in named and file.modified < before
-    ]
+    unnamed = files.keys() - named
+    return [entry for name in unnamed for entry in _of_file(name, files[name], before, why)]
 
 
 def _named(catalog: Catalog) -> set[str]:
     """The folders of what is published."""
-    names = [*catalog.tables.values(), *(file.name for files in catalog.sharded.values() for file in files)]
-    return {name.rpartition("/")[0] for name in names}
+    return {name.rpartition("/")[0] for name in catalog.files}
+
+
+def _of_file(name: str, file: FoundFile, before: float, why: str) -> list[Garbage]:
+    """A dead file, where it is old enough."""
+    return [Garbage(name=name, kind="file", n_bytes=file.size, why=why)] if file.modified < before else []
 
 
 def _of_folder(folder: str, kind: Kind, files: Mapping[str, FoundFile], why: str) -> Garbage:

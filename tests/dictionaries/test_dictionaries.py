@@ -27,7 +27,7 @@ from tasks.corpus.graph_documents import graph_shards
 from tasks.corpus.tokenization import TOKENIZE
 from tasks.dictionaries import training as dictionary_training
 from tasks.dictionaries.dictionaries import DICTIONARIES, load_dictionary
-from tasks.dictionaries.encoding import build_encoder
+from tasks.dictionaries.encoding import Encoder
 from tasks.dictionaries.facts import (
     DictionaryUnavailableError,
     Facts,
@@ -493,7 +493,7 @@ def test_the_threshold_is_calibrated_on_training_tokens(trained: _Trained) -> No
     train = trained.config.sae[0].train
     assert train is not None
     sample = ResidualSample(trained.storage, residuals_of(trained, 0), train)
-    encoder = build_encoder(load_dictionary(trained.storage, trained.dictionaries[0]), torch.device("cpu"))
+    encoder = Encoder(load_dictionary(trained.storage, trained.dictionaries[0]), torch.device("cpu"))
     shown = torch.cat(list(sample.pieces(heldout=False)))
     assert len(encoder(shown).row) / len(shown) == pytest.approx(train.k, rel=0.02)
 
@@ -659,7 +659,7 @@ def test_progress_is_reported(model: Path, corpus: Path, tmp_path: Path) -> None
 
 def test_facts_survive_the_manifest() -> None:
     facts = facts_of({**OURS, "metadata": {"hook_name": "blocks.1.hook_resid_post", "context_size": 128}})
-    assert Facts(**json.loads(json.dumps(facts.as_json()))) == facts
+    assert Facts(**json.loads(json.dumps(dataclasses.asdict(facts)))) == facts
 
 
 # From a saved one

@@ -19,6 +19,7 @@ from infra.duck import connect
 from infra.storage import Storage
 from schemas.config import Config
 
+pytestmark = pytest.mark.slow
 TABLES = {
     *("documents", "rejects", "tokens", "occurrences", "activations", "edges"),
     *("token_degree", "feature_degree", "coverage", "graph_summary"),

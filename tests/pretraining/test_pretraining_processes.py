@@ -16,6 +16,7 @@ from trained import BATCH_TOKENS, STEPS, Training
 from schemas.config import Config
 from tasks.pretraining.training import as_written
 
+pytestmark = pytest.mark.process
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = (
     *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),

@@ -15,10 +15,11 @@ from builders import commit_again, commit_found, make_config, make_dictionary, r
 from infra.manifest import Manifest
 from infra.storage import Storage
 from schemas.config import Config
+from schemas.corpus.tables import VOCABULARY
 from schemas.errors import DamagedError, ExpectationError, StorageError
 from schemas.expectations import SUITES
 from schemas.steering.work import CaseFeatures, LayerFolder, Steered, SteeredPrompt, TraitFeatures
-from schemas.tables import SHARD_FILES, VOCABULARY
+from schemas.tables import SHARD_FILES
 from schemas.work import CorpusShards, Dictionary
 from tasks.corpus.tokenization import TOKENIZE
 from tasks.dictionaries.dictionaries import DICTIONARIES

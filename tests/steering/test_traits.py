@@ -24,7 +24,7 @@ from schemas.tables import SHARD_FILES
 from schemas.work import CorpusShards, StagePlan
 from tasks.corpus.tokenization import TOKENIZE
 from tasks.dictionaries.dictionaries import DICTIONARIES
-from tasks.dictionaries.encoding import build_encoder
+from tasks.dictionaries.encoding import Encoder
 from tasks.engine import run as engine
 from tasks.engine.run import Run, make, plan
 from tasks.steering import contrasts, prompt_features, steering, traits
@@ -404,7 +404,7 @@ def test_a_random_model_gives_what_plain_code_gives(parts: Path, tmp_path: Path,
 
 def test_only_the_strongest_features_are_kept() -> None:
     sae = tiny.build_sae("standard", d_sae=300, seed=1)
-    encoder = build_encoder(sae, torch.device("cpu"))
+    encoder = Encoder(sae, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     sides = (
         torch.randn(6, tiny.D_MODEL, generator=generator),
@@ -421,7 +421,7 @@ def test_only_the_strongest_features_are_kept() -> None:
 @pytest.mark.parametrize("normalize", ["layer_norm", "constant_norm_rescale"])
 def test_dictionaries_that_scale_what_they_read_are_decomposed_as_they_read_it(normalize: str) -> None:
     sae = tiny.build_sae("standard", d_sae=64, normalize_activations=normalize)
-    encoder = build_encoder(sae, torch.device("cpu"))
+    encoder = Encoder(sae, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     positive, negative = (torch.randn(5, tiny.D_MODEL, generator=generator) * 9 for _ in range(2))
     found = decompose(encoder, positive, negative, "encoder", 64)
@@ -441,7 +441,7 @@ class Temporal:
 
     def __init__(self) -> None:
         whole = tiny.build_sae("standard", d_sae=64)
-        self.encode = build_encoder(whole, torch.device("cpu"))
+        self.encode = Encoder(whole, torch.device("cpu"))
         self.d_sae = 64
         self.sae = SimpleNamespace(
             cfg=SimpleNamespace(architecture=lambda: "temporal"), W_dec=whole.W_dec, decode=whole.decode
