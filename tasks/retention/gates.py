@@ -60,11 +60,7 @@ class Gates(Stage[GateUnit, str | None]):
     things = "gates"
     libraries = ("torch", "transformers")
     tops = ("retention_gate",)
-
-    @property
-    def needs(self) -> tuple[Stage[Any, Any], ...]:
-        """The corpus."""
-        return (TOKENIZE,)
+    needs = (TOKENIZE,)
 
     def applies(self, config: Config) -> bool:
         """Where any policy has one."""

@@ -34,21 +34,14 @@ FAR = 3
 
 def policy_key(found: Sequence[Row]) -> Key:
     """The look of the policies that some rows are of."""
-    names = list(dict.fromkeys(row["policy"] for row in found))
-    looks = []
-    for place, name in enumerate(names):
+    looks = {}
+    for place, name in enumerate(dict.fromkeys(row["policy"] for row in found)):
         colour, shape, dash = LOOKS.get(
             claims.family(name),
             (charts.COLOURS[place % 6], charts.SHAPES[place % 7], charts.DASHES[place % 4]),
         )
-        looks.append((colour if name in LOOKS else charts.GREEN, shape, dash))
-    return Key(
-        field="policy",
-        names=names,
-        colours=[look[0] for look in looks],
-        shapes=[look[1] for look in looks],
-        dashes=[look[2] for look in looks],
-    )
+        looks[name] = charts.Look(colour if name in LOOKS else charts.GREEN, shape, dash)
+    return Key(field="policy", looks=looks)
 
 
 def in_order(found: list[Row]) -> list[Row]:

@@ -70,11 +70,7 @@ class Readings(Stage[ReadingUnit, list[ReadSequence]]):
     changed = "sequences, policies or budgets are new, or how they are read changed"
     libraries = ("torch", "transformers")
     tops = ("retention",)
-
-    @property
-    def needs(self) -> tuple[Stage[Any, Any], ...]:
-        """The corpus, and the learned gate, which has no unit where no policy has one."""
-        return TOKENIZE, GATES
+    needs = (TOKENIZE, GATES)
 
     def applies(self, config: Config) -> bool:
         """Where the section is there."""

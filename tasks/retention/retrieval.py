@@ -86,11 +86,7 @@ class RetrievalStage(Stage[RetrievalUnit, list[Retrieved]]):
     changed = "the prompts, the model or how a policy reads changed"
     libraries = ("torch", "transformers")
     tops = ("retrieval",)
-
-    @property
-    def needs(self) -> tuple[Stage[Any, Any], ...]:
-        """The corpus, which says what function tokens are, and the learned gate."""
-        return TOKENIZE, GATES
+    needs = (TOKENIZE, GATES)
 
     def applies(self, config: Config) -> bool:
         """Where it is asked for."""

@@ -73,11 +73,7 @@ class Speeds(Stage[SpeedUnit, list[DecodeSpeed]]):
     things = "speeds"
     libraries = ("torch", "transformers")
     tops = ("retention_speed",)
-
-    @property
-    def needs(self) -> tuple[Stage[Any, Any], ...]:
-        """The corpus' tokenizer, and the learned gate."""
-        return TOKENIZE, GATES
+    needs = (TOKENIZE, GATES)
 
     def applies(self, config: Config) -> bool:
         """Where it is asked for."""

@@ -17,7 +17,7 @@ from schemas.tables import TABLES
 from tasks.corpus.tables import corpus_group
 from tasks.corpus.tokenization import TOKENIZE
 from tasks.engine.run import Run
-from tasks.engine.stage import Image, Shown, Stage
+from tasks.engine.stage import Image, Shown
 from tasks.engine.tables import VERSION, TableGroup, Tables, ensure_folder, explained, write_table
 from tasks.retention.gates import GATES, file_of
 from tasks.retention.intervals import layer_intervals, loss_intervals, prediction_intervals
@@ -78,11 +78,7 @@ class RetentionTables(TableGroup):
     """The tables of a run's readings; those of speed and of a gate where there is one."""
 
     name = "retention"
-
-    @property
-    def needs(self) -> tuple[Stage[Any, Any], ...]:
-        """The corpus and all that is made of readings; what was not asked for has no units."""
-        return TOKENIZE, GATES, READINGS, SPEEDS, RETRIEVAL
+    needs = (TOKENIZE, GATES, READINGS, SPEEDS, RETRIEVAL)
 
     def applies(self, config: Config) -> bool:
         """Where the section is there."""
