@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from schemas.config import Config
-from schemas.experiments import EXPERIMENTS, asked_for, experiment_rooms
+from schemas.experiments import asked_for, experiment_rooms
 
 SCHEMAS = Path(__file__).parents[2] / "schemas"
 COUNTING = {"corpus": {"urls": ["a.txt"]}, "model": {"name": "m"}}
