@@ -57,10 +57,10 @@ class Gates(Stage[GateUnit, str | None]):
     """The learned gate; its result is its folder, or None where no policy has one."""
 
     name = "retention_gate"
-    needs = (TOKENIZE,)
     things = "gates"
     libraries = ("torch", "transformers")
     tops = ("retention_gate",)
+    needs = (TOKENIZE,)
 
     def applies(self, config: Config) -> bool:
         """Where any policy has one."""

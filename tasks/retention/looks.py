@@ -6,24 +6,24 @@ from collections import Counter
 from collections.abc import Sequence
 
 from tasks.report import charts
-from tasks.report.charts import Key, Look
+from tasks.report.charts import Key
 from tasks.report.text import integer, listed
 from tasks.report.vocabulary import Row
 from tasks.retention import claims
 from tasks.retention.claims import Setting
 
 LOOKS = {
-    "full": Look(charts.INK, "circle", charts.SOLID),
-    "window": Look(charts.SKY, "square", charts.DOTTED),
-    "streaming": Look(charts.SKY, "triangle-up", charts.DASHED),
-    "random": Look(charts.GREEN, "diamond", charts.DOTTED),
-    "h2o": Look(charts.ORANGE, "triangle-down", charts.DASHED),
-    "snapkv": Look(charts.ORANGE, "cross", charts.DASHDOT),
-    "tova": Look(charts.ORANGE, "square", charts.DOTTED),
-    "function": Look(charts.FUNCTION, "triangle-up", charts.DOTTED),
-    "content": Look(charts.CONTENT, "circle", charts.DOTTED),
-    "str": Look(charts.PURPLE, "circle", charts.SOLID),
-    "cmp": Look(charts.PURPLE, "diamond", charts.DASHED),
+    "full": (charts.INK, "circle", charts.SOLID),
+    "window": (charts.SKY, "square", charts.DOTTED),
+    "streaming": (charts.SKY, "triangle-up", charts.DASHED),
+    "random": (charts.GREEN, "diamond", charts.DOTTED),
+    "h2o": (charts.ORANGE, "triangle-down", charts.DASHED),
+    "snapkv": (charts.ORANGE, "cross", charts.DASHDOT),
+    "tova": (charts.ORANGE, "square", charts.DOTTED),
+    "function": (charts.FUNCTION, "triangle-up", charts.DOTTED),
+    "content": (charts.CONTENT, "circle", charts.DOTTED),
+    "str": (charts.PURPLE, "circle", charts.SOLID),
+    "cmp": (charts.PURPLE, "diamond", charts.DASHED),
 }
 """Colour, marker and line of each policy; one of `retention.options` looks as the one that its name begins with, in
 green."""
@@ -36,9 +36,11 @@ def policy_key(found: Sequence[Row]) -> Key:
     """The look of the policies that some rows are of."""
     looks = {}
     for place, name in enumerate(dict.fromkeys(row["policy"] for row in found)):
-        other = Look(charts.COLOURS[place % 6], charts.SHAPES[place % 7], charts.DASHES[place % 4])
-        look = LOOKS.get(claims.family(name), other)
-        looks[name] = look if name in LOOKS else look._replace(colour=charts.GREEN)
+        colour, shape, dash = LOOKS.get(
+            claims.family(name),
+            (charts.COLOURS[place % 6], charts.SHAPES[place % 7], charts.DASHES[place % 4]),
+        )
+        looks[name] = charts.Look(colour if name in LOOKS else charts.GREEN, shape, dash)
     return Key(field="policy", looks=looks)
 
 

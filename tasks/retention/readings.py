@@ -65,12 +65,12 @@ class Readings(Stage[ReadingUnit, list[ReadSequence]]):
     """What forgetting does to the reading of held-out text."""
 
     name = "retention"
-    needs = (TOKENIZE, GATES)
     measure = "tokens, retention"
     things = "readings"
     changed = "sequences, policies or budgets are new, or how they are read changed"
     libraries = ("torch", "transformers")
     tops = ("retention",)
+    needs = (TOKENIZE, GATES)
 
     def applies(self, config: Config) -> bool:
         """Where the section is there."""

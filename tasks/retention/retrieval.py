@@ -81,12 +81,12 @@ class RetrievalStage(Stage[RetrievalUnit, list[Retrieved]]):
     """Passkey, several keys and variables, asked after the context was read under each policy."""
 
     name = "retrieval"
-    needs = (TOKENIZE, GATES)
     measure = "prompts, retrieval"
     things = "answers"
     changed = "the prompts, the model or how a policy reads changed"
     libraries = ("torch", "transformers")
     tops = ("retrieval",)
+    needs = (TOKENIZE, GATES)
 
     def applies(self, config: Config) -> bool:
         """Where it is asked for."""

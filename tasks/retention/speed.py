@@ -69,11 +69,11 @@ class Speeds(Stage[SpeedUnit, list[DecodeSpeed]]):
     """How fast tokens are decoded."""
 
     name = "retention_speed"
-    needs = (TOKENIZE, GATES)
     measure = "policies, speed"
     things = "speeds"
     libraries = ("torch", "transformers")
     tops = ("retention_speed",)
+    needs = (TOKENIZE, GATES)
 
     def applies(self, config: Config) -> bool:
         """Where it is asked for."""
