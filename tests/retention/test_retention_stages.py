@@ -233,6 +233,7 @@ def rows_of(connection: Any, table: str) -> list[dict[str, Any]]:
     return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
 
 
+@pytest.mark.process
 def test_a_killed_run_goes_on(parts: Path, root: Path, tmp_path: Path) -> None:
     config = small.config(parts, tmp_path / "run", **LEAN)
     toml = tmp_path / "small.toml"
