@@ -272,7 +272,6 @@ def test_a_policy_far_from_all_others_is_left_out_of_a_chart() -> None:
 def test_policies_look_the_same_in_every_chart() -> None:
     rows = [{"policy": name} for name in (*POLICIES, "str-gate", "other")]
     whole, some = policy_key(rows), policy_key(rows[3:5])
-    place = whole.names.index("h2o")
-    assert (some.colours[0], some.shapes[0]) == (whole.colours[place], whole.shapes[place])
-    looks = list(zip(whole.colours, whole.shapes, map(tuple, whole.dashes), strict=True))
+    assert some.looks["h2o"] == whole.looks["h2o"]
+    looks = [(look.colour, look.shape, tuple(look.dash)) for look in whole.looks.values()]
     assert len(set(looks)) == len(looks)
