@@ -6,7 +6,8 @@ from flows.checkpoints import finished_checkpoints
 from flows.support import needed, open_storage, reported_progress, stage_flow, step
 from flows.tokenize import finished_tokens
 from infra.storage import Storage
-from schemas.config import Config, consolidation_of
+from schemas.config import Config
+from schemas.pretraining.section import consolidation_of
 from schemas.pretraining.work import Checkpoint, LossShard
 from schemas.work import CorpusShards
 

@@ -7,7 +7,8 @@ from flows.dictionaries import finished_dictionaries
 from flows.support import needed, open_storage, reported_progress, stage_flow, step
 from flows.tokenize import finished_tokens
 from infra.storage import Storage
-from schemas.config import Config, steering_of
+from schemas.config import Config
+from schemas.steering.section import steering_of
 from schemas.steering.work import SteeredPrompt, TraitFeatures
 from schemas.work import CorpusShards, Dictionary
 

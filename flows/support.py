@@ -28,6 +28,8 @@ from infra.progress import Progress
 from infra.storage import Storage
 from infra.terminal import PlainLines
 from schemas.errors import ConfigError, FunctokError
+from schemas.pretraining.section import Consolidation
+from schemas.steering.section import Steering
 from schemas.work import Stage
 
 if TYPE_CHECKING:
@@ -120,10 +122,9 @@ def _run_name(stage: str, what: str) -> str:
     layers = ", ".join(str(entry.layer) for entry in config.sae)
     files = [url.rstrip("/").rsplit("/", 1)[-1] for url in config.corpus.urls]
     corpus = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
-    series = (
-        "" if config.consolidation is None else ", ".join(entry.name for entry in config.consolidation.series)
-    )
-    cases = "" if config.steering is None else config.steering.cases.rsplit("/", 1)[-1]
+    consolidation, steering = config.section(Consolidation), config.section(Steering)
+    series = "" if consolidation is None else consolidation.subject
+    cases = "" if steering is None else steering.cases.rsplit("/", 1)[-1]
     filled = what.format(
         layers=layers, model=short_name(config.subject), corpus=corpus, series=series, cases=cases
     )

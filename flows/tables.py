@@ -13,6 +13,8 @@ from infra.duck import Catalog
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.errors import FunctokError
+from schemas.pretraining.section import Consolidation
+from schemas.steering.section import Steering
 from schemas.steering.work import SteeringResults
 from schemas.work import CorpusShards, Dictionary, FeatureShard
 
@@ -40,11 +42,13 @@ def tables(config: Config) -> None:
     if dictionaries and features:
         catalog = build_graph_tables(config, storage, shards, features, dictionaries)
     steered = (
-        finished_steering(config, storage, shards, dictionaries) if config.steering and dictionaries else None
+        finished_steering(config, storage, shards, dictionaries)
+        if config.section(Steering) and dictionaries
+        else None
     )
     if steered:
         catalog = build_steering_tables(config, storage, shards, steered, catalog)
-    results = finished_consolidation(config, storage, shards) if config.consolidation else None
+    results = finished_consolidation(config, storage, shards) if config.section(Consolidation) else None
     if results:
         catalog = build_consolidation_tables(config, storage, shards, results, catalog)
     check_tables(config, storage, catalog)
@@ -56,13 +60,13 @@ def tables(config: Config) -> None:
     if config.sae:
         needed(dictionaries, "dictionaries", storage)
         needed(features, "features", storage)
-    if config.steering and not steered:
+    if config.section(Steering) and not steered:
         raise FunctokError(
             f"the stage reactivation or steering is not finished for this configuration in {storage.root}",
             stage="tables",
             hint="functok status says which; run it, or both: functok run CONFIG --from reactivation",
         )
-    if config.consolidation and not results:
+    if config.section(Consolidation) and not results:
         raise FunctokError(
             f"a checkpoint stage is not finished for this configuration in {storage.root}",
             stage="tables",

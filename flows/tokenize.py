@@ -26,7 +26,7 @@ def tokenize(config: Config) -> None:
 @step("tokenize", "tokenizer")
 def train_tokenizer(config: Config, storage: Storage) -> Config:
     """Train the corpus' own tokenizer, where that is asked for; the configuration that names it."""
-    if config.consolidation is None or not config.consolidation.trains_tokenizer:
+    if config.vocabulary_size is None:
         return config
     from tasks.corpus import tokenizer_training as corpus_tokenizer
 

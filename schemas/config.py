@@ -1,31 +1,23 @@
 """The configuration: one TOML file, one frozen pydantic model, which is also the form in the Prefect UI.
 
 Each section is read by named stages only; the stages' content keys pick out what they depend on, so that
-changing an unrelated setting recomputes nothing. `schemas.sections` has the spine's sections,
-`schemas.pretraining.section` those of PAPER 1.4, `schemas.steering.section` that of PAPER 1.3.
+changing an unrelated setting recomputes nothing. `schemas.sections` has the spine's sections, `schemas.<experiment>`
+those of an experiment.
 """
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from typing import TYPE_CHECKING, Self, TypeVar
 
-from schemas.errors import ConfigError
-from schemas.pretraining.section import (
-    Consolidation,
-    Generations,
-    Growth,
-    Losses,
-    Pretraining,
-    Revision,
-    Series,
-    Shape,
-    Subfolder,
-)
+from pydantic import Field, create_model, model_validator
+
+from schemas.experiments import asked_for, experiment_rooms
 from schemas.sections import (
     Activations,
     Corpus,
     Dask,
     DuckDb,
+    ExperimentSection,
     FunctionTokens,
     Gate,
     Graph,
@@ -36,39 +28,28 @@ from schemas.sections import (
     Train,
     Windows,
 )
-from schemas.steering.section import Steering
 
 __all__ = [
     "Activations",
     "Config",
-    "Consolidation",
     "Corpus",
     "Dask",
     "DuckDb",
     "FunctionTokens",
     "Gate",
-    "Generations",
     "Graph",
-    "Growth",
-    "Losses",
     "Model",
-    "Pretraining",
-    "Revision",
     "Sae",
     "Section",
-    "Series",
-    "Shape",
-    "Steering",
     "StorageSection",
-    "Subfolder",
     "Train",
     "Windows",
-    "consolidation_of",
-    "steering_of",
 ]
 
+S = TypeVar("S", bound=ExperimentSection)
 
-class Config(Section):
+
+class SpineConfig(Section):
     """Everything a run depends on."""
 
     corpus: Corpus
@@ -78,19 +59,12 @@ class Config(Section):
     function_tokens: FunctionTokens = Field(default_factory=FunctionTokens)
     activations: Activations = Field(default_factory=Activations)
     graph: Graph = Field(default_factory=Graph)
-    consolidation: Consolidation | None = Field(
-        None, description="Checkpoints of pre-training: losses by token group, and how features grow."
-    )
-    losses: Losses = Field(default_factory=Losses)
-    steering: Steering | None = Field(
-        None, description="Reactivation of features at function tokens, and steering by them."
-    )
     duckdb: DuckDb = Field(default_factory=DuckDb)
     dask: Dask = Field(default_factory=Dask)
     storage: StorageSection = Field(default_factory=StorageSection)
 
     @model_validator(mode="after")
-    def _consistent(self) -> Config:
+    def _consistent(self) -> Self:
         layers = [entry.layer for entry in self.sae]
         if len(set(layers)) != len(layers):
             raise ValueError(f"sae: one entry a layer, but the layers are {layers}")
@@ -98,57 +72,63 @@ class Config(Section):
             raise ValueError(
                 "corpus.keep_occurrences = false counts only: remove the sae entries, or keep them"
             )
-        if not self.model.name and (self.sae or not self._has_tokenizer()):
+        has_tokenizer = self.model.tokenizer or self.vocabulary_size is not None
+        if not self.model.name and (self.sae or not has_tokenizer):
             raise ValueError("model.name is missing: a directory, a hub id or a .gguf file")
-        if self.steering is not None:
-            if not self.sae:
-                raise ValueError("steering needs dictionaries: add [[sae]] entries")
-            if self.steering.layer is not None and self.steering.layer not in layers:
-                raise ValueError(
-                    f"steering.layer = {self.steering.layer} has no sae entry; the layers are {sorted(layers)}"
-                )
-        if self.consolidation is not None:
-            self.consolidation.check_against(self.model, keeps_occurrences=self.corpus.keep_occurrences)
+        for section in self.experiments:
+            section.check_against(self)
         return self
 
     @property
+    def experiments(self) -> tuple[ExperimentSection, ...]:
+        """The sections of the experiments that are asked for, in their order."""
+        asked = asked_for(self)
+        return tuple(
+            section
+            for room in experiment_rooms()
+            if room.name in asked
+            for name in room.sections
+            if (section := getattr(self, name)) is not None
+        )
+
+    def section(self, kind: type[S]) -> S | None:
+        """An experiment's section; None where it is left out."""
+        sections = (getattr(self, name) for room in experiment_rooms() for name in room.sections)
+        return next((section for section in sections if isinstance(section, kind)), None)
+
+    @property
     def subject(self) -> str:
-        """What a run is about: the model, or the series that are trained."""
-        if self.model.name or self.consolidation is None:
-            return self.model.name
-        return ", ".join(series.name for series in self.consolidation.series)
+        """What a run is about: the model, or what an experiment has instead."""
+        return self.model.name or ", ".join(filter(None, (section.subject for section in self.experiments)))
 
-    def _has_tokenizer(self) -> bool:
-        return bool(self.model.tokenizer) or (
-            self.consolidation is not None and self.consolidation.trains_tokenizer
-        )
+    @property
+    def vocabulary_size(self) -> int | None:
+        """Tokens of the tokenizer that is trained on the corpus; None where an existing one is used."""
+        sizes = (section.trained_vocabulary for section in self.experiments)
+        return next((size for size in sizes if size is not None), None)
 
+    @property
+    def heldout_share(self) -> float | None:
+        """Share of the documents, by a hash of their tokens, that no training may see; None where none is held out."""
+        shares = (section.held_out for section in self.experiments)
+        return max((share for share in shares if share is not None), default=None)
 
-def consolidation_of(config: Config, stage: str = "") -> Consolidation:
-    """The section `consolidation`.
-
-    Raises:
-        ConfigError: in that stage, if the configuration has none.
-    """
-    if config.consolidation is None:
-        raise ConfigError(
-            "this configuration has no consolidation section, so there are no checkpoints",
-            stage=stage,
-            hint="configs/consolidation.toml shows one",
-        )
-    return config.consolidation
+    @property
+    def needs_head(self) -> bool:
+        """Whether the model's own predictions are asked for, not its residual stream alone."""
+        return any(section.needs_head for section in self.experiments)
 
 
-def steering_of(config: Config, stage: str = "") -> Steering:
-    """The section `steering`.
+if TYPE_CHECKING:
 
-    Raises:
-        ConfigError: in that stage, if the configuration has none.
-    """
-    if config.steering is None:
-        raise ConfigError(
-            "this configuration has no steering section, so there are no cases",
-            stage=stage,
-            hint="configs/steering.toml shows one",
-        )
-    return config.steering
+    class Config(SpineConfig):
+        """The spine's configuration and the experiments' sections, which `section` finds."""
+
+else:
+    Config = create_model(
+        "Config",
+        __base__=SpineConfig,
+        __module__=__name__,
+        __doc__=SpineConfig.__doc__,
+        **{name: field for room in experiment_rooms() for name, field in room.sections.items()},
+    )

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from schemas.room import Room
+
+if TYPE_CHECKING:
+    from schemas.config import SpineConfig
 
 EXPERIMENTS: tuple[str, ...] = ("steering", "pretraining")
 """In the order in which their stages run."""
@@ -27,6 +31,18 @@ def experiment_rooms() -> tuple[Room, ...]:
 def all_rooms() -> tuple[Room, ...]:
     """What the spine's rooms bring, from the corpus on, then what the experiments bring."""
     return (*(_room(name) for name in _SPINE), *experiment_rooms())
+
+
+def asked_for(config: SpineConfig) -> tuple[str, ...]:
+    """The experiments that a configuration asks for: those of which a section is there that may be left out."""
+    return tuple(
+        room.name
+        for room in experiment_rooms()
+        if any(
+            field.default is None and getattr(config, key) is not None
+            for key, (_, field) in room.sections.items()
+        )
+    )
 
 
 def _room(name: str) -> Room:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 
@@ -16,9 +17,12 @@ from schemas.expectation import Expectation
 
 @dataclass(frozen=True, kw_only=True)
 class Room:
-    """One room's share of stages, files, tables and expectations.
+    """One room's share of the configuration, stages, files, tables and expectations.
 
     Attributes:
+        name: Its own, and of its folders.
+        sections: An experiment's sections of the configuration: key to type and pydantic field. The experiment is asked
+            for where one of them that is optional is there.
         stages: Names of its stages, in their order.
         shard_files: File to the schema of what a stage writes into a folder.
         group: Group of published tables that its own are in (`Catalog.lineage` has the group's key).
@@ -33,6 +37,8 @@ class Room:
         totals: What the views of such a table have besides.
     """
 
+    name: str
+    sections: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     stages: tuple[str, ...] = ()
     shard_files: Mapping[str, pa.Schema] = field(default_factory=dict)
     group: str

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+
+if TYPE_CHECKING:
+    from schemas.config import SpineConfig
 
 
 class Section(BaseModel):
@@ -37,6 +40,37 @@ def _section_in(annotation: Any) -> type[Section] | None:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     return next((found for part in get_args(annotation) if (found := _section_in(part))), None)
+
+
+class ExperimentSection(Section):
+    """Base of an experiment's sections: what the spine asks of them, so that it need not know them."""
+
+    def check_against(self, config: SpineConfig) -> None:
+        """Whether the rest of the configuration fits.
+
+        Raises:
+            ValueError: if it does not.
+        """
+
+    @property
+    def subject(self) -> str:
+        """What a run is about that has no model of its own."""
+        return ""
+
+    @property
+    def trained_vocabulary(self) -> int | None:
+        """Tokens of the tokenizer that it has trained on the corpus; None: it trains none."""
+        return None
+
+    @property
+    def held_out(self) -> float | None:
+        """Share of the documents, by a hash of their tokens, that no training may see; None: it holds out none."""
+        return None
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether it asks for the model's own predictions, not for its residual stream alone."""
+        return False
 
 
 class Csv(Section):

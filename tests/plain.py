@@ -16,7 +16,8 @@ from typing import IO, Any
 from infra.config_file import load_config
 from infra.duck import Catalog
 from infra.storage import Storage
-from schemas.config import Config, consolidation_of
+from schemas.config import Config
+from schemas.pretraining.section import consolidation_of
 from schemas.work import CorpusShards, Dictionary
 
 

@@ -12,7 +12,8 @@ import torch
 
 from infra.progress import Progress, silent
 from infra.storage import Storage
-from schemas.config import Config, Series
+from schemas.config import Config
+from schemas.pretraining.section import Series
 from schemas.work import CorpusShards
 from tasks.corpus import tokenization
 from tasks.pretraining.training import find_trained, train_series, training_losses_file

@@ -8,6 +8,7 @@ from schemas.corpus.tables import SHARD_FILES, SHARDED, TABLES
 from schemas.room import Room
 
 ROOM = Room(
+    name="corpus",
     stages=("tokenize",),
     shard_files=SHARD_FILES,
     group="corpus",

@@ -7,6 +7,7 @@ from schemas.dictionaries.tables import TABLES
 from schemas.room import Room
 
 ROOM = Room(
+    name="dictionaries",
     stages=("dictionaries",),
     group="graph",
     tables=TABLES,

@@ -8,6 +8,7 @@ from schemas.graph.tables import SHARD_FILES, SHARDED, TABLES
 from schemas.room import Room
 
 ROOM = Room(
+    name="graph",
     stages=("features",),
     shard_files=SHARD_FILES,
     group="graph",

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from schemas.pretraining.expectations import CHECKPOINTS, GENERATIONS, GROWTH, LOSSES
+from schemas.pretraining.section import Consolidation, Losses
 from schemas.pretraining.table_expectations import CONSOLIDATION
 from schemas.pretraining.tables import SHARD_FILES, SHARDED, TABLES
 from schemas.room import Room
 
 ROOM = Room(
+    name="pretraining",
+    sections={
+        "consolidation": (
+            Consolidation | None,
+            Field(
+                None, description="Checkpoints of pre-training: losses by token group, and how features grow."
+            ),
+        ),
+        "losses": (Losses, Field(default_factory=Losses)),
+    },
     stages=("checkpoints", "losses", "growth", "generations"),
     shard_files=SHARD_FILES,
     group="consolidation",

@@ -6,11 +6,15 @@ A checkpoint series is one notion with two sources, trained here or public; noth
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from schemas.sections import Gate, Model, Section, Train
+from schemas.errors import ConfigError
+from schemas.sections import ExperimentSection, Gate, Section, Train
+
+if TYPE_CHECKING:
+    from schemas.config import Config, SpineConfig
 
 _OPEN_GATE = Gate(min_explained_variance=-1e9, max_l0_deviation=1e9, min_alive_share=0.0)
 
@@ -195,7 +199,7 @@ class Generations(Section):
         return self
 
 
-class Losses(Section):
+class Losses(ExperimentSection):
     """The cross-entropy of next-token predictions on held-out documents."""
 
     keep_tokens: bool = Field(
@@ -211,7 +215,7 @@ class Losses(Section):
     )
 
 
-class Consolidation(Section):
+class Consolidation(ExperimentSection):
     """Checkpoint series, and what is asked of them (PAPER 1.4)."""
 
     series: list[Series] = Field(min_length=1, description="One entry a pre-training run.")
@@ -233,7 +237,7 @@ class Consolidation(Section):
     @property
     def trains_tokenizer(self) -> bool:
         """Whether the corpus' tokenizer is trained here."""
-        return self.train is not None and self.train.vocabulary_size is not None
+        return self.trained_vocabulary is not None
 
     @model_validator(mode="after")
     def _complete(self) -> Consolidation:
@@ -257,13 +261,14 @@ class Consolidation(Section):
             raise ValueError("heldout_share = 1 leaves nothing to train on")
         return self
 
-    def check_against(self, model: Model, *, keeps_occurrences: bool) -> None:
-        """Whether the rest of the configuration fits.
+    def check_against(self, config: SpineConfig) -> None:
+        """Whether tokens are kept, and it is clear which model and which tokenizer are meant.
 
         Raises:
-            ValueError: if it does not.
+            ValueError: if not.
         """
-        if not keeps_occurrences:
+        model = config.model
+        if not config.corpus.keep_occurrences:
             raise ValueError("consolidation needs corpus.keep_occurrences = true")
         for series in self.series:
             if series.revisions is not None and not (series.model or model.name):
@@ -276,3 +281,41 @@ class Consolidation(Section):
             )
         if not self.trains_tokenizer and not (model.name or model.tokenizer):
             raise ValueError("which tokenizer? Give model.tokenizer, or consolidation.train.vocabulary_size")
+
+    @property
+    def subject(self) -> str:
+        """The series' names."""
+        return ", ".join(series.name for series in self.series)
+
+    @property
+    def trained_vocabulary(self) -> int | None:
+        """That of `consolidation.train`."""
+        return None if self.train is None else self.train.vocabulary_size
+
+    @property
+    def held_out(self) -> float:
+        """Those that its losses are of."""
+        return self.heldout_share
+
+
+def consolidation_of(config: Config, stage: str = "") -> Consolidation:
+    """The section `consolidation`.
+
+    Raises:
+        ConfigError: in that stage, if the configuration has none.
+    """
+    section = config.section(Consolidation)
+    if section is None:
+        raise ConfigError(
+            "this configuration has no consolidation section, so there are no checkpoints",
+            stage=stage,
+            hint="configs/consolidation.toml shows one",
+        )
+    return section
+
+
+def losses_of(config: Config) -> Losses:
+    """The section `losses`, which every configuration has."""
+    section = config.section(Losses)
+    assert section is not None
+    return section

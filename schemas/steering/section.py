@@ -6,11 +6,15 @@ They lie in a TOML file of their own, so that other cases are another file.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from schemas.sections import Section
+from schemas.errors import ConfigError
+from schemas.sections import ExperimentSection, Section
+
+if TYPE_CHECKING:
+    from schemas.config import Config, SpineConfig
 
 Mode = Literal["add", "clamp"]
 Place = Literal["last function token", "all positions", "content token"]
@@ -24,7 +28,7 @@ def short(text: str) -> str:
     return repr(text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 1]}…")
 
 
-class Steering(Section):
+class Steering(ExperimentSection):
     """Whether function tokens carry the context's features, and whether setting one decides the answer."""
 
     cases: str = Field(
@@ -87,6 +91,39 @@ class Steering(Section):
     @classmethod
     def _once(cls, values: list[str]) -> list[str]:
         return list(dict.fromkeys(values))
+
+    def check_against(self, config: SpineConfig) -> None:
+        """Whether there are dictionaries, and one at the layer to steer at.
+
+        Raises:
+            ValueError: if there are not.
+        """
+        layers = sorted(entry.layer for entry in config.sae)
+        if not layers:
+            raise ValueError("steering needs dictionaries: add [[sae]] entries")
+        if self.layer is not None and self.layer not in layers:
+            raise ValueError(f"steering.layer = {self.layer} has no sae entry; the layers are {layers}")
+
+    @property
+    def needs_head(self) -> bool:
+        """True: answers are measured."""
+        return True
+
+
+def steering_of(config: Config, stage: str = "") -> Steering:
+    """The section `steering`.
+
+    Raises:
+        ConfigError: in that stage, if the configuration has none.
+    """
+    section = config.section(Steering)
+    if section is None:
+        raise ConfigError(
+            "this configuration has no steering section, so there are no cases",
+            stage=stage,
+            hint="configs/steering.toml shows one",
+        )
+    return section
 
 
 class Case(Section):

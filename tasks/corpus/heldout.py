@@ -18,8 +18,8 @@ import pyarrow as pa
 from infra import verified
 from infra.manifest import Manifest, commit, content_key, load_all
 from infra.storage import Storage
-from schemas.config import Config, consolidation_of
-from schemas.errors import CorpusError, StorageError
+from schemas.config import Config
+from schemas.errors import ConfigError, CorpusError, StorageError
 from schemas.tables import SHARD_FILES
 from schemas.work import CorpusShards, GraphShard, HeldoutPart, TokenShard
 from tasks.corpus.windows import read_shard_tokens
@@ -41,16 +41,17 @@ def heldout_parts(
     them. A document without a token is in none.
 
     Args:
-        config: The configuration; `consolidation.heldout_share` matters here.
+        config: The configuration; its `heldout_share` matters here.
         storage: Where the shards are.
         shards: The tokenized corpus.
         max_tokens: Tokens in all parts at most; None: no limit.
         seen: Hashes (`document_hashes`) of documents that are in no part, nor any copy of them.
 
     Raises:
+        ConfigError: if the configuration holds none out.
         CorpusError: if no document is held out, or not a single one fits. It knows no stage: several ask here.
     """
-    share = consolidation_of(config).heldout_share
+    share = _share(config)
     left = max_tokens
     parts: list[HeldoutPart] = []
     any_heldout = False
@@ -72,20 +73,24 @@ def heldout_parts(
             break
     if not any_heldout:
         raise CorpusError(
-            f"no document of {shards.n_documents:,} is held out by consolidation.heldout_share = {share}",
+            f"no document of {shards.n_documents:,} is held out by heldout_share = {share}",
             hint="raise it, or give more documents",
         )
     if not parts:
         raise CorpusError(
             f"no held-out document fits into {max_tokens:,} tokens",
-            hint="raise losses.max_tokens, or consolidation.growth.max_tokens where an SAE is judged",
+            hint="raise max_tokens of the stage that asks for them",
         )
     return tuple(parts)
 
 
 def heldout_documents(config: Config, storage: Storage, shard: TokenShard) -> npt.NDArray[np.bool_]:
-    """(n_documents,) whether each document of a shard is held out."""
-    return _is_heldout(document_hashes(storage, [shard])[0][0], consolidation_of(config).heldout_share)
+    """(n_documents,) whether each document of a shard is held out.
+
+    Raises:
+        ConfigError: if the configuration holds none out.
+    """
+    return _is_heldout(document_hashes(storage, [shard])[0][0], _share(config))
 
 
 def heldout_key(part: HeldoutPart) -> dict[str, str]:
@@ -126,6 +131,12 @@ def _keep(storage: Storage, folder: str, shard: TokenShard, hashes: pa.Table) ->
     with suppress(StorageError):
         written = storage.write_parquet(f"{folder}/heldout.parquet", hashes)
         commit(storage, folder, Manifest(stage="heldout", inputs={"shard": shard.folder}), [written])
+
+
+def _share(config: Config) -> float:
+    if config.heldout_share is None:
+        raise ConfigError("this configuration holds no document out of training")
+    return config.heldout_share
 
 
 def _is_heldout(hashes: npt.NDArray[np.uint64], share: float) -> npt.NDArray[np.bool_]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from infra.addresses import without_credentials
 from infra.storage import Storage
-from schemas.config import Config, Series, Steering
+from schemas.config import Config
+from schemas.pretraining.section import Consolidation, Series, losses_of
+from schemas.steering.section import Steering
 from schemas.version import __version__
 from schemas.work import CorpusShards
 from tasks.corpus.graph_documents import graph_shards
@@ -47,23 +49,25 @@ def run_info_rows(
             "graph_tokens": sum(part.n_tokens for part in parts),
             "activation_mantissa_bits": config.activations.mantissa_bits,
         }
-    if config.consolidation is not None:
-        values |= _consolidation(config, storage, shards)
-    if config.steering is not None:
-        values |= steering_values(config.steering)
+    consolidation, steering = config.section(Consolidation), config.section(Steering)
+    if consolidation is not None:
+        values |= _consolidation(config, consolidation, storage, shards)
+    if steering is not None:
+        values |= steering_values(steering)
     return [{"key": key, "value": str(value)} for key, value in values.items() if value is not None]
 
 
-def _consolidation(config: Config, storage: Storage, shards: CorpusShards) -> dict[str, object]:
-    section = config.consolidation
-    assert section is not None
-    parts = heldout_parts(config, storage, shards, config.losses.max_tokens)
+def _consolidation(
+    config: Config, section: Consolidation, storage: Storage, shards: CorpusShards
+) -> dict[str, object]:
+    losses = losses_of(config)
+    parts = heldout_parts(config, storage, shards, losses.max_tokens)
     values: dict[str, object] = {
         "series": "; ".join(_series(config, series) for series in section.series),
         "heldout_share": section.heldout_share,
         "heldout_documents": sum(len(part.documents) for part in parts),
         "heldout_tokens": sum(part.n_tokens for part in parts),
-        "loss_resamples": config.losses.resamples,
+        "loss_resamples": losses.resamples,
     }
     if section.train is not None and section.trains_here:
         values["training_tokens"] = section.train.tokens

@@ -36,7 +36,7 @@ _DOCUMENTS_A_REPORT = 200
 
 
 def train_tokenizer(config: Config, storage: Storage, progress: Progress = silent) -> str:
-    """Train the tokenizer of `consolidation.train.vocabulary_size` unless it is there.
+    """Train the tokenizer of `Config.vocabulary_size` tokens unless it is there.
 
     Args:
         config: The configuration; `corpus` and the vocabulary size matter here.
@@ -74,7 +74,7 @@ def with_tokenizer(config: Config, storage: Storage) -> Config | None:
     Returns:
         None where the tokenizer is still to be trained; `config` itself where none is trained here.
     """
-    if config.consolidation is None or not config.consolidation.trains_tokenizer:
+    if config.vocabulary_size is None:
         return config
     name = find_tokenizer(config, storage)
     if name is None:
@@ -94,13 +94,12 @@ def _place(config: Config) -> tuple[str, dict[str, Any]]:
 
 
 def _vocabulary_size(config: Config) -> int:
-    train = config.consolidation.train if config.consolidation is not None else None
-    if train is None or train.vocabulary_size is None:
+    if config.vocabulary_size is None:
         raise ConfigError(
             "no tokenizer is trained here",
-            hint="give consolidation.train.vocabulary_size, or model.tokenizer",
+            hint="give the vocabulary_size of one to train, or model.tokenizer",
         )
-    return train.vocabulary_size
+    return config.vocabulary_size
 
 
 def _identity(file: CorpusFile, config: Config) -> list[str | None]:

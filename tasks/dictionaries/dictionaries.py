@@ -6,7 +6,7 @@ content, so that workers load from one place, the network is asked once, and a c
 - registry: (release, sae_id, SAELens version); SAELens downloads and converts, `save_model` writes;
 - disk: the content of both files, copied byte for byte; nothing pickled is ever opened;
 - trained here: (residual shards, training section but its gate, content of the SAE that it starts from, what
-  consolidation leaves out, layer, SAELens version, code version). The gate is asked at every use, so that another
+  an experiment holds out, layer, SAELens version, code version). The gate is asked at every use, so that another
   gate trains nothing again.
 """
 
@@ -255,8 +255,8 @@ def _training_inputs(
         "train": section,
         "layer": entry.layer,
     }
-    if config.consolidation is not None and leaves_out(config):
-        inputs["left_out"] = {"version": heldout.VERSION, "share": config.consolidation.heldout_share}
+    if leaves_out(config):
+        inputs["left_out"] = {"version": heldout.VERSION, "share": config.heldout_share}
     return inputs
 
 

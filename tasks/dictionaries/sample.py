@@ -26,13 +26,13 @@ class ResidualSample:
 
     Documents are ranked by a hash of their place (token shard and number in it); the lowest
     `train.heldout_share` of them, at least one, are held out. They are in the graph, but no training step sees
-    them. Documents that consolidation holds out are on neither side. Shards are read piece by piece, never whole.
+    them. Documents that an experiment holds out are on neither side. Shards are read piece by piece, never whole.
 
     Args:
         storage: Where the shards are.
         shards: One layer's residual shards, in graph order.
         train: The training section.
-        left_out: For each shard, (documents,) whether consolidation holds a document out; none: it holds out none.
+        left_out: For each shard, (documents,) whether an experiment holds a document out; none: it holds out none.
 
     Raises:
         DictionaryError: if there are fewer than two documents.
@@ -106,17 +106,17 @@ class ResidualSample:
 
 
 def leaves_out(config: Config) -> bool:
-    """Whether consolidation holds documents out that no dictionary may see.
+    """Whether an experiment holds documents out that no dictionary may see.
 
     Where it holds out all of them (a public series, whose own corpus is another one), none is left out here.
     """
-    return config.consolidation is not None and config.consolidation.heldout_share < 1
+    return config.heldout_share is not None and config.heldout_share < 1
 
 
 def left_out_documents(
     config: Config, storage: Storage, shards: Sequence[ResidualShard]
 ) -> list[npt.NDArray[np.bool_]] | None:
-    """For each shard, (documents,) whether consolidation holds a document out; None where it leaves none out."""
+    """For each shard, (documents,) whether an experiment holds a document out; None where it leaves none out."""
     if not leaves_out(config):
         return None
     return [heldout_documents(config, storage, shard.part.shard) for shard in shards]

@@ -10,6 +10,8 @@ from infra.addresses import without_credentials
 from infra.index import distrusted
 from infra.storage import Storage
 from schemas.config import Config
+from schemas.pretraining.section import Consolidation
+from schemas.steering.section import Steering
 from schemas.steering.work import SteeringResults
 from schemas.work import STAGES, CorpusShards, Dictionary, FeatureShard, Stage, StagePlan
 
@@ -77,18 +79,18 @@ def _plan_stages(config: Config, storage: Storage) -> list[StagePlan]:
         dictionaries = _plan_dictionaries(config, storage, shards, plans)
         features = _plan_features(config, storage, shards, dictionaries, plans)
     steered: SteeringResults | None = None
-    if config.steering is not None:
+    if config.section(Steering) is not None:
         found, steered = plan_steering(config, storage, shards, dictionaries)
         plans += found
     results: ConsolidationResults | None = None
-    if config.consolidation is not None:
+    if config.section(Consolidation) is not None:
         found, results = plan_consolidation(config, storage, shards)
         plans += found
     is_ready = (
         shards is not None
         and (not config.sae or features is not None)
-        and (config.steering is None or steered is not None)
-        and (config.consolidation is None or results is not None)
+        and (config.section(Steering) is None or steered is not None)
+        and (config.section(Consolidation) is None or results is not None)
     )
     found_shards = shards if is_ready else None
     _plan_tables(config, storage, found_shards, features, dictionaries, results, steered, plans)

@@ -18,7 +18,6 @@ from schemas.errors import ConfigError
 from schemas.tables import MEMBERS
 from schemas.version import __version__
 from schemas.work import CorpusShards, Dictionary, FeatureShard
-from tasks.corpus.run_info import steering_values
 from tasks.graph import power_law as powerlaw_fit
 
 VERSION = 1
@@ -245,7 +244,6 @@ def _is_of(about: Sequence[str], run: Sequence[str]) -> bool:
 
 
 def _shown(config: Config) -> list[Any]:
-    section = config.consolidation
     return [
         config.model.model_dump(),
         config.corpus.model_dump(),
@@ -253,6 +251,5 @@ def _shown(config: Config) -> list[Any]:
         config.activations.model_dump(),
         config.graph.model_dump(),
         [entry.layer for entry in config.sae],
-        *([section.model_dump(), config.losses.model_dump()] if section is not None else []),
-        *([steering_values(config.steering)] if config.steering is not None else []),
+        *(section.model_dump() for section in config.experiments),
     ]

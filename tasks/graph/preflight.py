@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from infra.storage import Storage
 from schemas.config import Config, Sae
+from schemas.pretraining.section import Consolidation
+from schemas.steering.section import Steering
 from tasks.dictionaries.dictionaries import known_facts
 from tasks.dictionaries.facts import Facts, check_facts, check_layer
 from tasks.dictionaries.start import start_facts
@@ -18,12 +20,12 @@ def check_model(config: Config, storage: Storage) -> None:
     Raises:
         ModelError: naming the model and what is wrong.
     """
-    if not config.sae and config.steering is None:
+    if not config.sae and not config.needs_head:
         return
     from tasks.models.loading import find_blocks, model_outline
 
     d_model, n_layers = model_dimensions(config.model, storage)
-    outline = model_outline(config.model, storage, with_head=config.steering is not None)
+    outline = model_outline(config.model, storage, with_head=config.needs_head)
     find_blocks(outline, n_layers, d_model, config.model.name)
 
 
@@ -36,7 +38,8 @@ def check_fit(config: Config, storage: Storage) -> None:
             the model's configuration cannot be read.
         DictionaryError: if a layer does not exist, or a dictionary is missing, damaged, or another model's or layer's.
     """
-    growth = None if config.consolidation is None else config.consolidation.growth
+    consolidation = config.section(Consolidation)
+    growth = None if consolidation is None else consolidation.growth
     if growth is not None and growth.train.start_from is not None:
         start_facts(Sae(layer=growth.layer, train=growth.train), storage.endpoint_url)
     if not config.sae:
@@ -54,5 +57,5 @@ def check_fit(config: Config, storage: Storage) -> None:
         if entry.train is None:
             known[entry.layer] = facts
     require_rows(load_tokenizer(config.model, storage), vocabulary_rows(config.model, storage), config)
-    if config.steering is not None:
+    if config.section(Steering) is not None:
         check_clamps(config, check_cases(config, storage), known)

@@ -25,6 +25,8 @@ from infra.progress import Progress, one_by_one, silent
 from infra.storage import Storage, StoredFile
 from schemas.config import Config
 from schemas.errors import DamagedError, StorageError
+from schemas.pretraining.section import Consolidation
+from schemas.steering.section import Steering
 from schemas.steering.work import SteeringResults
 from schemas.tables import TABLES
 from schemas.work import CorpusShards, Dictionary, FeatureShard
@@ -143,11 +145,11 @@ def find_tables(
         steering: What reactivation and steering have made, where cases are configured.
     """
     groups = [corpus_group(config, shards)]
-    if config.steering is not None:
+    if config.section(Steering) is not None:
         if steering is None:
             return False
         groups.append(steering_group(config, shards, steering))
-    if config.consolidation is not None:
+    if config.section(Consolidation) is not None:
         if results is None:
             return False
         groups.append(consolidation_group(config, shards, results))

@@ -15,8 +15,9 @@ from typing import Literal
 from infra.addresses import without_credentials
 from infra.progress import Progress, silent
 from infra.storage import Storage
-from schemas.config import Config, Model, Revision, Series, Subfolder, consolidation_of
+from schemas.config import Config, Model
 from schemas.errors import ConfigError, FunctokError, ModelError
+from schemas.pretraining.section import Revision, Series, Subfolder, consolidation_of
 from schemas.pretraining.work import Checkpoint
 from schemas.work import CorpusShards
 from tasks.models.model import is_gguf, model_key

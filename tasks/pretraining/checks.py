@@ -12,8 +12,9 @@ from infra import verified
 from infra.duck import open_duckdb
 from infra.manifest import load_all
 from infra.storage import Storage
-from schemas.config import Config, Consolidation
+from schemas.config import Config
 from schemas.expectations import SUITES
+from schemas.pretraining.section import consolidation_of, losses_of
 from schemas.pretraining.work import Checkpoint, GeneratedTexts, GrownSae, LossShard
 from schemas.tables import SHARD_FILES, TABLES
 from schemas.work import HeldoutPart
@@ -94,7 +95,7 @@ def check_losses(config: Config, storage: Storage, losses: Sequence[LossShard]) 
     if passed(storage, "losses", key):
         return
     file, count = ("token_losses", "count(*)")
-    if not config.losses.keep_tokens:
+    if not losses_of(config).keep_tokens:
         file, count = ("document_losses", "coalesce(sum(n), 0)::BIGINT")
     units = {
         loss.folder: Unit(
@@ -120,7 +121,7 @@ def check_growth(config: Config, storage: Storage, grown: Sequence[GrownSae]) ->
         ExpectationError: naming the expectation, the table and offending rows.
         StorageError: if a file cannot be read.
     """
-    growth = _section(config).growth
+    growth = consolidation_of(config).growth
     assert growth is not None
     committed = load_all(
         storage, [folder for entry in grown for folder in (entry.dictionary.folder, entry.folder)]
@@ -172,7 +173,7 @@ def check_generations(config: Config, storage: Storage, generated: Sequence[Gene
     """
     from tasks.pretraining.generations import MODES
 
-    section = _section(config).generations
+    section = consolidation_of(config).generations
     assert section is not None
     checkpoints = [{**_named(texts.checkpoint), "folder": texts.folder} for texts in generated]
     wanted = [
@@ -224,13 +225,8 @@ def _put_predictions(config: Config, storage: Storage, connection: Any, parts: S
     )
 
 
-def _section(config: Config) -> Consolidation:
-    assert config.consolidation is not None
-    return config.consolidation
-
-
 def _series(config: Config) -> list[dict[str, Any]]:
-    return [{"model": series.name} for series in _section(config).series]
+    return [{"model": series.name} for series in consolidation_of(config).series]
 
 
 def _named(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -12,8 +12,9 @@ import pyarrow as pa
 from infra.manifest import Manifest, commit, content_key, load_all
 from infra.progress import Progress, silent
 from infra.storage import Storage
-from schemas.config import Config, Generations, consolidation_of
+from schemas.config import Config
 from schemas.errors import FunctokError, ModelError
+from schemas.pretraining.section import Generations, consolidation_of
 from schemas.pretraining.work import Checkpoint, GeneratedTexts
 from schemas.tables import SHARD_FILES
 from tasks.models.tokenizers import LoadedTokenizer, load_tokenizer

@@ -19,8 +19,9 @@ from infra.children import end_processes, last_lines
 from infra.progress import Progress
 from infra.storage import Storage
 from schemas import errors
-from schemas.config import Config, Series
+from schemas.config import Config
 from schemas.errors import FunctokError
+from schemas.pretraining.section import Series
 
 REPORT, FAILURE = "progress.json", "failure.json"
 _POLL_SECONDS = 0.5
@@ -71,7 +72,7 @@ def as_written(config: Config, storage: Storage) -> Config:
     """The configuration before its tokenizer was resolved, so that it can be validated again."""
     root = config.storage.model_copy(update={"root": storage.root, "endpoint_url": storage.endpoint_url})
     update: dict[str, object] = {"storage": root}
-    if config.consolidation is not None and config.consolidation.trains_tokenizer:
+    if config.vocabulary_size is not None:
         update["model"] = config.model.model_copy(update={"tokenizer": None})
     return config.model_copy(update=update)
 

@@ -23,8 +23,9 @@ from infra import verified
 from infra.manifest import Manifest, commit, content_key, load
 from infra.progress import Progress, silent
 from infra.storage import Storage
-from schemas.config import Config, Growth, consolidation_of
+from schemas.config import Config
 from schemas.errors import CorpusError
+from schemas.pretraining.section import Growth, consolidation_of
 from schemas.pretraining.work import Checkpoint
 from schemas.tables import SHARD_FILES
 from schemas.work import CorpusShards, Dictionary, HeldoutPart

@@ -25,6 +25,7 @@ from infra.progress import Progress, silent
 from infra.storage import Storage, StoredFile
 from schemas.config import Config
 from schemas.errors import FunctokError, ModelError, about
+from schemas.pretraining.section import losses_of
 from schemas.pretraining.work import Checkpoint, LossShard
 from schemas.tables import SHARD_FILES
 from schemas.work import CorpusShards, HeldoutPart
@@ -138,7 +139,7 @@ def compute_losses(
 
 def _function_ids(config: Config, storage: Storage, shards: CorpusShards) -> Ids | None:
     """(n,) ids of the function tokens where the files depend on them, else None."""
-    return None if config.losses.keep_tokens else function_token_ids(config, storage, shards)
+    return None if losses_of(config).keep_tokens else function_token_ids(config, storage, shards)
 
 
 def _units(
@@ -148,11 +149,11 @@ def _units(
     checkpoints: Sequence[Checkpoint],
     function_ids: Ids | None,
 ) -> list[_Unit]:
-    kept: dict[str, Any] = {"keep_tokens": config.losses.keep_tokens}
+    kept: dict[str, Any] = {"keep_tokens": losses_of(config).keep_tokens}
     if function_ids is not None:
         kept["function_tokens"] = content_key(ids=function_ids.tolist())
     with about(stage="losses"):
-        parts = heldout_parts(config, storage, shards, config.losses.max_tokens)
+        parts = heldout_parts(config, storage, shards, losses_of(config).max_tokens)
     keys = [heldout_key(part) for part in parts]
     return [
         _Unit(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from schemas.config import Pretraining, Shape
+from schemas.pretraining.section import Pretraining, Shape
 from tasks.models.files import constructed_alone
 from tasks.models.tokenizers import LoadedTokenizer
 from tasks.pretraining.plan import TrainingPlan

@@ -26,8 +26,9 @@ import numpy.typing as npt
 from infra import storage as storage_module
 from infra.manifest import content_key
 from infra.storage import Storage
-from schemas.config import Config, consolidation_of
+from schemas.config import Config
 from schemas.errors import CorpusError, StorageError
+from schemas.pretraining.section import consolidation_of
 from schemas.work import CorpusShards, GraphShard, TokenShard
 from tasks.corpus import heldout
 from tasks.corpus.heldout import heldout_documents

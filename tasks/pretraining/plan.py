@@ -19,8 +19,9 @@ import numpy as np
 import torch
 
 from infra.manifest import content_key
-from schemas.config import Config, Model, Pretraining, Series, Shape
+from schemas.config import Config, Model
 from schemas.errors import ConfigError
+from schemas.pretraining.section import Pretraining, Series, Shape, consolidation_of
 from schemas.work import CorpusShards
 from tasks.corpus import heldout
 from tasks.models.devices import choose_device, usable_devices
@@ -138,9 +139,9 @@ def plan_training(config: Config, shards: CorpusShards, series: Series) -> Train
         ConfigError: if rows are shorter than the windows that the model is judged on, or a step shorter than a row.
     """
     assert series.shape is not None
-    assert config.consolidation is not None
-    assert config.consolidation.train is not None
-    train = config.consolidation.train
+    section = consolidation_of(config)
+    assert section.train is not None
+    train = section.train
     windows = config.windows
     context_size = train.context_size or windows.context_size
     if context_size < windows.context_size:
@@ -163,7 +164,7 @@ def plan_training(config: Config, shards: CorpusShards, series: Series) -> Train
         "prepend_bos": windows.prepend_bos,
         "shards": [[shard.folder, shard.n_documents] for shard in training_shards(shards)],
         "tokenizer": [shards.tokenizer_key, shards.eos_id],
-        "heldout_share": config.consolidation.heldout_share,
+        "heldout_share": section.heldout_share,
     }
     steps = math.ceil(train.tokens / (rows_per_step * context_size))
     return TrainingPlan(

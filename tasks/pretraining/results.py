@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from infra.storage import Storage
-from schemas.config import Config, Series, consolidation_of
+from schemas.config import Config
+from schemas.pretraining.section import Consolidation, Series, consolidation_of
 from schemas.pretraining.work import Checkpoint
 from schemas.work import CorpusShards, Stage, StagePlan
 from tasks.pretraining.checkpoints import find_checkpoints, find_series
@@ -12,7 +13,7 @@ from tasks.pretraining.table_plan import ConsolidationResults
 
 def consolidation_stages(config: Config) -> tuple[Stage, ...]:
     """The checkpoint stages that apply to a configuration, in order."""
-    section = config.consolidation
+    section = config.section(Consolidation)
     if section is None:
         return ()
     asked: list[Stage] = ["checkpoints", "losses"]

@@ -10,6 +10,7 @@ from infra.addresses import without_credentials
 from infra.duck import Catalog, ShardFile
 from infra.manifest import content_key
 from schemas.config import Config
+from schemas.pretraining.section import losses_of
 from schemas.pretraining.work import Checkpoint, GeneratedTexts, GrownSae, LossShard
 from schemas.work import CorpusShards
 from tasks.engine.table_plan import CONSOLIDATION_TABLES, VERSION, Group, corpus_group
@@ -51,7 +52,7 @@ def consolidation_group(config: Config, shards: CorpusShards, results: Consolida
         ]
     }
     inputs: dict[str, list[ShardFile]] = {}
-    if config.losses.keep_tokens:
+    if losses_of(config).keep_tokens:
         sharded["token_losses"] = losses
     else:
         inputs["shard_document_losses"] = losses
@@ -77,7 +78,7 @@ def consolidation_group(config: Config, shards: CorpusShards, results: Consolida
         "version": VERSION,
         "corpus": corpus,
         "checkpoints": checkpoint_rows(results.checkpoints),
-        "resamples": config.losses.resamples,
+        "resamples": losses_of(config).resamples,
         "window": window_of(config),
         "m": config.graph.rarefaction_m,
         "files": {
@@ -102,7 +103,7 @@ def consolidation_group(config: Config, shards: CorpusShards, results: Consolida
 
 def loss_files(config: Config, results: ConsolidationResults) -> dict[tuple[str, int], list[ShardFile]]:
     """Each checkpoint's files of losses, in corpus order: of single ones where these are kept, else of sums."""
-    name = "token_losses" if config.losses.keep_tokens else "document_losses"
+    name = "token_losses" if losses_of(config).keep_tokens else "document_losses"
     files: dict[tuple[str, int], list[ShardFile]] = {}
     for loss in sorted(results.losses, key=lambda loss: loss.part.shard.doc_offset):
         model, step = loss.checkpoint.series, loss.checkpoint.step

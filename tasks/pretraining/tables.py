@@ -17,6 +17,7 @@ from infra.progress import Progress, one_by_one, silent
 from infra.storage import Storage, StoredFile
 from schemas.config import Config
 from schemas.errors import StorageError
+from schemas.pretraining.section import losses_of
 from schemas.pretraining.work import GrownSae
 from schemas.tables import TABLES
 from schemas.work import CorpusShards
@@ -105,7 +106,7 @@ def _ensure_document_losses(
     folder, parts = document_losses_folder(corpus.key, files)
     name = f"{folder}/document_losses.parquet"
     given, missing = "token_losses", "shard_document_losses"
-    if not config.losses.keep_tokens:
+    if not losses_of(config).keep_tokens:
         given, missing = missing, given
 
     def make() -> Iterator[StoredFile]:
@@ -155,7 +156,10 @@ def _whole(
             "loss_buckets",
             group.tables["loss_buckets"],
             Catalog(sharded={"document_losses": losses}),
-            {"checkpoints": checkpoints, "intervals": _intervals(storage, losses, config.losses.resamples)},
+            {
+                "checkpoints": checkpoints,
+                "intervals": _intervals(storage, losses, losses_of(config).resamples),
+            },
         )
         for table in group.tables.keys() & group.inputs.sharded.keys():
             gathered = _gathered(storage, table, group.inputs.sharded[table])

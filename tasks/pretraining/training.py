@@ -15,8 +15,9 @@ from __future__ import annotations
 from infra.manifest import load_all
 from infra.progress import Progress, silent
 from infra.storage import Storage
-from schemas.config import Config, Model, Series
+from schemas.config import Config, Model
 from schemas.errors import FunctokError
+from schemas.pretraining.section import Series
 from schemas.pretraining.work import Checkpoint
 from schemas.work import CorpusShards
 from tasks.models.files import IN_STORAGE

@@ -15,6 +15,7 @@ from infra.progress import Progress, silent
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.errors import ConfigError, FunctokError
+from schemas.pretraining.section import Consolidation
 from tasks.pretraining.launch import FAILURE, REPORT, write_whole
 
 _WATCH_SECONDS = 2.0
@@ -31,9 +32,10 @@ def work(config: Config, name: str, progress: Progress = silent) -> None:
     from tasks.corpus.tokenizer_training import with_tokenizer
     from tasks.pretraining.training import train_series
 
+    section = config.section(Consolidation)
     series = [
         entry
-        for entry in (config.consolidation.series if config.consolidation is not None else [])
+        for entry in ([] if section is None else section.series)
         if entry.name == name and entry.shape is not None
     ]
     if not series:

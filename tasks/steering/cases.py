@@ -11,10 +11,10 @@ from pydantic import ValidationError
 
 from infra.addresses import is_unreachable, storage_options, without_credentials
 from infra.storage import Storage
-from schemas.config import Config, steering_of
+from schemas.config import Config
 from schemas.errors import ConfigError, StorageError, about
 from schemas.sections import explain
-from schemas.steering.section import Case, Cases, Steer, Trait, short
+from schemas.steering.section import Case, Cases, Steer, Trait, short, steering_of
 from schemas.work import Dictionary
 from tasks.dictionaries.facts import Facts
 from tasks.models.model import context_length

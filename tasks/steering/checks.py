@@ -11,10 +11,10 @@ from infra import verified
 from infra.duck import open_duckdb
 from infra.manifest import load_all
 from infra.storage import Storage
-from schemas.config import Config, steering_of
+from schemas.config import Config
 from schemas.errors import ExpectationError, StorageError
 from schemas.expectations import SUITES
-from schemas.steering.section import Cases, Trait
+from schemas.steering.section import Cases, Trait, steering_of
 from schemas.steering.work import CaseFeatures, SteeredPrompt, TraitFeatures
 from schemas.tables import SHARD_FILES
 from schemas.work import CorpusShards, Dictionary

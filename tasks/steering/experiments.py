@@ -12,9 +12,9 @@ from typing import Any
 
 from infra.manifest import content_key
 from infra.storage import Storage
-from schemas.config import Config, steering_of
+from schemas.config import Config
 from schemas.errors import about
-from schemas.steering.section import Cases, Steer
+from schemas.steering.section import Cases, Steer, steering_of
 from schemas.steering.work import TraitFeatures
 from schemas.work import Dictionary
 from tasks.models.model import model_key

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from infra import verified
 from infra.storage import Storage
-from schemas.config import Config, steering_of
+from schemas.config import Config
 from schemas.errors import ConfigError
-from schemas.steering.section import Trait
+from schemas.steering.section import Trait, steering_of
 from schemas.steering.work import TraitFeatures
 
 

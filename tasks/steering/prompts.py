@@ -10,9 +10,9 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from schemas.config import Config, steering_of
+from schemas.config import Config
 from schemas.errors import ConfigError, ModelError
-from schemas.steering.section import short
+from schemas.steering.section import short, steering_of
 from tasks.models.tokenizers import LoadedTokenizer
 
 _STANDS_FOR_TEXT = "functok"

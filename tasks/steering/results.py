@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 from infra.storage import Storage
 from schemas.config import Config
+from schemas.steering.section import Steering
 from schemas.steering.work import CaseFeatures, SteeredPrompt, SteeringResults, TraitFeatures
 from schemas.work import CorpusShards, Dictionary, Stage, StagePlan
 
 
 def steering_stages(config: Config) -> tuple[Stage, ...]:
     """The stages that a configuration's cases ask for, in order."""
-    return () if config.steering is None else ("reactivation", "steering")
+    return () if config.section(Steering) is None else ("reactivation", "steering")
 
 
 def find_steering_results(

@@ -7,7 +7,8 @@ from typing import Any
 
 from infra.duck import Catalog, ShardFile
 from infra.manifest import content_key
-from schemas.config import Config, steering_of
+from schemas.config import Config
+from schemas.steering.section import steering_of
 from schemas.steering.work import CaseFeatures, LayerFolder, SteeredPrompt, SteeringResults, TraitFeatures
 from schemas.work import CorpusShards
 from tasks.engine.table_plan import (

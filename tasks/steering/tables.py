@@ -15,7 +15,8 @@ from infra import verified
 from infra.duck import Catalog, create_views, open_duckdb, read_catalog
 from infra.progress import Progress, one_by_one, silent
 from infra.storage import Storage, StoredFile
-from schemas.config import Config, steering_of
+from schemas.config import Config
+from schemas.steering.section import steering_of
 from schemas.steering.work import SteeringResults
 from schemas.tables import TABLES
 from schemas.work import CorpusShards

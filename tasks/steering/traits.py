@@ -20,9 +20,9 @@ import torch
 from infra.manifest import Manifest, commit, load_all
 from infra.progress import Progress, silent
 from infra.storage import Storage
-from schemas.config import Config, steering_of
+from schemas.config import Config
 from schemas.errors import FunctokError, about
-from schemas.steering.section import Trait
+from schemas.steering.section import Trait, steering_of
 from schemas.steering.work import LayerFolder, TraitFeatures
 from schemas.tables import SHARD_FILES
 from schemas.work import Dictionary

@@ -15,8 +15,8 @@ from tiny import save_model, texts, write_jsonl
 
 from infra.duck import connect
 from infra.storage import Storage
-from schemas.config import Config, Series, consolidation_of
-from schemas.pretraining.section import Shape
+from schemas.config import Config
+from schemas.pretraining.section import Series, Shape, consolidation_of
 from tasks.corpus import tokenization
 from tasks.engine.plan import is_up_to_date, plan_run, stages_of
 from tasks.graph import extraction
