@@ -93,7 +93,7 @@ def test_tokenizes_a_corpus_and_leaves_the_special_token_out(folder: Path) -> No
 
 def test_two_processes_with_other_threads_and_hash_seeds_give_the_same_bytes(folder: Path) -> None:
     program = (
-        "import sys; sys.path.insert(0, 'tests'); from test_corpus_tokenizer import make_config; "
+        "import sys; sys.path[:0] = ['tests', 'tests/corpus']; from test_corpus_tokenizer import make_config; "
         "from pathlib import Path; from infra.storage import Storage; from tasks.corpus.tokenizer_training import *; "
         "train_tokenizer(make_config(Path(sys.argv[1]), size=3000), Storage(sys.argv[2]))"
     )
