@@ -22,6 +22,7 @@ import torch
 from bench.common import CORPUS, Side, alternate, emit, figure, parser, ratio, say, spread
 from infra.storage import Storage
 from schemas.config import Config
+from schemas.pretraining.section import consolidation_of
 from tasks.pretraining.packing import Rows
 from tasks.pretraining.plan import TrainingPlan
 
@@ -43,9 +44,8 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
     train_tokenizer(asked, storage)
     config = with_tokenizer(asked, storage)
     assert config is not None
-    assert config.consolidation is not None
     shards = tokenize_corpus(config, storage)
-    (series,) = config.consolidation.series
+    (series,) = consolidation_of(config).series
     plan = plan_training(config, shards, series)
     tokenizer = load_tokenizer(config.model, storage)
     prepared_device(config.model)
