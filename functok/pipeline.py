@@ -19,6 +19,7 @@ from schemas.errors import FunctokError
 from schemas.work import Stage
 from tasks.engine.plan import is_up_to_date, plan_run, stages_of
 from tasks.report.text import label, shared_texts
+from tasks.report.vocabulary import Finding
 
 TOP_RANKS = 10
 
@@ -121,10 +122,10 @@ def show_consolidation(storage: Storage, console: Any) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from tasks.pretraining.report import final_losses, findings_text
+    from tasks.pretraining.report import final_losses, findings
 
     with connect(storage) as connection:
-        losses, findings = final_losses(connection), findings_text(connection)
+        losses, found = final_losses(connection), findings(connection)
     table = Table(title="Loss by token group (current → next), nats on held-out documents, 95 % intervals")
     table.add_column("group")
     series = {(row.model, row.step): f"{row.model}, step {row.step:,}" for row in losses}
@@ -139,18 +140,19 @@ def show_consolidation(storage: Storage, console: Any) -> None:
     for bucket in dict.fromkeys(row.bucket for row in losses):
         table.add_row(bucket, *(cells.get((bucket, model), "") for model, _ in series))
     console.print(table)
-    _show_findings(findings, console)
+    _show_findings(found, console)
 
 
 def show_steering(storage: Storage, console: Any) -> None:
     """Print whether the findings of PAPER 1.3 hold here."""
-    from tasks.steering.report import steering_findings_text
+    from tasks.steering.report import findings
 
     with connect(storage) as connection:
-        findings = steering_findings_text(connection)
-    _show_findings(findings, console)
+        found = findings(connection)
+    _show_findings(found, console)
 
 
-def _show_findings(findings: Sequence[tuple[str, str, str]], console: Any) -> None:
-    for title, verdict, text in findings:
-        console.print(f"\n{title}: {verdict.upper()}. {printable(text)}", markup=False, highlight=False)
+def _show_findings(findings: Sequence[Finding], console: Any) -> None:
+    for found in findings:
+        told = f"\n{found.title}: {found.verdict.upper()}. {printable(found.text)}"
+        console.print(told, markup=False, highlight=False)

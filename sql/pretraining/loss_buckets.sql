@@ -1,5 +1,6 @@
 -- The four buckets of every checkpoint (PAPER 1.4): their predictions, mean loss in nats, and share of the total
--- loss; with 95 % intervals by document (see tasks/report/bootstrap.py). A bucket without a prediction has no mean.
+-- loss; with 95 % intervals by document (see tasks/pretraining/loss_intervals.py). A bucket without a prediction has no
+-- mean.
 -- Documents' losses are multiples of 2^-32: as integers they add up in any order.
 WITH buckets AS (
     SELECT *

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from tasks.pretraining.loss_intervals import BUCKETS
 from tasks.pretraining.rows import (
     TO_FUNCTION,
     BucketLoss,
@@ -18,7 +19,6 @@ from tasks.pretraining.rows import (
     LearnedRow,
     TrainingPoint,
 )
-from tasks.report.bootstrap import BUCKETS
 from tasks.report.style import (
     CONTENT,
     FUNCTION,

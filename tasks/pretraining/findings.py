@@ -7,14 +7,13 @@ lies wholly on the other side in any, and is undecided in between.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Sequence
 
+from tasks.pretraining.loss_intervals import BUCKETS
 from tasks.pretraining.rows import (
     HARDEST,
     TO_CONTENT,
     TO_FUNCTION,
-    Estimate,
     Gains,
     GraphRow,
     Halfway,
@@ -23,11 +22,9 @@ from tasks.pretraining.rows import (
     Measured,
     SeriesRow,
 )
-from tasks.report.bootstrap import BUCKETS
-from tasks.report.findings import SATURATED, Finding, Verdict
+from tasks.report.graph import SATURATED
 from tasks.report.text import integer, listed, number, percent, plural, signed
-
-Sign = Literal["above", "below", "unclear"]
+from tasks.report.vocabulary import SAID, Finding, Sign, Verdict, beyond, every
 
 PAPER_LEARNED = (1_942, 64_042)
 PAPER_FINAL = 4.88
@@ -40,12 +37,6 @@ TITLES = (
     "The larger model gains most on →content",
     "Learned features grow, and function tokens activate most of them",
 )
-_SAID: dict[Verdict, str] = {
-    "holds": "holds here",
-    "differs": "does not hold here",
-    "undecided": "is undecided here: not every interval lies on one side of zero",
-}
-
 _DOUBLINGS = ("doublings of the step ahead of", "doublings of the step behind")
 
 
@@ -80,7 +71,7 @@ def is_hardest(names: Sequence[str], rows: Sequence[Hardest | None]) -> Finding:
         0,
         verdict,
         f"{' '.join(told)}{left_out} That function→content is the hardest at the last checkpoint (in the paper "
-        f"throughout, with {PAPER_FINAL} at the end of the 1.5B model) {_SAID[verdict]}{also}.",
+        f"throughout, with {PAPER_FINAL} at the end of the 1.5B model) {SAID[verdict]}{also}.",
     )
 
 
@@ -104,7 +95,7 @@ def falls_first(names: Sequence[str], rows: Sequence[Halfway | None]) -> Finding
         1,
         verdict,
         f"{' '.join(told)}{left_out} That →function falls first (both groups before both →content groups) "
-        f"{_SAID[verdict]}.",
+        f"{SAID[verdict]}.",
     )
 
 
@@ -127,7 +118,7 @@ def larger_gains(series: Sequence[SeriesRow], compared: Gains | str) -> Finding:
         f"({compared.ground}), losses end, in nats: {listed(told)}; relative to the loss, {most}. "
         f"The lesser gain of →content is {beyond(compared.order)} the "
         f"greater one of →function, function→content’s {beyond(compared.lead)} the greatest of the others. That the "
-        f"larger model gains most on →content, above all function→content, {_SAID[verdict]}.",
+        f"larger model gains most on →content, above all function→content, {SAID[verdict]}.",
     )
 
 
@@ -152,29 +143,6 @@ def features_grow(
         f"checkpoint, the more so the later, {_counted(covers)}. These are counts of one SAE a checkpoint and have "
         "no interval.",
     )
-
-
-def every(signs: Iterable[Sign]) -> Verdict:
-    """Whether all claims hold: `below` refutes at once, `unclear` leaves it open."""
-    found = set(signs)
-    return "differs" if "below" in found else "undecided" if "unclear" in found or not found else "holds"
-
-
-def estimate(value: Estimate, digits: int = 3) -> str:
-    """A number with its interval."""
-    if value.value != value.value:
-        return "not defined"
-    if value.low != value.low:
-        return f"{signed(value.value, digits)} (no interval)"
-    return f"{signed(value.value, digits)} ({signed(value.low, digits)} to {signed(value.high, digits)})"
-
-
-def beyond(value: Estimate, words: tuple[str, str] = ("above", "below"), digits: int = 3) -> str:
-    """A difference with its interval, told without a sign: `0.310 (0.280 to 0.340) below`."""
-    if value.value < 0:
-        value = Estimate(value=-value.value, low=-value.high, high=-value.low)
-        return f"{estimate(value, digits)} {words[1]}"
-    return f"{estimate(value, digits)} {words[0]}"
 
 
 def _growth(name: str, rows: Sequence[LearnedRow]) -> tuple[Sign, str]:
@@ -243,7 +211,7 @@ def _left_out(names: Sequence[str], rows: Sequence[object | None], why: str) -> 
 
 
 def _counted(verdict: Verdict) -> str:
-    return "is undecided here" if verdict == "undecided" else _SAID[verdict]
+    return "is undecided here" if verdict == "undecided" else SAID[verdict]
 
 
 def _half_steps(row: Halfway, buckets: Sequence[str]) -> str:

@@ -36,24 +36,23 @@ from tasks.pretraining.report_tables import (
 )
 from tasks.pretraining.rows import HARDEST, BucketLoss
 from tasks.pretraining.statistics import measure
-from tasks.report.corpus import resamples_of
-from tasks.report.findings import Finding
-from tasks.report.page import Section, picture
+from tasks.report.old_page import Section, picture
+from tasks.report.queries import resamples_of
 from tasks.report.text import integer, listed, percent, plural, signed
+from tasks.report.vocabulary import Finding
+
+HAS_OWN_GRAPHS = True
 
 
-def findings_text(connection: Any) -> list[tuple[str, str, str]]:
-    """The paper's four findings: title, verdict and sentences; none where no losses are published.
-
-    The verdict is one of `holds`, `differs`, `undecided` and `untested`.
+def findings(connection: Any) -> list[Finding]:
+    """The paper's four findings; none where no losses are published.
 
     Args:
         connection: Of `infra.duck.connect`.
     """
     if not has_losses(connection):
         return []
-    found = consolidation_findings.findings(measure(connection))
-    return [(finding.title, finding.verdict, finding.text) for finding in found]
+    return consolidation_findings.findings(measure(connection))
 
 
 def final_losses(connection: Any) -> list[BucketLoss]:
@@ -61,7 +60,7 @@ def final_losses(connection: Any) -> list[BucketLoss]:
     return last_of_each(bucket_losses(connection)) if has_losses(connection) else []
 
 
-def consolidation_facts(connection: Any) -> list[tuple[str, str]]:
+def facts(connection: Any) -> list[tuple[str, str]]:
     """The checkpoints in numbers, for the head of the report."""
     if not has_losses(connection):
         return []
@@ -73,19 +72,19 @@ def consolidation_facts(connection: Any) -> list[tuple[str, str]]:
     ]
 
 
-def consolidation_sections(connection: Any) -> list[Callable[[], Section]]:
+def sections(connection: Any) -> list[Callable[[], Section]]:
     """What builds each section that there are tables for; none where no losses are published."""
     if not has_losses(connection):
         return []
-    sections = [_findings]
-    sections += [_training] * bool(training_rows(connection))
-    sections += [_losses]
+    built = [_findings]
+    built += [_training] * bool(training_rows(connection))
+    built += [_losses]
     if learned_rows(connection):
-        sections += [_learned]
+        built += [_learned]
     if graph_rows(connection):
-        sections += [_degree] * bool(checkpoint_degree_bins(connection)) + [_coverage]
-    sections += [_generations] * bool(continuations(connection))
-    return [functools.partial(build, connection) for build in sections]
+        built += [_degree] * bool(checkpoint_degree_bins(connection)) + [_coverage]
+    built += [_generations] * bool(continuations(connection))
+    return [functools.partial(build, connection) for build in built]
 
 
 def _findings(connection: Any) -> Section:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from tasks.pretraining.loss_intervals import BUCKETS
 from tasks.pretraining.rows import (
     BucketLoss,
     CheckpointDegreeBin,
@@ -19,9 +20,7 @@ from tasks.pretraining.rows import (
     TrainingPoint,
     TrainingRow,
 )
-from tasks.report.bootstrap import BUCKETS
-from tasks.report.corpus import rank_bin, tables_of
-from tasks.report.graph import DEGREE_BINS
+from tasks.report.queries import DEGREE_BINS, rank_bin, tables_of
 
 LOSS_TABLES = {"checkpoints", "loss_buckets", "document_losses"}
 

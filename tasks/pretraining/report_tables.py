@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from tasks.pretraining.findings import estimate
+from tasks.pretraining.loss_intervals import BUCKETS
 from tasks.pretraining.rows import (
     BucketLoss,
     Continuation,
@@ -16,9 +16,9 @@ from tasks.pretraining.rows import (
     SeriesRow,
     TrainingRow,
 )
-from tasks.report.bootstrap import BUCKETS
-from tasks.report.page import Column, Table, number_column, number_columns
+from tasks.report.old_page import Column, Table, number_column, number_columns
 from tasks.report.text import integer, number, percent, plural, signed, visible, visible_text
+from tasks.report.vocabulary import estimate
 
 MOST_PROMPTS = 20
 LONGEST_CAPTION = 80

@@ -6,7 +6,8 @@ Losses are nats a prediction, shares are between 0 and 1, steps are optimizer st
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+
+from tasks.report.vocabulary import Estimate
 
 TO_FUNCTION = ("function→function", "content→function")
 TO_CONTENT = ("function→content", "content→content")
@@ -164,20 +165,6 @@ class Continuation:
     step: int
     prompt: str
     by_mode: dict[str, str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """A number with its 95 % bootstrap interval by document; NaN where it is not defined."""
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def sign(self) -> Literal["above", "below", "unclear"]:
-        """On which side of zero the whole interval lies."""
-        return "above" if self.low > 0 else "below" if self.high < 0 else "unclear"
 
 
 @dataclass(frozen=True, kw_only=True)

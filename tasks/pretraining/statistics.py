@@ -7,27 +7,26 @@ document hard for all of them cancels.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from tasks.pretraining.loss_intervals import BUCKETS
 from tasks.pretraining.report_checkpoints import graph_rows, learned_rows, series_of
 from tasks.pretraining.rows import (
     HARDEST,
     TO_CONTENT,
     TO_FUNCTION,
-    Estimate,
     Gains,
     Halfway,
     Hardest,
     Measured,
     SeriesRow,
 )
-from tasks.report.bootstrap import BUCKETS, bootstrap
-from tasks.report.corpus import resamples_of
+from tasks.report.bootstrap import estimates
+from tasks.report.queries import resamples_of
 
 Floats = npt.NDArray[np.float64]
 Checkpoints = Sequence[tuple[str, int]]
@@ -238,28 +237,3 @@ def _sums(connection: Any, checkpoints: Checkpoints) -> Floats:
     sums[document, found["checkpoint"], found["bucket"], 0] = found["loss"]
     sums[document, found["checkpoint"], found["bucket"], 1] = found["n"]
     return sums
-
-
-def estimates(sums: Floats, statistic: Callable[[Floats], Floats], resamples: int) -> list[Estimate]:
-    """What a statistic of sums over documents (or other units that are drawn) gives, each number with its interval.
-
-    Args:
-        sums: (units, ...) addends of each unit.
-        statistic: Maps (resamples, ...) sums to (resamples, k) numbers.
-        resamples: How many.
-
-    Returns:
-        k estimates; an interval is NaN with fewer than 2 units.
-    """
-    shape = sums.shape[1:]
-    flat = sums.reshape(len(sums), math.prod(shape))
-
-    def of_flat(drawn: Floats) -> Floats:
-        return statistic(drawn.reshape(len(drawn), *shape))
-
-    values = of_flat(flat.sum(axis=0)[None])[0]
-    intervals = bootstrap(flat, of_flat, resamples)
-    return [
-        Estimate(value=float(value), low=float(low), high=float(high))
-        for value, (low, high) in zip(values, intervals, strict=True)
-    ]

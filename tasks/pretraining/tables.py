@@ -25,6 +25,7 @@ from tasks.engine.table_plan import Group, corpus_group, graph_inputs, merged
 from tasks.engine.table_sql import ensure_folder, write_table
 from tasks.graph.edges import edge_files, ensure_edges
 from tasks.graph.tables import build_corpus
+from tasks.pretraining.loss_intervals import INTERVALS, bucket_intervals
 from tasks.pretraining.table_plan import (
     ConsolidationResults,
     checkpoint_rows,
@@ -33,7 +34,6 @@ from tasks.pretraining.table_plan import (
     graph_folder,
     loss_files,
 )
-from tasks.report.bootstrap import INTERVALS, bucket_intervals
 
 __all__ = ["ConsolidationResults", "build_consolidation_tables"]
 

@@ -1,11 +1,11 @@
-"""Intervals by document: the percentile bootstrap (Efron 1979) of anything that sums over documents give.
+"""Intervals: the percentile bootstrap (Efron 1979) of anything that sums over units, such as documents, give.
 
-Predictions of one document are not independent, so whole documents are drawn, with replacement. A seed and a
-number of documents give the same draws whatever is summed, so what two calls find of the same documents is
-paired and differences between checkpoints may be taken within a resample.
+What is seen in one document is not independent, so whole documents are drawn, with replacement. A seed and a number of
+documents give the same draws whatever is summed, so what two calls find of the same documents is paired, and
+differences may be taken within a resample.
 
-A resample of D documents is a row of D weights, so all of them are one matrix product, in pieces of bounded
-memory. Drawing rows themselves would copy every document's numbers once a resample.
+A resample of D documents is a row of D weights, so all of them are one matrix product, in pieces of bounded memory.
+Drawing rows themselves would copy every document's numbers once a resample.
 """
 
 from __future__ import annotations
@@ -16,19 +16,10 @@ from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
+
+from tasks.report.vocabulary import Estimate
 
 Floats = npt.NDArray[np.float64]
-
-BUCKETS = ("function→function", "function→content", "content→function", "content→content")
-"""Kinds of the current and of the next token, in the order of the tables."""
-
-INTERVALS = pa.schema(
-    [
-        ("bucket", pa.string()),
-        *((name, pa.float64()) for name in ("mean_low", "mean_high", "share_low", "share_high")),
-    ]
-)
 
 PERCENTILES = (2.5, 97.5)
 WEIGHTS_AT_ONCE = 1 << 21
@@ -57,6 +48,31 @@ def bootstrap(counts: Floats, statistic: Callable[[Floats], Floats], resamples: 
     return ends
 
 
+def estimates(sums: Floats, statistic: Callable[[Floats], Floats], resamples: int) -> list[Estimate]:
+    """What a statistic of sums over units that are drawn gives, each number with its interval.
+
+    Args:
+        sums: (units, ...) addends of each unit.
+        statistic: Maps (resamples, ...) sums to (resamples, k) numbers.
+        resamples: How many.
+
+    Returns:
+        k estimates; an interval is NaN with fewer than 2 units.
+    """
+    shape = sums.shape[1:]
+    flat = sums.reshape(len(sums), math.prod(shape))
+
+    def of_flat(drawn: Floats) -> Floats:
+        return statistic(drawn.reshape(len(drawn), *shape))
+
+    values = of_flat(flat.sum(axis=0)[None])[0]
+    intervals = bootstrap(flat, of_flat, resamples)
+    return [
+        Estimate(value=float(value), low=float(low), high=float(high))
+        for value, (low, high) in zip(values, intervals, strict=True)
+    ]
+
+
 def resampled_sums(
     counts: Floats, resamples: int, seed: int = 0, weights_at_once: int = WEIGHTS_AT_ONCE
 ) -> Floats:
@@ -82,38 +98,6 @@ def resampled_sums(
         weights = np.bincount(drawn.ravel(), minlength=n * n_documents).reshape(n, n_documents)
         sums[first : first + n] = weights.astype(np.float64) @ addends
     return sums
-
-
-def bucket_intervals(document_losses: pa.Table, resamples: int, seed: int = 0) -> pa.Table:
-    """Intervals of one checkpoint's buckets: of the mean loss, and of the share of the total loss.
-
-    Args:
-        document_losses: Columns `doc_id`, `bucket`, `n`, `loss` of one checkpoint.
-        resamples: How many.
-        seed: Of the draws.
-
-    Returns:
-        `INTERVALS`, one row a bucket. A mean over fewer than 2 documents has no interval.
-    """
-    documents, document = np.unique(document_losses["doc_id"].to_numpy(), return_inverse=True)
-    place = np.array([BUCKETS.index(bucket) for bucket in document_losses["bucket"].to_pylist()], dtype=int)
-    counts = np.zeros((len(documents), 2, len(BUCKETS)))
-    counts[document, 0, place] = document_losses["n"].to_numpy()
-    counts[document, 1, place] = document_losses["loss"].to_numpy()
-    ends = bootstrap(counts.reshape(len(documents), 2 * len(BUCKETS)), _means_and_shares, resamples, seed)
-    means, shares = ends[: len(BUCKETS)], ends[len(BUCKETS) :]
-    means[(counts[:, 0] > 0).sum(axis=0) < 2] = np.nan
-    columns = [*means.T, *shares.T]
-    return pa.table(
-        [list(BUCKETS), *(pa.array(column, pa.float64(), from_pandas=True) for column in columns)],
-        schema=INTERVALS,
-    )
-
-
-def _means_and_shares(sums: Floats) -> Floats:
-    n, loss = sums[:, : len(BUCKETS)], sums[:, len(BUCKETS) :]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.hstack([loss / n, loss / loss.sum(axis=1, keepdims=True)])
 
 
 def _exact(counts: Floats) -> Floats:

@@ -1,111 +1,62 @@
-"""The report's page: sections of pictures and tables, set by one template that escapes everything."""
+"""The report's page: sections set by one template that escapes everything; no script, nothing outside it."""
 
 from __future__ import annotations
 
+import base64
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
-from tasks.report.findings import Finding
-from tasks.report.style import svg_uri
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from tasks.report import charts
+from tasks.report.vocabulary import Chart, Section
 
 TEMPLATE = "report.html.j2"
-PIXELS_PER_INCH = 96
 
 
 @dataclass(frozen=True, kw_only=True)
-class Column:
-    """A table's column: its heading, and how its cells are set."""
-
-    name: str
-    kind: Literal["text", "number", "token"] = "text"
-
-
-def number_column(name: str) -> Column:
-    """A column of numbers."""
-    return Column(name=name, kind="number")
-
-
-def number_columns(*names: str) -> list[Column]:
-    """Columns of numbers."""
-    return [number_column(name) for name in names]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """A table of cells that are already text.
-
-    Attributes:
-        caption: What it is.
-        columns: Its columns.
-        rows: Its cells, as many a row as there are columns.
-        note: What to know when reading it.
-    """
-
-    caption: str
-    columns: Sequence[Column]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """A figure as a data URI, its size in CSS pixels, the text that stands for it, and one to go below it."""
+class Image:
+    """A drawn chart: its SVG as a data URI, its size in CSS pixels, and its texts."""
 
     uri: str
     width: int
     height: int
     alt: str
-    caption: str = ""
+    caption: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class Section:
-    """A part of the page.
+class Drawn:
+    """A section whose charts are drawn."""
 
-    Attributes:
-        key: Anchor.
-        title: Heading.
-        shows: What the figure or the tables show, and how to read them.
-        picture: The figure, if there is one.
-        pictures: More figures, where one is not enough.
-        findings: What was found here.
-        tables: Tables below it.
-        missing: Why there is nothing to show, and the way out; empty where there is.
-    """
-
-    key: str
-    title: str
-    shows: str = ""
-    picture: Picture | None = None
-    pictures: Sequence[Picture] = ()
-    findings: Sequence[Finding] = ()
-    tables: Sequence[Table] = field(default_factory=tuple)
-    missing: str = ""
-
-    @property
-    def shown(self) -> list[Picture]:
-        """All figures, in order."""
-        return [*([self.picture] if self.picture is not None else []), *self.pictures]
+    section: Section
+    images: Sequence[Image]
 
 
-def picture(figure: Figure, alt: str, caption: str = "") -> Picture:
-    """A figure as the page shows it."""
-    width, height = figure.get_size_inches()
-    return Picture(
-        uri=svg_uri(figure),
-        width=round(width * PIXELS_PER_INCH),
-        height=round(height * PIXELS_PER_INCH),
-        alt=alt,
-        caption=caption,
+def draw(section: Section) -> Drawn:
+    """Draw a section's charts."""
+    # Until all parts have charts: a picture is drawn already.
+    return Drawn(
+        section=section,
+        images=[chart if hasattr(chart, "uri") else image(chart) for chart in section.charts],  # type: ignore[misc]
     )
 
 
-def render(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section]) -> str:
+def image(chart: Chart) -> Image:
+    """The chart as the page shows it, the same bytes for the same spec."""
+    svg = charts.svg(chart.spec)
+    size = re.search(r'<svg[^>]* width="([\d.]+)" height="([\d.]+)"', svg)
+    assert size is not None, "Vega writes the size of every image"
+    return Image(
+        uri="data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode("ascii"),
+        width=round(float(size[1])),
+        height=round(float(size[2])),
+        alt=chart.alt,
+        caption=chart.caption,
+    )
+
+
+def render(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Drawn]) -> str:
     """The page as HTML: no script, no reference to anything outside it."""
     import jinja2
 

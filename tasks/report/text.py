@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Collection, Sequence
@@ -10,6 +11,9 @@ from typing import Any
 OPEN_BOX = "␣"
 NAMED = {"\n": r"\n", "\r": r"\r", "\t": r"\t", " ": OPEN_BOX}
 DOTTED_CIRCLE = "◌"
+DASH = "–"
+"""What is not there."""
+
 LONGEST_TOKEN = 60
 LONGEST_TEXT = 2000
 
@@ -23,7 +27,7 @@ def visible(token: str | None, longest: int = LONGEST_TOKEN) -> str:
     an id that the vocabulary has no text for is a dash.
     """
     if token is None:
-        return "–"
+        return DASH
     shown = token if len(token) <= longest else token[:longest]
     text = "".join(_visible_character(character) for character in shown)
     if text and unicodedata.combining(text[0]):
@@ -65,26 +69,46 @@ def quoted(token: str | None) -> str:
     return f"“{visible(token, 24)}”"
 
 
+def passage(text: str | None, longest: int = LONGEST_TEXT) -> str:
+    """A generated text; one that ended before it began says so."""
+    return "(ended at once)" if text == "" else visible_text(text, longest)
+
+
+def plain(value: float | str | None) -> str:
+    """An id or a setting as it is, without commas; a dash for what is not there."""
+    return DASH if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def integer(value: float | None) -> str:
     """Thousands separated by commas; a dash for what is not there."""
-    return "–" if value is None else f"{round(value):,}"
+    return DASH if value is None else f"{round(value):,}"
 
 
 def number(value: float | None, digits: int = 3) -> str:
     """So many significant digits; a dash for what is not there."""
-    if value is None or value != value:
-        return "–"
+    if value is None or not math.isfinite(value):
+        return DASH
     return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
+
+
+def decimal(value: float | None, digits: int = 2) -> str:
+    """So many digits after the point, thousands separated by commas; a dash for what is not there."""
+    return DASH if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
 
 
 def signed(value: float | None, digits: int = 2) -> str:
     """A number with a real minus sign; a dash for what is not there."""
-    return "–" if value is None or value != value else f"{value:.{digits}f}".replace("-", "−")
+    return DASH if value is None or not math.isfinite(value) else f"{value:.{digits}f}".replace("-", "−")
+
+
+def change(value: float | None, digits: int = 2) -> str:
+    """A number with its sign, plus or minus; a dash for what is not there."""
+    return f"+{value:.{digits}f}" if value is not None and value > 0 else signed(value, digits)
 
 
 def percent(share: float | None, digits: int = 2) -> str:
     """A share as a percentage; a dash for what is not there."""
-    return "–" if share is None or share != share else f"{100 * share:.{digits}f} %"
+    return DASH if share is None or not math.isfinite(share) else f"{signed(100 * share, digits)} %"
 
 
 def listed(parts: Sequence[str]) -> str:
@@ -95,3 +119,8 @@ def listed(parts: Sequence[str]) -> str:
 def plural(count: int, noun: str) -> str:
     """A count with its noun."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def layers_told(layers: Sequence[int]) -> str:
+    """`layer 3`, `layers 3 and 8`."""
+    return f"layer{'s' if len(layers) > 1 else ''} {listed([str(layer) for layer in layers])}"

@@ -9,10 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from tasks.pretraining.findings import Sign, beyond, estimate, every
-from tasks.pretraining.rows import Estimate
-from tasks.report.findings import Finding, Verdict
 from tasks.report.text import listed, number, percent, plural, signed, visible_text
+from tasks.report.vocabulary import Estimate, Finding, Sign, Verdict, beyond, estimate, every
 from tasks.steering.values import ModeEffects, Reactivation, Steered, TraitLayer
 
 TITLES = (

@@ -9,10 +9,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from tasks.report.corpus import resamples_of
-from tasks.report.findings import Finding
-from tasks.report.page import Section, picture
+from tasks.report.old_page import Section, picture
+from tasks.report.queries import resamples_of
 from tasks.report.text import integer, listed, percent, plural, signed, visible_text
+from tasks.report.vocabulary import Finding
 from tasks.steering import figures as steering_figures
 from tasks.steering import findings as steering_findings
 from tasks.steering.report_tables import (
@@ -39,12 +39,11 @@ from tasks.steering.statistics import measure_reactivation, measure_steering, mi
 from tasks.steering.values import EffectRow, HeatMap, ScoreRow
 
 FEATURES_SHOWN = 8
+HAS_OWN_GRAPHS = False
 
 
-def steering_findings_text(connection: Any) -> list[tuple[str, str, str]]:
-    """The findings on reactivation and steering: title, verdict and sentences; none where nothing is published.
-
-    The verdict is one of `holds`, `differs`, `undecided`, `untested` and, where the paper has no claim, `own`.
+def findings(connection: Any) -> list[Finding]:
+    """The findings on reactivation and steering; none where nothing is published.
 
     Args:
         connection: Of `infra.duck.connect`.
@@ -56,25 +55,25 @@ def steering_findings_text(connection: Any) -> list[tuple[str, str, str]]:
         found += _of_layers(connection)
     if there["experiments"]:
         found += steering_findings.steering_findings(measure_steering(connection))
-    return [(finding.title, finding.verdict, finding.text) for finding in found]
+    return found
 
 
-def steering_facts(connection: Any) -> list[tuple[str, str]]:
+def facts(connection: Any) -> list[tuple[str, str]]:
     """Cases, traits and experiments in numbers, for the head of the report."""
     names = {"cases": "cases", "traits": "traits", "experiments": "steering experiments"}
     return [(names[name], integer(n)) for name, n in counted(connection).items() if n]
 
 
-def steering_sections(connection: Any) -> list[Callable[[], Section]]:
+def sections(connection: Any) -> list[Callable[[], Section]]:
     """What builds each section that there are tables for; none where neither cases nor experiments are published."""
-    there, sections = counted(connection), list[Callable[[Any], Section]]()
+    there, built = counted(connection), list[Callable[[Any], Section]]()
     if there["cases"]:
-        sections += [_reactivation, _heat_maps]
+        built += [_reactivation, _heat_maps]
     if there["traits"]:
-        sections += [_traits]
+        built += [_traits]
     if there["experiments"]:
-        sections += [_steering, _texts]
-    return [functools.partial(build, connection) for build in sections]
+        built += [_steering, _texts]
+    return [functools.partial(build, connection) for build in built]
 
 
 def _reactivation(connection: Any) -> Section:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tasks.pretraining.findings import estimate
-from tasks.pretraining.rows import Estimate
-from tasks.report.page import Column, Table, number_column, number_columns
+from tasks.report.old_page import Column, Table, number_column, number_columns
 from tasks.report.text import integer, number, percent, plural, signed, visible, visible_text
+from tasks.report.vocabulary import Estimate, estimate
 from tasks.steering.intervals import SCORES
 from tasks.steering.values import EffectRow, ScoreRow, SteeredText, TraitFeature, TraitLayer
 

@@ -11,8 +11,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from tasks.pretraining.rows import Estimate
-from tasks.report.corpus import tables_of
+from tasks.report.queries import tables_of
+from tasks.report.vocabulary import Estimate
 from tasks.steering.intervals import EFFECTS, SCORES
 from tasks.steering.values import (
     EffectRow,

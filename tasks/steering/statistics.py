@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tasks.pretraining.rows import Estimate
-from tasks.pretraining.statistics import estimates
-from tasks.report.corpus import resamples_of
+from tasks.report.bootstrap import estimates
+from tasks.report.queries import resamples_of
+from tasks.report.vocabulary import Estimate
 from tasks.steering.intervals import (
     EFFECTS,
     FEWEST,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tasks.pretraining.rows import Estimate
+from tasks.report.vocabulary import Estimate
 from tasks.steering import loaded_traits
 
 

@@ -15,7 +15,7 @@ from flows.artifacts import coverage_rows
 from functok import pipeline
 from infra.storage import Storage
 from tasks.models.token_texts import token_texts
-from tasks.report.tables import coverage_table
+from tasks.report.graph import coverage_table
 from tasks.report.text import label, shared_texts
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -135,7 +135,7 @@ def test_people_see_ids_where_texts_are_shared(tmp_path: Path, monkeypatch: pyte
     shown = ["␣a (id 7)", "␣a (id 9)", "a"]
     shared = shared_texts(connection)
     assert [label(" a", 7, shared), label(" a", 9, shared), label("a", 3, shared)] == shown
-    assert [row[1] for row in coverage_table(connection).rows] == shown
+    assert [row[1] for row in coverage_table(connection).cells] == shown
     rows = connection.execute("SELECT rank, token, token_id, layer, coverage FROM coverage").fetchall()
     assert [row["token"] for row in coverage_rows(rows, shared)] == shown
     monkeypatch.setattr(pipeline, "connect", lambda storage: connection)

@@ -37,8 +37,9 @@ from tasks.graph.tables import (
     write_catalog_file,
     write_table,
 )
+from tasks.pretraining.loss_intervals import BUCKETS, bucket_intervals
 from tasks.pretraining.tables import ConsolidationResults, build_consolidation_tables
-from tasks.report.bootstrap import BUCKETS, bootstrap, bucket_intervals, resampled_sums
+from tasks.report.bootstrap import bootstrap, resampled_sums
 
 MADE = (
     "checkpoints",

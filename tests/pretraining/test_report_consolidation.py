@@ -19,18 +19,19 @@ from infra.storage import Storage
 from schemas.tables import TABLES
 from tasks.pretraining import figures as consolidation_figures
 from tasks.pretraining import report_checkpoints
-from tasks.pretraining.findings import beyond, every
-from tasks.pretraining.report import final_losses, findings_text
-from tasks.pretraining.rows import Estimate, SeriesRow
+from tasks.pretraining.report import final_losses
+from tasks.pretraining.report import findings as findings_of
+from tasks.pretraining.rows import SeriesRow
 from tasks.pretraining.statistics import comparable, half_step, log_steps, measure
 from tasks.report.report import write_report
+from tasks.report.vocabulary import Estimate, beyond, every
 
 HARDEST, FALLS, GAINS, GROWS = range(4)
 
 
 def found(tmp_path: Path, made: Made) -> list[tuple[str, str, str]]:
     with closing(connect(catalogue.publish(Storage(str(tmp_path)), made))) as connection:
-        findings = findings_text(connection)
+        findings = [(finding.title, finding.verdict, finding.text) for finding in findings_of(connection)]
     assert len(findings) == 4
     return findings
 
@@ -172,7 +173,7 @@ def test_a_group_without_predictions_is_not_tested(tmp_path: Path) -> None:
     without = {bucket: values for bucket, values in SMALL.items() if bucket != "function→function"}
     storage = catalogue.publish(Storage(str(tmp_path)), Made(curves={"small": without}, learned=None))
     with closing(connect(storage)) as connection:
-        assert [verdict for _, verdict, _ in findings_text(connection)] == ["untested"] * 4
+        assert [finding.verdict for finding in findings_of(connection)] == ["untested"] * 4
         assert {row.bucket for row in final_losses(connection)} == set(without)
     write_report(storage)
     assert "no prediction in the held-out documents" in read(storage)
@@ -311,7 +312,7 @@ def test_step_0_has_its_place_on_the_axis(tmp_path: Path) -> None:
     made = Made(curves={"small": SMALL}, steps={"small": (0, 1, 8, 64, 512)}, learned=None)
     with closing(connect(catalogue.publish(Storage(str(tmp_path)), made))) as connection:
         figure = consolidation_figures.bucket_losses(report_checkpoints.bucket_losses(connection), ["small"])
-        assert findings_text(connection)[FALLS][1] == "holds"
+        assert findings_of(connection)[FALLS].verdict == "holds"
     (axes,) = figure.axes
     pixels = axes.transData.transform([(step, 5) for step in (0, 1, 8, 64, 512)])[:, 0]
     assert (np.diff(pixels) > 5).all()
@@ -409,7 +410,7 @@ def test_empty_tables_count_as_not_asked_for(tmp_path: Path) -> None:
     for name in ("loss_buckets", "document_losses"):
         storage.write_parquet(f"tables/{name}.parquet", pa.Table.from_pylist([], schema=TABLES[name]))
     with closing(connect(storage)) as connection:
-        assert findings_text(connection) == []
+        assert findings_of(connection) == []
         assert final_losses(connection) == []
 
 

@@ -21,11 +21,11 @@ from steering_catalogue import Made
 from infra.duck import connect
 from infra.storage import Storage
 from tasks.graph.tables import publish
-from tasks.pretraining.rows import Estimate
 from tasks.report.report import write_report
+from tasks.report.vocabulary import Estimate
 from tasks.steering import figures as steering_figures
 from tasks.steering import findings as steering_findings
-from tasks.steering.report import steering_facts, steering_findings_text
+from tasks.steering.report import facts, findings
 from tasks.steering.report_tables import token_scores_table
 from tasks.steering.rows import counted, effect_rows, heat_maps, score_rows, steered_texts
 from tasks.steering.statistics import measure_reactivation, measure_steering, middle_strength
@@ -147,14 +147,14 @@ def verdicts(tmp_path: Path, made: Made) -> dict[str, tuple[str, str]]:
     storage = Storage(str(tmp_path))
     catalogue.built(storage, made)
     with closing(connect(storage)) as connection:
-        return {title: (verdict, text) for title, verdict, text in steering_findings_text(connection)}
+        return {finding.title: (finding.verdict, finding.text) for finding in findings(connection)}
 
 
 AGAIN, MORE, RAISES, PLACE, COST, LAYER = steering_findings.TITLES
 
 
 def test_all_hold_with_the_numbers_that_were_put_in(connection: Any) -> None:
-    found = {title: (verdict, text) for title, verdict, text in steering_findings_text(connection)}
+    found = {finding.title: (finding.verdict, finding.text) for finding in findings(connection)}
     assert {title: verdict for title, (verdict, _) in found.items()} == {
         AGAIN: "holds",
         MORE: "holds",
@@ -484,7 +484,7 @@ def test_same_tables_give_the_same_bytes(storage: Storage) -> None:
 
 
 @pytest.mark.parametrize(
-    ("made", "keys", "facts"),
+    ("made", "keys", "told"),
     [
         (Made(cases=2, experiments=0), ["reactivation", "heat-maps"], [("cases", "4")]),
         (
@@ -495,14 +495,14 @@ def test_same_tables_give_the_same_bytes(storage: Storage) -> None:
     ],
 )
 def test_what_was_not_asked_for_has_no_section(
-    tmp_path: Path, made: Made, keys: list[str], facts: list[tuple[str, str]]
+    tmp_path: Path, made: Made, keys: list[str], told: list[tuple[str, str]]
 ) -> None:
     storage = Storage(str(tmp_path))
     catalogue.built(storage, made)
     write_report(storage)
     assert re.findall(r'<section id="([^"]+)"', read(storage))[4:-1] == keys
     with closing(connect(storage)) as connection:
-        assert steering_facts(connection) == facts
+        assert facts(connection) == told
 
 
 def test_cases_without_own_features_say_so(tmp_path: Path) -> None:
@@ -522,7 +522,7 @@ def test_without_steering_there_is_none_of_it(tmp_path: Path) -> None:
     catalogue.built(storage, Made(cases=0, experiments=0))
     with closing(connect(storage)) as connection:
         assert counted(connection) == {"cases": 0, "traits": 0, "experiments": 0}
-        assert steering_facts(connection) == steering_findings_text(connection) == heat_maps(connection) == []
+        assert facts(connection) == findings(connection) == heat_maps(connection) == []
     write_report(storage)
     assert "steering" not in re.sub(
         r"<code>.*?</code>|<style>.*?</style>", "", read(storage).split("<main>")[0]
