@@ -36,6 +36,14 @@ TOLD_AGAIN_SECONDS = 600.0
 _ERROR = re.compile(r"\|\s*(?:ERROR|CRITICAL)\s*\||^(?:ERROR|CRITICAL)\b|^[\w.]*(?:Error|Exception)\b")
 
 
+_OWN_PACKAGES = Path(__file__).resolve().parent.parent / "functok" / "own_packages.py"
+
+
+def own_program(module: str) -> list[str]:
+    """The command line of a child that is a module of ours, whatever lies in the working directory."""
+    return [sys.executable, str(_OWN_PACKAGES), module]
+
+
 class Stopped(Exception):
     """Ctrl-C or SIGTERM arrived while something was being started."""
 

@@ -16,6 +16,9 @@ from schemas.errors import ConfigError
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
+PRELOAD = ["functok", "infra.worker_preload"]
+"""What a worker imports before anything else: functok first, so that it finds functok's packages (`own_packages`)."""
+
 _device = threading.RLock()
 
 
@@ -108,7 +111,7 @@ def _local(workers: int, environment: dict[str, str]) -> Iterator[Any]:
             host="127.0.0.1",
             dashboard_address="127.0.0.1:0",
             env=environment,
-            preload=["infra.worker_preload"],
+            preload=PRELOAD,
             silence_logs="ERROR",
         ) as cluster,
         Client(cluster) as client,
@@ -127,7 +130,7 @@ def _one_worker_per_gpu(devices: int) -> Iterator[Any]:
                 "nthreads": 1,
                 "host": "127.0.0.1",
                 "env": {"CUDA_VISIBLE_DEVICES": name},
-                "preload": ["infra.worker_preload"],
+                "preload": PRELOAD,
             },
         }
         for index, name in enumerate(_gpu_names(devices))

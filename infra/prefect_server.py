@@ -101,6 +101,8 @@ def server_environment(
         "PREFECT_SERVER_LOGGING_LEVEL": os.environ.get("PREFECT_SERVER_LOGGING_LEVEL", "WARNING"),
         "PREFECT_CLI_PROMPT": "false",
         "PYTHONUNBUFFERED": "1",
+        # A run finds its flow by the module's name, and people's PYTHONPATH may lead to packages of the same names.
+        "PYTHONPATH": os.pathsep.join([str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
     # an interface address that the caller had set for another server would mislead this one's pages
     environment.pop("PREFECT_SERVER_UI_API_URL", None)

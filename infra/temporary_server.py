@@ -29,6 +29,7 @@ from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 
+from infra.children import own_program
 from schemas.errors import FunctokError
 
 START_SECONDS = 180.0
@@ -73,7 +74,7 @@ class TemporaryServer:
             try:
                 self._process = subprocess.Popen(
                     [
-                        *(sys.executable, "-m", "infra.temporary_server"),
+                        *own_program("infra.temporary_server"),
                         *(str(part) for part in (*descriptors, os.getpid(), self._home)),
                         *([str(empty)] if empty is not None else []),
                     ],

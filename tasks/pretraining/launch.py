@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from infra.children import end_processes, last_lines
+from infra.children import end_processes, last_lines, own_program
 from infra.progress import Progress
 from infra.storage import Storage
 from schemas import errors
@@ -43,7 +43,7 @@ def launch_training(
                 *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"),
                 *("--num_processes", str(processes), "--num_machines", "1", "--machine_rank", "0"),
                 *("--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"),
-                *("--module", "tasks.pretraining.worker", str(place / "config.json"), series.name),
+                *(*own_program("tasks.pretraining.worker")[1:], str(place / "config.json"), series.name),
                 *("--report", aside, "--parent", str(os.getpid())),
             ],
             stdin=subprocess.DEVNULL,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import hostile
 import pyarrow.parquet as pq
 import pytest
 
@@ -336,7 +337,10 @@ def test_functok_run_needs_no_server(finished: Path, tmp_path: Path) -> None:
         "--root",
         str(tmp_path / "run"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    # A project may have folders called as ours are: neither the run nor its server and workers take them for ours.
+    project = hostile.lay_out(tmp_path / "project")
+    done = subprocess.run(command, capture_output=True, text=True, cwd=project, env=environment)
     assert done.returncode == 0, done.stderr
     assert "Coverage" in done.stdout
     assert "distributed" not in done.stderr

@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import hostile
 import httpx
 import psutil
 import pytest
@@ -114,8 +115,9 @@ def served(environment: dict[str, str], port: int, log: Path) -> Iterator[Up]:
 
 @pytest.fixture(scope="module")
 def first(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    """The `functok up` of the tests that follow; the last of them kills it."""
-    with served(environment, free_port(), tmp_path_factory.mktemp("first") / "up.log") as up:
+    """The `functok up` of the tests that follow, begun where folders are called as ours are; the last kills it."""
+    project = hostile.lay_out(tmp_path_factory.mktemp("first"))
+    with served(environment, free_port(), project / "up.log") as up:
         yield up
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hostile
 import numpy as np
 import pytest
 import torch
@@ -84,7 +85,10 @@ def test_a_killed_training_goes_on_bit_for_bit(prepared: Training, untrained: Tr
     assert_same(prepared, untrained)
 
 
-def test_two_processes_train_as_one(prepared: Training, untrained: Training) -> None:
+def test_two_processes_train_as_one(
+    prepared: Training, untrained: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(hostile.lay_out(tmp_path / "project"))
     config = untrained.config(processes=2, micro_batch_tokens=96)
     untrained.train(config)
     assert_close(prepared, untrained)
