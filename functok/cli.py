@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from functok.api import QUIET
 from infra.interrupt import end_interrupted, interruptible
 from infra.last_words import last_words
 from schemas.errors import ConfigError, FunctokError, whole_message
@@ -142,7 +143,6 @@ def query(
     from functok.query import prompt, run_query
 
     storage = _storage(root, endpoint_url)
-    storage.require_place()
     if sql is None:
         prompt(storage)
     else:
@@ -254,11 +254,9 @@ def up(
 
 
 def _open(path: Path, assignments: list[str] | None, root: str | None) -> tuple[Any, Storage]:
-    from infra.config_file import load_config
-    from infra.storage import Storage
+    from functok.api import opened
 
-    config = load_config(path, assignments, root)
-    return config, Storage(config.storage.root, config.storage.endpoint_url)
+    return opened(path, assignments or (), root)
 
 
 def _storage(root: str | None, endpoint_url: str | None) -> Storage:
@@ -268,18 +266,11 @@ def _storage(root: str | None, endpoint_url: str | None) -> Storage:
 
 
 def _published(root: str | None, endpoint_url: str | None) -> Storage:
-    from infra.duck import CATALOG
+    from functok.api import require_published
 
     storage = _storage(root, endpoint_url)
-    storage.require_place()
-    if not storage.exists(CATALOG):
-        raise ConfigError(
-            f"{storage.root} holds no finished tables", hint="give --root, or run `functok run CONFIG` first"
-        )
+    require_published(storage)
     return storage
-
-
-_QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -292,7 +283,7 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if not debug:
         # Inherited by all processes of a run, whose own progress is the only one that is shown.
-        for name, value in _QUIET.items():
+        for name, value in QUIET.items():
             os.environ.setdefault(name, value)
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:

@@ -17,7 +17,8 @@ from typing import IO, Any
 import duckdb
 import pyarrow as pa
 
-from infra.duck import connect, read_catalog, telling_damage
+from functok.api import require_published
+from infra.duck import connect, telling_damage
 from infra.interrupt import ends_query_only, one_query
 from infra.storage import Storage
 from infra.terminal import printable
@@ -170,11 +171,7 @@ class History:
 
 
 def _connected(storage: Storage) -> Any:
-    catalog = read_catalog(storage)
-    if not catalog.tables:
-        raise ConfigError(
-            f"{storage.root} holds no finished tables", hint="give --root, or run `functok run CONFIG` first"
-        )
+    require_published(storage)
     return connect(storage)
 
 

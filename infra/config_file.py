@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -19,39 +20,56 @@ _SECRET_KEY = re.compile(r"signature|token|secret|password|credential|api_?key|^
 _FREE_TEXT = "prompts"
 
 
-def load_config(path: str | Path, assignments: list[str] | None = None, root: str | None = None) -> Config:
-    """Read a TOML file, apply `--set key.path=value` and `--root`, and validate.
+def load_config(
+    source: str | Path | Mapping[str, Any] | Config, assignments: Sequence[str] = (), root: str | None = None
+) -> Config:
+    """Read a configuration, apply `--set key.path=value` and `--root`, and validate.
 
     Values are parsed as TOML; what is not TOML is taken as a string. A list element is addressed by its
     index (`sae.0.path=…`).
+
+    Args:
+        source: A TOML file, its content, or a configuration.
+        assignments: What `--set` says.
+        root: What `--root` says.
 
     Raises:
         ConfigError: if the file cannot be read, is not TOML, does not fit the model, or has an address with a
             secret in it.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"cannot read the configuration {path}: {error}", hint="give the path of a TOML file"
-        ) from error
-    try:
-        values: dict[str, Any] = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}", hint="see configs/demo.toml") from error
-    for assignment in assignments or []:
+    values = _values(source)
+    for assignment in assignments:
         _assign(values, assignment)
     if root is not None:
         _assign_path(values, ["storage", "root"], root)
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
+        about = f"{source}: " if isinstance(source, str | Path) else ""
         raise ConfigError(
-            f"{path}: {_explain(error)}",
+            f"{about}{_explain(error)}",
             hint="schemas/sections.py and schemas/*/section.py say what each key means; configs/ has examples",
         ) from error
     refuse_secrets(config)
     return config
+
+
+def _values(source: str | Path | Mapping[str, Any] | Config) -> dict[str, Any]:
+    """What a source sets, as nested dictionaries that nobody else has."""
+    if isinstance(source, Config):
+        return source.model_dump(exclude_unset=True)
+    if isinstance(source, Mapping):
+        return deepcopy(dict(source))
+    try:
+        text = Path(source).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"cannot read the configuration {source}: {error}", hint="give the path of a TOML file"
+        ) from error
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source} is not valid TOML: {error}", hint="see configs/demo.toml") from error
 
 
 def _explain(error: ValidationError) -> str:

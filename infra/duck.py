@@ -26,10 +26,10 @@ import duckdb
 
 from infra.cluster import available_cores
 from infra.interrupt import ends_on_interrupt
-from infra.storage import Storage
+from infra.storage import REPAIR, Storage
 from infra.verified import check_content, check_files
 from schemas.config import DuckDb
-from schemas.errors import ConfigError, FunctokError
+from schemas.errors import ConfigError, DamagedError, FunctokError
 from schemas.tables import SHARDED_SELECT, TABLES
 
 CATALOG = "catalog.json"
@@ -108,9 +108,16 @@ class Catalog:
 
 
 def read_catalog(storage: Storage) -> Catalog:
-    """What is published under this root; empty where nothing is."""
+    """What is published under this root; empty where nothing is.
+
+    Raises:
+        DamagedError: if it is not what was written.
+    """
     value = storage.read_json(CATALOG)
-    return Catalog() if value is None else Catalog.from_json(value)
+    try:
+        return Catalog() if value is None else Catalog.from_json(value)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DamagedError(f"{storage.url(CATALOG)} is damaged: it is no catalogue", hint=REPAIR) from error
 
 
 def open_duckdb(storage: Storage, resources: DuckDb | None = None, database: str = ":memory:") -> Any:

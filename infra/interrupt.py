@@ -41,11 +41,15 @@ _state = _State()
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
+def interruptible(*, ends_process: bool = True) -> Iterator[None]:
     """Answer Ctrl-C in this block: the first ends it with `KeyboardInterrupt`, a second ends the process.
 
     The second needs no tidying up: servers, workers and trainings end when their parent is gone. A block of the main
     thread only; elsewhere it changes nothing.
+
+    Args:
+        ends_process: Whether the process ends when the block was interrupted, so that a Ctrl-C that comes until
+            then is the second one. A program that goes on is left as it was.
 
     Raises:
         KeyboardInterrupt: if Ctrl-C came, whatever the block raised for it.
@@ -53,8 +57,7 @@ def interruptible() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, _ask)
-    _watch()
+    before, woken_before = signal.signal(signal.SIGINT, _ask), _watch()
     _state.asked = _state.told = False
     try:
         yield
@@ -63,6 +66,9 @@ def interruptible() -> Iterator[None]:
             raise KeyboardInterrupt from error
         raise
     finally:
+        if not ends_process:
+            _state.asked = False
+            signal.set_wakeup_fd(woken_before)
         if not _state.asked:
             signal.signal(signal.SIGINT, before)
 
@@ -138,15 +144,15 @@ def _end_query(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _watch() -> None:
-    """Start the thread that each signal wakes, once."""
+def _watch() -> int:
+    """Have each signal wake a thread, which is started once; returns the descriptor that was woken before."""
     if _state.wakes is None:
         wakes, woken = socket.socketpair()
         woken.setblocking(False)
-        signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
         # Kept open by what keeps it: a socket that is collected is closed.
         _state.wakes = woken
         threading.Thread(target=_tell, args=(wakes,), name="interrupts", daemon=True).start()
+    return signal.set_wakeup_fd(_state.wakes.fileno(), warn_on_full_buffer=False)
 
 
 def _tell(wakes: socket.socket) -> None:

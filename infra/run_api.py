@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,8 +154,14 @@ def _deliver() -> None:
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogHandler
 
-    APILogHandler().flush()
-    EventsWorker.drain_all(timeout=10)
+    def send() -> None:
+        APILogHandler().flush()
+        EventsWorker.drain_all(timeout=10)
+
+    # In the thread of an event loop, such as a notebook's, Prefect would not wait for the end of it.
+    thread = threading.Thread(target=copy_context().run, args=(send,))
+    thread.start()
+    thread.join()
 
 
 def _reachable(api_url: str) -> None:

@@ -84,6 +84,20 @@ def test_a_command_of_the_readme_runs(place: Path, line: str) -> None:
     assert done.stdout.strip()
 
 
+@pytest.mark.server
+def test_the_python_of_the_readme_runs(place: Path) -> None:
+    (program,) = blocks("python")
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "finished in" in done.stdout
+
+
 def test_the_readme_shows_the_commands_that_there_are() -> None:
     assert len(FUNCTOK) >= 8
     assert MAKE
