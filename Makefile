@@ -30,7 +30,7 @@ help:
 	@echo "make demo-consolidation   two models trained from scratch, and what their checkpoints learn (half an hour)"
 	@echo "make test    everything the tests need, then the tests"
 	@echo "make bench   how fast, side by side: the table of bench/README.md (half an hour)"
-	@echo "make lint    ruff and strict mypy"
+	@echo "make lint    ruff, strict mypy, and who may import whom"
 	@echo "make venv    the environment alone, in $(VENV)"
 	@echo "make clean   remove the environment, caches, assets and the demos' runs"
 
@@ -86,11 +86,12 @@ lint: $(TEST_STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 format: $(TEST_STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(ASSETS) runs/demo runs/steering runs/consolidation build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(ASSETS) runs/demo runs/steering runs/consolidation build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

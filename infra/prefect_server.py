@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -12,7 +13,6 @@ from typing import Any
 import yaml
 
 from infra.addresses import without_credentials
-from infra.web_server import is_loopback, own_origins
 from schemas.errors import ConfigError
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -46,6 +46,19 @@ def prefect_environment() -> dict[str, str]:
     for name, value in _PRIVATE.items():
         os.environ.setdefault(name, value)
     return {name: os.environ[name] for name in _PRIVATE}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address leads to this machine alone."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def own_origins(port: int) -> list[str]:
+    """The origins under which a browser on this machine sees the server."""
+    return [f"http://{name}:{port}" for name in ("127.0.0.1", "localhost", "[::1]")]
 
 
 def deployment_parameters(config: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:

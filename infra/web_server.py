@@ -13,13 +13,13 @@ import argparse
 import asyncio
 import base64
 import html
-import ipaddress
 import re
 import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from infra.prefect_server import is_loopback, prefect_environment
 from infra.published import GREETING, PAGES, REPORT, KnownRoot, known_root, known_roots, report_page
 from schemas.errors import FunctokError
 
@@ -44,19 +44,6 @@ LOGO_PATHS = ("/api/block", "/api/collections/", "/api/work_pools")
 """Where Prefect's API gives addresses of logos: block types, schemas and documents, and kinds of work pools."""
 
 _LOGO = re.compile(rb'("logo_url":\s*)"https?:[^"]*"')
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address leads to this machine alone."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def own_origins(port: int) -> list[str]:
-    """The origins under which a browser on this machine sees the server."""
-    return [f"http://{name}:{port}" for name in ("127.0.0.1", "localhost", "[::1]")]
 
 
 def build_app(host: str) -> ASGIApp:
@@ -303,8 +290,6 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=4200)
     arguments = parser.parse_args()
-    from infra.prefect_server import prefect_environment
-
     prefect_environment()
     import uvicorn
     from prefect.settings import get_current_settings
