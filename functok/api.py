@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
 """Environment of a run: its own progress is the only one that is shown."""
 
+PRIVATE = {"HF_HUB_DISABLE_TELEMETRY": "1"}
+
 
 class OpenRun:
     """What runs have published under a root; `functok.open` and `functok.run` give it.
@@ -254,7 +256,8 @@ def status(
     from tasks.engine.plan import plan_run
 
     loaded, storage = opened(config, assignments, root)
-    return plan_run(loaded, storage, verify=verify)
+    with quiet_libraries():
+        return plan_run(loaded, storage, verify=verify)
 
 
 def opened(
@@ -288,8 +291,8 @@ def require_published(storage: Storage) -> None:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """In this block and the processes that it starts, show no progress but functok's own."""
-    missing = {name: value for name, value in QUIET.items() if name not in os.environ}
+    """In this block and the processes it starts, show no progress but functok's own, and tell no hub of its use."""
+    missing = {name: value for name, value in {**QUIET, **PRIVATE}.items() if name not in os.environ}
     os.environ.update(missing)
     try:
         yield

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from functok.api import QUIET
+from functok.api import PRIVATE, QUIET
 from infra.interrupt import end_interrupted, interruptible
 from infra.last_words import last_words
 from schemas.errors import ConfigError, FunctokError, whole_message
@@ -280,11 +280,10 @@ def main(arguments: list[str] | None = None) -> None:
             main(sys.argv[1:])
         return
     debug = "--debug" in arguments
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    for name, value in (PRIVATE if debug else {**PRIVATE, **QUIET}).items():
+        # Inherited by all processes of a run.
+        os.environ.setdefault(name, value)
     if not debug:
-        # Inherited by all processes of a run, whose own progress is the only one that is shown.
-        for name, value in QUIET.items():
-            os.environ.setdefault(name, value)
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         with interruptible():

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from s3 import S3Root
 
 import functok
 from functok import api
 from infra.config_file import load_config
+from infra.storage import Storage
 from schemas.config import Config
 from schemas.errors import ConfigError, DamagedError
 
@@ -69,6 +71,19 @@ def test_a_table_is_what_sql_says(place: Path) -> None:
         with pytest.raises(ConfigError, match="no table 'token'; did you mean tokens"):
             run.table("token")
     assert functok.open(place / "runs" / "demo").sql("SELECT 1").fetchall() == [(1,)]
+
+
+@pytest.mark.s3
+def test_a_run_in_a_bucket_is_opened_as_one_on_disk(place: Path, moto_root: S3Root) -> None:
+    here = place / "runs" / "demo"
+    there = Storage(moto_root.url)
+    for file in here.rglob("*"):
+        if file.is_file():
+            there.write_bytes(str(file.relative_to(here)), file.read_bytes())
+    with functok.open(moto_root.url) as run, functok.open(here) as local:
+        assert run.tables == local.tables
+        assert run.table("activations").num_rows == local.table("activations").num_rows > 0
+        assert run.report() == f"{moto_root.url}/report.html"
 
 
 def test_what_is_not_published_is_refused_as_the_command_refuses_it(tmp_path: Path) -> None:
