@@ -222,8 +222,8 @@ def show_tables(config: Config, storage: Storage) -> None:
 
 def show_heat_maps(config: Config, storage: Storage) -> None:
     """What steering does, by strength, and heat maps of reactivation, from the published tables."""
-    from tasks.steering.figures import heat_map, heat_map_alt, png_uri
-    from tasks.steering.rows import RULE, heat_maps
+    from tasks.report.charts import png_uri
+    from tasks.steering.heat_maps import RULE, heat_map_chart, heat_maps
 
     published = read_catalog(storage).tables
     with telling_damage(), connect(storage, config.duckdb) as connection:
@@ -239,11 +239,12 @@ def show_heat_maps(config: Config, storage: Storage) -> None:
                 [dict(zip(names, row, strict=True)) for row in found.fetchall()],
                 "What steering does to the answers, on average over the experiments, beside its controls",
             )
-        for place, drawn in enumerate(heat_maps(connection, HEAT_MAPS), 1):
+        for place, found in enumerate(heat_maps(connection, HEAT_MAPS), 1):
+            chart = heat_map_chart(found)
             create_image_artifact(
-                image_url=png_uri(heat_map(drawn)),
+                image_url=png_uri(chart.spec),
                 key=f"heat-map-{place}-{storage.name}",
-                description=f"{heat_map_alt(drawn)} {RULE} Root: {storage.root}",
+                description=f"{chart.alt} {RULE} Root: {storage.root}",
             )
 
 

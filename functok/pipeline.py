@@ -128,16 +128,21 @@ def show_consolidation(storage: Storage, console: Any) -> None:
         losses, found = final_losses(connection), findings(connection)
     table = Table(title="Loss by token group (current → next), nats on held-out documents, 95 % intervals")
     table.add_column("group")
-    series = {(row.model, row.step): f"{row.model}, step {row.step:,}" for row in losses}
+    series = {(row["model"], row["step"]): f"{row['model']}, step {row['step']:,}" for row in losses}
     for title in series.values():
         table.add_column(Text(printable(title)), justify="right")
     cells = {
-        (row.bucket, row.model): "–"
-        if row.mean_loss is None
-        else f"{row.mean_loss:.3f}" + ("" if row.low is None else f" ({row.low:.3f}–{row.high:.3f})")
+        (row["bucket"], row["model"]): "–"
+        if row["mean_loss"] is None
+        else f"{row['mean_loss']:.3f}"
+        + (
+            ""
+            if row["mean_loss_low"] is None
+            else f" ({row['mean_loss_low']:.3f}–{row['mean_loss_high']:.3f})"
+        )
         for row in losses
     }
-    for bucket in dict.fromkeys(row.bucket for row in losses):
+    for bucket in dict.fromkeys(row["bucket"] for row in losses):
         table.add_row(bucket, *(cells.get((bucket, model), "") for model, _ in series))
     console.print(table)
     _show_findings(found, console)

@@ -13,6 +13,11 @@ Floats = npt.NDArray[np.float64]
 BUCKETS = ("function→function", "function→content", "content→function", "content→content")
 """Kinds of the current and of the next token, in the order of the tables."""
 
+TO_FUNCTION = ("function→function", "content→function")
+TO_CONTENT = ("function→content", "content→content")
+HARDEST = "function→content"
+"""The group that is the hardest in the paper."""
+
 INTERVALS = pa.schema(
     [
         ("bucket", pa.string()),

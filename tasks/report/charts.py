@@ -14,7 +14,7 @@ import base64
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -46,7 +46,7 @@ FAINT = 0.14
 WIDTH, HEIGHT = 620, 320
 PANELS_IN_A_ROW = 3
 PANEL_SIZES = {1: (WIDTH, HEIGHT), 2: (380, 270), 3: (262, 240)}
-PIXELS_PER_CHARACTER = 6.5
+LEGEND_WIDTH, PIXELS_PER_CHARACTER = 760, 6
 
 _DECADE = "abs(log(datum.value) / LN10 - round(log(datum.value) / LN10)) < 1e-9"
 _SHORT = (
@@ -247,6 +247,17 @@ class Key:
         shapes = [SHAPES[place % len(SHAPES)] for place in range(len(names))]
         return cls(field=field, names=names, colours=colours, shapes=shapes, dashes=[SOLID] * len(names))
 
+    def only(self, names: Collection[str]) -> Key:
+        """The key of those series that a chart has."""
+        kept = [place for place, name in enumerate(self.names) if name in names]
+        return dataclasses.replace(
+            self,
+            names=[self.names[place] for place in kept],
+            colours=[self.colours[place] for place in kept],
+            shapes=[self.shapes[place] for place in kept],
+            dashes=[self.dashes[place] for place in kept],
+        )
+
     def color(self) -> alt.Color:
         """Colours by series."""
         return alt.Color(**self._encoded(self.colours))
@@ -255,13 +266,14 @@ class Key:
         """Markers by series."""
         return alt.Shape(**self._encoded(self.shapes))
 
-    def dash(self) -> alt.StrokeDash:
-        """Lines by series."""
-        return alt.StrokeDash(**self._encoded([list(dash) for dash in self.dashes]))
+    def dash(self, *, is_told: bool) -> alt.StrokeDash:
+        """Lines by series; told by the legend where no markers tell the series apart."""
+        encoded = self._encoded([list(dash) for dash in self.dashes])
+        return alt.StrokeDash(**(encoded if is_told else encoded | {"legend": None}))
 
     def _encoded(self, looks: Sequence[Any]) -> dict[str, Any]:
         longest = max((len(name) for name in self.names), default=0)
-        columns = max(1, int(WIDTH / (PIXELS_PER_CHARACTER * longest + 30)))
+        columns = max(1, int(LEGEND_WIDTH / (PIXELS_PER_CHARACTER * longest + 28)))
         return {
             "field": self.field,
             "type": "nominal",
@@ -325,7 +337,9 @@ def series(
         low, high = band
         layers.append(base.mark_area(opacity=opacity).encode(y=y.y(low), y2=alt.Y2(field=high)))
     if lines:
-        layers.append(base.mark_line(strokeWidth=1.6).encode(y=y.y(), strokeDash=key.dash()))
+        layers.append(
+            base.mark_line(strokeWidth=1.6).encode(y=y.y(), strokeDash=key.dash(is_told=marks is None))
+        )
     if marks is not None:
         points = base.mark_point(filled=filled, size=26, opacity=1).encode(y=y.y(), shape=key.shape())
         layers.append(points.properties(data=data(_every(rows, key.field, marks))) if marks > 1 else points)
@@ -420,10 +434,20 @@ def panels(
     return alt.concat(*drawn, columns=columns).resolve_scale(x="shared", y="shared")
 
 
-def stacked(charts: Sequence[alt.Chart], height: int = 150) -> Spec:
+def stacked(drawn: Sequence[Layers], height: int = 150) -> Spec:
     """Charts below each other, on one axis across."""
-    sized = [chart.properties(width=WIDTH, height=height) for chart in charts]
-    return alt.vconcat(*sized).resolve_scale(x="shared")
+    return below(*(chart.properties(width=WIDTH, height=height) for chart in drawn))
+
+
+def beside(first: Layers, small: Sequence[Layers]) -> Spec:
+    """A chart, and smaller ones below each other at its right, on one axis across."""
+    column = below(*(chart.properties(width=300, height=85) for chart in small))
+    return alt.hconcat(first.properties(width=460, height=360), column).resolve_scale(x="shared")
+
+
+def below(*drawn: Spec) -> Spec:
+    """Charts or panels below each other, on one axis across; sizes are theirs."""
+    return alt.vconcat(*drawn).resolve_scale(x="shared")
 
 
 def vega_lite(spec: Spec) -> dict[str, Any]:
@@ -438,6 +462,11 @@ def svg(spec: Spec) -> str:
     drawn: str = vl_convert.vegalite_to_svg(vega_lite(spec), allowed_base_urls=[])
     scheme = f"<style>svg{{color:{INK}}}@media(prefers-color-scheme:dark){{svg{{color:{DARK_INK}}}}}</style>"
     drawn = drawn.replace(f'="{INK}"', '="currentColor"')
+    # Vega numbers gradients and clips through all that it draws in a process.
+    for number, name in enumerate(dict.fromkeys(re.findall(r' id="([^"]+)"', drawn))):
+        drawn = drawn.replace(f' id="{name}"', f' id="own{number}"').replace(
+            f'="url(#{name})"', f'="url(#own{number})"'
+        )
     return re.sub(r"^<svg[^>]*>", lambda root: root.group() + scheme, drawn)
 
 

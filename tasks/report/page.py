@@ -35,11 +35,7 @@ class Drawn:
 
 def draw(section: Section) -> Drawn:
     """Draw a section's charts."""
-    # Until all parts have charts: a picture is drawn already.
-    return Drawn(
-        section=section,
-        images=[chart if hasattr(chart, "uri") else image(chart) for chart in section.charts],  # type: ignore[misc]
-    )
+    return Drawn(section=section, images=[image(chart) for chart in section.charts])
 
 
 def image(chart: Chart) -> Image:

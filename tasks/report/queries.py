@@ -6,6 +6,7 @@ which DuckDB's threads finish.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,14 @@ DEGREE_BINS = 12
 
 
 def rows(connection: Any, query: str, parameters: Any = None) -> list[dict[str, Any]]:
-    """A query's rows by the names of their columns."""
+    """A query's rows by the names of their columns; a number that is not finite is null."""
     found = connection.execute(query, parameters)
     names = [column[0] for column in found.description]
-    return [dict(zip(names, row, strict=True)) for row in found.fetchall()]
+    return [dict(zip(names, map(_finite, row), strict=True)) for row in found.fetchall()]
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def one(connection: Any, query: str, parameters: Any = None) -> dict[str, Any]:

@@ -114,4 +114,4 @@ def all_parts() -> list[Part]:
     from tasks.pretraining import report as pretraining
     from tasks.steering import report as steering
 
-    return [steering, pretraining]  # type: ignore[list-item]
+    return [steering, pretraining]

@@ -108,7 +108,7 @@ Kind = Literal[
 ]  # fmt: skip
 
 _FORMATS: dict[Kind, Callable[..., str]] = {
-    "text": lambda value: visible_text(value, 400),
+    "text": lambda value, longest=400: visible_text(value, longest),
     "token": visible,
     "code": lambda value: DASH if value is None else value,
     "passage": passage,
@@ -135,7 +135,7 @@ class Column:
             `signed`, `change` (with + or −), `percent`; `met`, `mark`: whether it is so. What is not there is a dash; a
             string in a column of numbers stands as it is.
         heading: Above it; empty: the key, its underscores as spaces.
-        digits: For numbers; None: as many as the kind has.
+        digits: Of numbers, or the longest a text may be; None: as the kind has it.
         shows: The `value`, its `interval`, or the value with the interval after it.
         factor: Numbers are shown times this.
     """

@@ -2,16 +2,51 @@
 
 A claim holds where its 95 % intervals lie wholly on the paper's side of zero, differs where one lies wholly on the
 other side, and is undecided in between. Where there are several modes, all of them count.
+
+Intervals are percentiles over resamples of whole cases, or of whole experiments (`tasks.report.bootstrap`), the same
+for all kinds of tokens, places and controls, so differences are paired: what makes a case or a prompt easy cancels.
+What is tested is fixed beforehand, not picked by its outcome: all layers together, and the middle strength.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from tasks.report.bootstrap import estimates
+from tasks.report.queries import resamples_of, rows, value
 from tasks.report.text import listed, number, percent, plural, signed, visible_text
-from tasks.report.vocabulary import Estimate, Finding, Sign, Verdict, beyond, estimate, every
-from tasks.steering.values import ModeEffects, Reactivation, Steered, TraitLayer
+from tasks.report.vocabulary import (
+    SAID,
+    Estimate,
+    Finding,
+    Row,
+    Sign,
+    Verdict,
+    beyond,
+    estimate,
+    every,
+    untested,
+)
+from tasks.steering.intervals import (
+    EFFECTS,
+    FEWEST,
+    SCORES,
+    SUMS,
+    by_unit,
+    case_sums,
+    experiment_effects,
+    means_of,
+    scores_of,
+)
+
+Floats = npt.NDArray[np.float64]
+Setting = tuple[str, str, str, float]
 
 TITLES = (
     "Function tokens activate the context’s features again",
@@ -23,11 +58,6 @@ TITLES = (
 )
 PAPER_LAYER = 26
 
-_SAID: dict[Verdict, str] = {
-    "holds": "holds here",
-    "differs": "does not hold here",
-    "undecided": "is undecided here: not every interval lies on one side of zero",
-}
 FEWEST_UNITS = 6
 """Cases or experiments without which nothing is decided: among five, one sign in all is no rarity (1 in 16) where there
 is no effect, and an interval from resamples of so few is too narrow."""
@@ -36,6 +66,197 @@ _DIGITS = 4
 """Of shares of features, which are small."""
 
 _NO_PLACE = "No experiment was steered at the last function token at a strength above 0"
+
+KINDS = ("function", "content")
+LAST, CONTENT = "last function token", "content token"
+
+_EXCESS, _GAIN, _ADVANTAGE = (
+    SCORES.index("excess"),
+    EFFECTS.index("target_logprob_delta"),
+    EFFECTS.index("advantage"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reactivation:
+    """What the paper's claim on reactivation is tested by, all layers together.
+
+    Attributes:
+        n_cases: Cases that have own features and later tokens.
+        n_relations: Their relations.
+        layers: The layers.
+        kinds: For each kind of token (`function`, `content`), score to its estimate.
+        difference: Excess over the counterfactual prompts at function minus that at content tokens.
+        layers_above: Layers at which the excess at function tokens is above zero, interval and all.
+    """
+
+    n_cases: int
+    n_relations: int
+    layers: tuple[int, ...]
+    kinds: dict[str, dict[str, Estimate]]
+    difference: Estimate
+    layers_above: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModeEffects:
+    """What the paper's claims on steering are tested by, in one mode.
+
+    Attributes:
+        mode: `add` or `clamp`.
+        strength: The strength that decides: the middle one of those swept.
+        n: Experiments.
+        gain: Change of the target's log-probability, steered at the last function token.
+        advantage: The same minus that of random features, moved by as much.
+        n_paired: Experiments that were steered at a content token too.
+        difference: Change at the last function token minus that at the content token.
+        best: The row of `steering_effects` at the strength of the largest gain; strength 0 counts.
+    """
+
+    mode: str
+    strength: float
+    n: int
+    gain: Estimate
+    advantage: Estimate
+    n_paired: int
+    difference: Estimate
+    best: Row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steered:
+    """What was steered.
+
+    Attributes:
+        n_experiments: Experiments.
+        layers: Layers that were steered at.
+        modes: One a mode; none where no experiment was steered at the last function token at a strength above 0.
+    """
+
+    n_experiments: int
+    layers: Sequence[int]
+    modes: Sequence[ModeEffects]
+
+
+def measure_reactivation(connection: Any, resamples: int | None = None) -> Reactivation | None:
+    """All layers together, from a connection of `infra.duck.connect`; None where no case has own features.
+
+    Args:
+        connection: The connection, with the table `reactivation_positions`.
+        resamples: Of the cases; None: as many as the run's own intervals have.
+    """
+    resamples = resamples or resamples_of(connection, "steering")
+    sums = case_sums(connection)
+    sums = sums.filter([token is None for token in sums["token"].to_pylist()])
+    if not len(sums):
+        return None
+    groups, counts = by_unit(sums, ("layer", "kind"), ("case",), SUMS)
+    pooled = np.zeros((len(counts), len(KINDS), len(SUMS)))
+    for place, (_, kind) in enumerate(groups):
+        pooled[:, KINDS.index(kind)] += counts[:, place]
+    has_kind = (pooled[:, :, SUMS.index("n_own")] > 0).sum(axis=0)
+
+    def measured(flat: Floats) -> Floats:
+        found = scores_of(flat.reshape(len(flat), len(KINDS), len(SUMS)))
+        difference = found[:, 0, _EXCESS] - found[:, 1, _EXCESS]
+        return np.column_stack([found.reshape(len(flat), -1), difference])
+
+    *scores, difference = estimates(pooled.reshape(len(pooled), -1), measured, resamples)
+    if has_kind.min() < FEWEST:
+        difference = _without_interval(difference)
+    kinds = {}
+    for place, kind in enumerate(KINDS):
+        mine = scores[place * len(SCORES) : (place + 1) * len(SCORES)]
+        enough = has_kind[place] >= FEWEST
+        kinds[kind] = dict(
+            zip(SCORES, mine if enough else [_without_interval(value) for value in mine], strict=True)
+        )
+    return Reactivation(
+        n_cases=len(pooled),
+        n_relations=value(
+            connection, "SELECT count(DISTINCT relation) FROM reactivation_positions WHERE n_own > 0"
+        ),
+        layers=tuple(sorted({layer for layer, _ in groups})),
+        kinds=kinds,
+        difference=difference,
+        layers_above=value(
+            connection,
+            """
+            SELECT count(*) FROM reactivation_scores
+            WHERE token IS NULL AND kind = 'function' AND excess_low > 0
+            """,
+        ),
+    )
+
+
+def measure_steering(connection: Any, resamples: int | None = None) -> Steered:
+    """Each mode at its middle strength, from a connection that has the table `steering`.
+
+    Args:
+        connection: Of `infra.duck.connect`.
+        resamples: Of the experiments; None: as many as the run's own intervals have.
+    """
+    resamples = resamples or resamples_of(connection, "steering")
+    effects = experiment_effects(connection)
+    groups, values = by_unit(
+        effects,
+        ("mode", "place", "control", "strength"),
+        ("case", "prompt", "target"),
+        EFFECTS,
+        absent=math.nan,
+    )
+    of = {group: values[:, place] for place, group in enumerate(groups)}
+    last = rows(
+        connection,
+        f"SELECT * FROM steering_effects WHERE place = '{LAST}' AND control = 'trait' ORDER BY mode, strength",
+    )
+    layers = rows(connection, "SELECT DISTINCT layer FROM steering ORDER BY layer")
+    return Steered(
+        n_experiments=len(values),
+        layers=[row["layer"] for row in layers],
+        modes=[
+            _mode(strength, of, [row for row in last if row["mode"] == mode], resamples)
+            for mode in sorted({group[0] for group in groups})
+            if (strength := middle_strength([g[3] for g in groups if g[:3] == (mode, LAST, "trait")]))
+            is not None
+        ],
+    )
+
+
+def middle_strength(strengths: Sequence[float]) -> float | None:
+    """The median of the strengths above 0, the lower of two; None where there is none."""
+    swept = sorted({strength for strength in strengths if strength > 0})
+    return swept[(len(swept) - 1) // 2] if swept else None
+
+
+def _mode(strength: float, of: dict[Setting, Floats], swept: Sequence[Row], resamples: int) -> ModeEffects:
+    mode = swept[0]["mode"]
+    last = of[mode, LAST, "trait", strength]
+    content = of.get((mode, CONTENT, "trait", strength), np.full_like(last, np.nan))
+    gain, advantage = last[:, _GAIN], last[:, _ADVANTAGE]
+    difference = gain - content[:, _GAIN]
+    return ModeEffects(
+        mode=mode,
+        strength=strength,
+        n=int(np.isfinite(gain).sum()),
+        gain=_mean(gain, resamples),
+        advantage=_mean(advantage, resamples),
+        n_paired=int(np.isfinite(difference).sum()),
+        difference=_mean(difference, resamples),
+        best=max(swept, key=lambda row: (row["target_logprob_delta"], -row["strength"])),
+    )
+
+
+def _mean(values: Floats, resamples: int) -> Estimate:
+    """Mean of the values that are there."""
+    known = np.isfinite(values)
+    counts = np.column_stack([np.where(known, values, 0.0), known])
+    (found,) = estimates(counts, means_of, resamples)
+    return found if known.sum() >= FEWEST else _without_interval(found)
+
+
+def _without_interval(found: Estimate) -> Estimate:
+    return Estimate(value=found.value, low=math.nan, high=math.nan)
 
 
 def reactivation_findings(measured: Reactivation | None) -> list[Finding]:
@@ -52,13 +273,12 @@ def is_active_again(measured: Reactivation | None) -> Finding:
     """Own features at later function tokens: more than in the counterfactual and in unrelated prompts."""
     scores = measured.kinds["function"] if measured is not None else {}
     if measured is None or math.isnan(scores["own"].value):
-        return _untested(0, "No case has a feature of its own and a later function token that is looked at")
+        return untested(
+            TITLES[0], "No case has a feature of its own and a later function token that is looked at"
+        )
     verdict, said = _decided(
         [scores["excess"].sign, scores["excess_unrelated"].sign], measured.n_cases, "case"
     )
-    above = [
-        row for row in measured.by_layer if row.kind == "function" and row.scores["excess"].sign == "above"
-    ]
     unrelated = (
         "no prompt of another relation has these tokens"
         if math.isnan(scores["excess_unrelated"].value)
@@ -71,16 +291,16 @@ def is_active_again(measured: Reactivation | None) -> Finding:
         text=f"Over {plural(measured.n_cases, 'case')} of {plural(measured.n_relations, 'relation')} and {layers} "
         f"together, a share of {_share(scores['own'])} of a prompt’s own features is active again at a later function "
         f"token. That is {_beyond(scores['excess'])} the same features’ share in the counterfactual prompt, at the "
-        f"same position (above it, interval and all, at {len(above)} of {layers}), and {unrelated}. {_anyway(scores)}"
-        "That later function tokens activate the features which tell two contexts apart, more than in the other "
-        f"context and in unrelated ones, {said}.",
+        f"same position (above it, interval and all, at {measured.layers_above} of {layers}), and {unrelated}. "
+        f"{_anyway(scores)}That later function tokens activate the features which tell two contexts apart, more than "
+        f"in the other context and in unrelated ones, {said}.",
     )
 
 
 def more_than_content(measured: Reactivation | None) -> Finding:
     """The excess over the counterfactual prompt, at function against content tokens of the same cases."""
     if measured is None or math.isnan(measured.difference.value):
-        return _untested(1, "The cases lack later function tokens or later content tokens")
+        return untested(TITLES[1], "The cases lack later function tokens or later content tokens")
     verdict, said = _decided([measured.difference.sign], measured.n_cases, "case")
     excess = {kind: measured.kinds[kind]["excess"] for kind in ("function", "content")}
     return Finding(
@@ -95,7 +315,7 @@ def more_than_content(measured: Reactivation | None) -> Finding:
 def raises_the_target(steered: Steered) -> Finding:
     """Above zero and above random features moved by as much, at the middle strength."""
     if not steered.modes:
-        return _untested(2, _NO_PLACE)
+        return untested(TITLES[2], _NO_PLACE)
     signs = [sign for mode in steered.modes for sign in (mode.gain.sign, mode.advantage.sign)]
     verdict, said = _decided(signs, min(mode.n for mode in steered.modes), "experiment")
     told = [
@@ -116,9 +336,8 @@ def more_than_content_token(steered: Steered) -> Finding:
     """The same features at the last function token against a content token, in the same experiments."""
     tested = [mode for mode in steered.modes if mode.n_paired]
     if not tested:
-        return _untested(
-            3, "No experiment was steered both at the last function token and at a content token"
-        )
+        why = "no experiment was steered both at the last function token and at a content token"
+        return untested(TITLES[3], why)
     signs = [mode.difference.sign for mode in tested]
     verdict, said = _decided(signs, min(mode.n_paired for mode in tested), "experiment")
     told = [
@@ -137,7 +356,7 @@ def more_than_content_token(steered: Steered) -> Finding:
 def fluency(steered: Steered) -> Finding:
     """Perplexity at the strength with the largest gain; the paper does not measure it."""
     if not steered.modes:
-        return _untested(4, _NO_PLACE)
+        return untested(TITLES[4], _NO_PLACE)
     return Finding(
         title=TITLES[4],
         text=" ".join(_cost(mode) for mode in steered.modes)
@@ -145,23 +364,28 @@ def fluency(steered: Steered) -> Finding:
     )
 
 
-def one_layer(rows: Sequence[TraitLayer]) -> Finding | None:
-    """Whether all traits found from prompts share their most informative layer; None where that is no question."""
-    found = [row for row in rows if row.is_most_informative and row.separation is not None]
-    if len(found) < 2 or len({row.layer for row in rows}) < 2:
+def one_layer(rows: Sequence[Row]) -> Finding | None:
+    """Whether all traits found from prompts share their most informative layer; None where that is no question.
+
+    Args:
+        rows: The table `trait_layers`.
+    """
+    found = [row for row in rows if row["is_most_informative"] and row["separation"] is not None]
+    n_layers = len({row["layer"] for row in rows})
+    if len(found) < 2 or n_layers < 2:
         return None
-    layers = sorted({row.layer for row in found})
+    layers = sorted({row["layer"] for row in found})
     verdict: Verdict = "holds" if len(layers) == 1 else "differs"
     told = [
-        f"layer {layer} for {listed([visible_text(row.trait) for row in found if row.layer == layer])}"
+        f"layer {layer} for {listed([visible_text(row['trait']) for row in found if row['layer'] == layer])}"
         for layer in layers
     ]
     return Finding(
         title=TITLES[5],
         verdict=verdict,
-        text=f"Of {plural(len({row.layer for row in rows}), 'layer')} that have a dictionary, the one that separates "
-        f"left-out prompts best is {listed(told)}. That it is the same for all traits (in the paper layer "
-        f"{PAPER_LAYER} of Gemma2-9B) {_SAID[verdict]}.",
+        text=f"Of {plural(n_layers, 'layer')} that have a dictionary, the one that separates left-out prompts best is "
+        f"{listed(told)}. That it is the same for all traits (in the paper layer {PAPER_LAYER} of Gemma2-9B) "
+        f"{SAID[verdict]}.",
     )
 
 
@@ -170,7 +394,7 @@ def _decided(signs: Sequence[Sign], n: int, unit: str) -> tuple[Verdict, str]:
     if n < FEWEST_UNITS:
         return "undecided", f"is undecided here: {plural(n, unit)} are too few ({FEWEST_UNITS} at least)"
     verdict = every(signs)
-    return verdict, _SAID[verdict]
+    return verdict, SAID[verdict]
 
 
 def _share(value: Estimate) -> str:
@@ -199,16 +423,14 @@ def _over_random(mode: ModeEffects) -> str:
 
 def _cost(mode: ModeEffects) -> str:
     best = mode.best
-    gain, cost, kl = (
-        best.effects[effect] for effect in ("target_logprob_delta", "log_perplexity_delta", "kl")
-    )
-    if best.strength == 0:
+    gain, cost = (Estimate.of(best, effect) for effect in ("target_logprob_delta", "log_perplexity_delta"))
+    if best["strength"] == 0:
         return (
             f"In mode {mode.mode}, no strength raises the target on average, so there is no gain to pay for."
         )
     return (
-        f"In mode {mode.mode}, the largest mean gain is {estimate(gain)} nats at strength {best.strength:g}, where "
-        f"{percent(best.changed, 0)} of the texts change, {_times(cost)}, and KL is {signed(kl.value)} nats."
+        f"In mode {mode.mode}, the largest mean gain is {estimate(gain)} nats at strength {best['strength']:g}, where "
+        f"{percent(best['changed'], 0)} of the texts change, {_times(cost)}, and KL is {signed(best['kl'])} nats."
     )
 
 
@@ -222,7 +444,3 @@ def _times(logarithm: Estimate) -> str:
 
 def _factor(logarithm: float) -> str:
     return number(math.exp(min(logarithm, 700.0)))
-
-
-def _untested(index: int, why: str) -> Finding:
-    return Finding(title=TITLES[index], verdict="untested", text=f"{why}.")

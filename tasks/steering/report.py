@@ -6,121 +6,146 @@ A run may have cases alone or experiments alone; what it has not been asked for 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from tasks.report.old_page import Section, picture
-from tasks.report.queries import resamples_of
-from tasks.report.text import integer, listed, percent, plural, signed, visible_text
-from tasks.report.vocabulary import Finding
-from tasks.steering import figures as steering_figures
-from tasks.steering import findings as steering_findings
-from tasks.steering.report_tables import (
-    MOST_TEXTS,
-    effects_table,
-    scores_table,
-    texts_table,
-    token_scores_table,
-    trait_features_table,
-    trait_layers_table,
-)
-from tasks.steering.rows import (
-    MOST_FEATURES,
-    RULE,
-    counted,
-    effect_rows,
-    heat_maps,
-    score_rows,
-    steered_texts,
-    trait_features,
-    trait_layers,
-)
-from tasks.steering.statistics import measure_reactivation, measure_steering, middle_strength
-from tasks.steering.values import EffectRow, HeatMap, ScoreRow
+from tasks.report import charts
+from tasks.report.queries import resamples_of, rows, tables_of, value
+from tasks.report.text import integer, layers_told, percent, plural, signed
+from tasks.report.vocabulary import Chart, Column, Finding, Row, Section, Table
+from tasks.steering import findings as claims
+from tasks.steering.findings import measure_reactivation, measure_steering, middle_strength
+from tasks.steering.heat_maps import MOST_FEATURES, RULE, heat_map_chart, heat_maps
 
-FEATURES_SHOWN = 8
 HAS_OWN_GRAPHS = False
 
+FEATURES_SHOWN = 8
+MOST_TOKENS = 40
+MOST_TEXTS = 600
+LONGEST_TEXT = 300
 
-def findings(connection: Any) -> list[Finding]:
-    """The findings on reactivation and steering; none where nothing is published.
+SCORES = charts.Key(
+    field="score",
+    names=(
+        "the prompt itself",
+        "counterfactual prompt, same position",
+        "unrelated prompts, same token",
+    ),
+    colours=(charts.VERMILLION, charts.BLUE, charts.GREEN),
+    shapes=charts.SHAPES[:3],
+    dashes=(charts.SOLID,) * 3,
+)
+SETTINGS = charts.Key(
+    field="setting",
+    names=(
+        "trait, last function token",
+        "trait, all positions",
+        "trait, content token",
+        "random, last function token",
+        "random, all positions",
+    ),
+    colours=(charts.VERMILLION, charts.ORANGE, charts.BLUE, charts.GREEN, charts.PURPLE),
+    shapes=("circle", "square", "triangle-up", "diamond", "triangle-down"),
+    dashes=(charts.SOLID, charts.DASHED, charts.DASHDOT, charts.DOTTED, charts.DOTTED),
+)
+EFFECTS = {
+    "target_logprob_delta": "change of target log-probability (nats)",
+    "kl": "KL divergence (nats)",
+    "log_perplexity_delta": "change of log perplexity (nats)",
+}
 
-    Args:
-        connection: Of `infra.duck.connect`.
-    """
-    there, found = counted(connection), list[Finding]()
-    if there["cases"]:
-        found += steering_findings.reactivation_findings(measure_reactivation(connection))
-    if there["traits"]:
-        found += _of_layers(connection)
-    if there["experiments"]:
-        found += steering_findings.steering_findings(measure_steering(connection))
-    return found
+SETTING = "control || ', ' || place AS setting"
+IN_ORDER = "mode, place <> 'last function token', place, control DESC, strength"
 
 
 def facts(connection: Any) -> list[tuple[str, str]]:
     """Cases, traits and experiments in numbers, for the head of the report."""
-    names = {"cases": "cases", "traits": "traits", "experiments": "steering experiments"}
-    return [(names[name], integer(n)) for name, n in counted(connection).items() if n]
+    return [(name, integer(n)) for name, n in counted(connection).items() if n]
+
+
+def findings(connection: Any) -> list[Finding]:
+    """The findings on reactivation and steering; none where nothing is published."""
+    there, found = counted(connection), list[Finding]()
+    if there["cases"]:
+        found += claims.reactivation_findings(measure_reactivation(connection))
+    if there["traits"]:
+        found += _one_layer(trait_layers(connection))
+    if there["steering experiments"]:
+        found += claims.steering_findings(measure_steering(connection))
+    return found
 
 
 def sections(connection: Any) -> list[Callable[[], Section]]:
-    """What builds each section that there are tables for; none where neither cases nor experiments are published."""
+    """What builds each section; none where neither cases nor experiments are published."""
     there, built = counted(connection), list[Callable[[Any], Section]]()
     if there["cases"]:
         built += [_reactivation, _heat_maps]
     if there["traits"]:
         built += [_traits]
-    if there["experiments"]:
+    if there["steering experiments"]:
         built += [_steering, _texts]
     return [functools.partial(build, connection) for build in built]
 
 
+def counted(connection: Any) -> dict[str, int]:
+    """How many cases, traits and experiments there are; what there is no table of is 0."""
+    there = tables_of(connection)
+    return {
+        name: value(connection, f"SELECT count(DISTINCT {what}) FROM {table}") if table in there else 0
+        for name, table, what in (
+            ("cases", "prompt_tokens", '"case"'),
+            ("traits", "trait_layers", "trait"),
+            ("steering experiments", "steering", '("case", prompt, target)'),
+        )
+    }
+
+
 def _reactivation(connection: Any) -> Section:
-    rows = score_rows(connection)
-    title = "Reactivation: features of the context at later tokens"
-    if not rows:
+    key, title = "reactivation", "Reactivation: features of the context at later tokens"
+    found = score_rows(connection)
+    if not found:
         return Section(
-            key="reactivation",
+            key=key,
             title=title,
-            findings=steering_findings.reactivation_findings(None),
+            findings=claims.reactivation_findings(None),
             missing="No prompt of any case has a feature of its own where the prompts differ, and a token after it. "
             "Look at the cases’ file (steering.cases) and at the dictionaries.",
         )
-    whole = [row for row in rows if row.token is None]
+    whole = [row for row in found if row["token"] is None]
+    told = [
+        f"layer {row['layer']}, {row['kind']}: {percent(row['own'], 1)} against {percent(row['counterfactual'], 1)} "
+        f"and {percent(row['unrelated'], 1)}"
+        for row in whole
+    ]
     return Section(
-        key="reactivation",
+        key=key,
         title=title,
         shows="The prompts of a case differ in one place. The features active there in one prompt and in none of the "
         "others are its own: they tell the contexts apart. Shown is the share of a prompt’s own features that are "
         "active again at later tokens, which are the same in all prompts of the case: in the prompt itself, at the "
         "same position of the counterfactual prompts, and at the same token in prompts of other relations. Bars are "
         f"95 % intervals: percentiles of {integer(resamples_of(connection, 'steering'))} resamples of the cases.",
-        picture=picture(
-            steering_figures.scores(rows),
-            "Two panels on one scale, function and content tokens: the share of own features active again, by layer. "
-            f"{'; '.join(_score_told(row) for row in whole)}.",
-        ),
-        findings=steering_findings.reactivation_findings(measure_reactivation(connection)),
+        charts=[
+            Chart(
+                spec=scores_chart(whole),
+                alt="Two panels on one scale, function and content tokens: the share of own features active again, by "
+                f"layer. {'; '.join(told)}.",
+            )
+        ],
+        findings=claims.reactivation_findings(measure_reactivation(connection)),
         tables=[
-            scores_table(rows),
+            scores_table(whole),
             *(
-                token_scores_table(rows, kind)
-                for kind in ("function", "content")
-                if any(row.kind == kind for row in whole)
+                token_scores_table(found, kind)
+                for kind in claims.KINDS
+                if any(row["kind"] == kind for row in whole)
             ),
         ],
     )
 
 
-def _score_told(row: ScoreRow) -> str:
-    shares = [percent(row.scores[score].value, 1) for score in ("own", "counterfactual", "unrelated")]
-    return f"layer {row.layer}, {row.kind}: {shares[0]} against {shares[1]} and {shares[2]}"
-
-
 def _heat_maps(connection: Any) -> Section:
-    maps = heat_maps(connection)
-    key, title = "heat-maps", "Reactivation in single cases"
+    key, title, maps = "heat-maps", "Reactivation in single cases", heat_maps(connection)
     if not maps:
         return Section(key=key, title=title, missing="No case has an own feature and a later function token.")
     return Section(
@@ -130,30 +155,12 @@ def _heat_maps(connection: Any) -> Section:
         "place, strongest first), across the tokens from a little before the place on; special tokens are left out. "
         "A colour is an activation over the feature’s largest in the case, grey where it is not active. The frame is "
         "the place where the prompts differ; function tokens are bold.",
-        pictures=[
-            picture(
-                steering_figures.heat_map(found),
-                steering_figures.heat_map_alt(found),
-                _heat_map_caption(found),
-            )
-            for found in maps
-        ],
-    )
-
-
-def _heat_map_caption(found: HeatMap) -> str:
-    shown = [found.owners.count(panel) for panel in range(len(found.panels))]
-    features = listed([f"{n} of {own}" for n, own in zip(shown, found.own, strict=True)])
-    more = "" if found.prompts == len(found.panels) else f" Two of its {found.prompts} prompts are shown."
-    return (
-        f"{visible_text(found.case)} ({visible_text(found.relation)}), layer {found.layer}: "
-        f"{percent(found.share, 1)} of own features are active again at the case’s later function tokens. Shown are "
-        f"{features} own features of the prompts.{more}"
+        charts=[heat_map_chart(found) for found in maps],
     )
 
 
 def _traits(connection: Any) -> Section:
-    rows = trait_layers(connection)
+    layers = trait_layers(connection)
     return Section(
         key="traits",
         title="Traits: layers and features",
@@ -162,61 +169,55 @@ def _traits(connection: Any) -> Section:
         "apart along it; its dictionary takes the difference apart into features. Explained variance below 0 says that "
         "the dictionary reconstructs these residuals worse than their mean does: what tells the prompts apart is "
         "smaller than its errors.",
-        findings=_of_layers(connection),
-        tables=[trait_layers_table(rows), trait_features_table(trait_features(connection, FEATURES_SHOWN))],
+        findings=_one_layer(layers),
+        tables=[trait_layers_table(layers), trait_features_table(connection)],
     )
 
 
-def _of_layers(connection: Any) -> list[Finding]:
-    found = steering_findings.one_layer(trait_layers(connection))
+def _one_layer(layers: Sequence[Row]) -> list[Finding]:
+    found = claims.one_layer(layers)
     return [] if found is None else [found]
 
 
 def _steering(connection: Any) -> Section:
-    rows, steered = effect_rows(connection), measure_steering(connection)
-    layers = (
-        f"layer{'s' if len(steered.layers) > 1 else ''} {listed([str(layer) for layer in steered.layers])}"
-    )
+    effects, steered = effect_rows(connection), measure_steering(connection)
+    strongest = max(row["strength"] for row in effects)
+    told = [
+        f"{row['mode']}, {row['setting']} {signed(row['target_logprob_delta'])}"
+        for row in effects
+        if row["strength"] == strongest
+    ]
     return Section(
         key="steering",
         title="Steering",
-        shows=f"A trait’s features are set at {layers}, by adding their decoder directions (add) or by clamping their "
-        "activations (clamp), at the prompt’s last function token alone, at all positions, or, as a control, at the "
-        "last content token of its text; as another control, random features are moved by as much. Means over "
-        f"{plural(steered.n_experiments, 'experiment')}; bands are 95 % intervals: percentiles of "
+        shows=f"A trait’s features are set at {layers_told(steered.layers)}, by adding their decoder directions (add) "
+        "or by clamping their activations (clamp), at the prompt’s last function token alone, at all positions, or, as "
+        "a control, at the last content token of its text; as another control, random features are moved by as much. "
+        f"Means over {plural(steered.n_experiments, 'experiment')}; bands are 95 % intervals: percentiles of "
         f"{integer(resamples_of(connection, 'steering'))} resamples of the experiments. Strengths stand at equal "
         "distances.",
-        picture=picture(
-            steering_figures.effects(rows),
-            "A column a mode: change of the target’s log-probability, KL and change of log perplexity against "
-            f"strength. {_effects_told(rows)}",
-        ),
-        findings=steering_findings.steering_findings(steered),
-        tables=[effects_table(rows)],
+        charts=[
+            Chart(
+                spec=effects_chart(effects),
+                alt="A column a mode: change of the target’s log-probability, KL and change of log perplexity against "
+                f"strength. Changes of the target at strength {strongest:g}: {'; '.join(told)} nats.",
+            )
+        ],
+        findings=claims.steering_findings(steered),
+        tables=[effects_table(effects)],
     )
 
 
-def _effects_told(rows: list[EffectRow]) -> str:
-    last = max(row.strength for row in rows)
-    told = [
-        f"{row.mode}, {row.control}, {row.place} {signed(row.effects['target_logprob_delta'].value)}"
-        for row in rows
-        if row.strength == last
-    ]
-    return f"Changes of the target at strength {last:g}: {'; '.join(told)} nats."
-
-
 def _texts(connection: Any) -> Section:
-    rows = effect_rows(connection)
-    strength = middle_strength([row.strength for row in rows])
-    tables = []
-    for at, caption in (
-        (strength, "Before and after, at the middle strength"),
-        (None, "Before and after, the trait at all strengths"),
-    ):
-        if strength is not None:
-            found = steered_texts(connection, at)
-            tables.append(texts_table(found[:MOST_TEXTS], caption, len(found)))
+    strength = middle_strength([row["strength"] for row in effect_rows(connection)])
+    tables = (
+        []
+        if strength is None
+        else [
+            texts_table(steered_texts(connection, strength), "Before and after, at the middle strength"),
+            texts_table(steered_texts(connection), "Before and after, the trait at all strengths"),
+        ]
+    )
     return Section(
         key="steered-texts",
         title="Before and after",
@@ -226,4 +227,244 @@ def _texts(connection: Any) -> Section:
         "in nats.",
         tables=tables,
         missing="" if tables else "No strength above 0 was swept (steering.strengths).",
+    )
+
+
+# What the tables say.
+
+
+def score_rows(connection: Any) -> list[dict[str, Any]]:
+    """The table `reactivation_scores`: by layer, `function` first, all of a kind before single tokens."""
+    return rows(connection, "SELECT * FROM reactivation_scores ORDER BY layer, kind DESC, token NULLS FIRST")
+
+
+def trait_layers(connection: Any) -> list[dict[str, Any]]:
+    """The table `trait_layers`."""
+    return rows(connection, "SELECT * FROM trait_layers ORDER BY trait, layer")
+
+
+def effect_rows(connection: Any) -> list[dict[str, Any]]:
+    """The table `steering_effects`, and `setting`: its control and place."""
+    return rows(connection, f"SELECT *, {SETTING} FROM steering_effects ORDER BY {IN_ORDER}")
+
+
+def steered_texts(connection: Any, strength: float | None = None) -> list[dict[str, Any]]:
+    """Texts before and after: the trait's, and of random features the first draw's.
+
+    Args:
+        connection: Of `infra.duck.connect`.
+        strength: At this strength; None: the trait's alone, at all strengths but 0.
+    """
+    return rows(
+        connection,
+        f"""
+        SELECT "case", prompt, target, mode, place, control, {SETTING}, strength, baseline_text AS before,
+            if(steered_text = baseline_text, '(as before)', steered_text) AS after,
+            target_logprob_delta, kl
+        FROM steering
+        WHERE CASE WHEN $strength::DOUBLE IS NULL THEN control = 'trait' AND strength <> 0
+            ELSE strength = $strength AND draw <= 1 END
+        ORDER BY "case", prompt, target, {IN_ORDER}
+        """,
+        {"strength": strength},
+    )
+
+
+# Tables.
+
+_SCORES = [
+    Column("own", "signed", digits=1, shows="both", factor=100),
+    Column("counterfactual", "signed", digits=1, shows="both", factor=100),
+    Column("unrelated", "signed", digits=1, shows="both", factor=100),
+    Column("excess", "signed", digits=1, shows="both", factor=100),
+    Column("excess_unrelated", "signed", "excess over unrelated", digits=1, shows="both", factor=100),
+]
+
+
+def scores_table(whole: Sequence[Row]) -> Table:
+    """The scores of each kind of token, by layer."""
+    return Table(
+        caption="Own features active again (%), by layer and kind of token",
+        columns=[
+            Column("layer", "plain"),
+            Column("kind"),
+            Column("n_cases", "integer", "cases"),
+            Column("n_positions", "integer", "positions"),
+            *_SCORES,
+        ],
+        rows=whole,
+        note="Per cent of own features that are active: in the prompt itself, at the same position of the case’s other "
+        "prompts, and at the same token in prompts of other relations; then the differences. In parentheses 95 % "
+        "intervals by case.",
+    )
+
+
+def token_scores_table(scores: Sequence[Row], kind: str) -> Table:
+    """The scores of single tokens of a kind, the ones in most cases and positions first."""
+    mine = [row for row in scores if row["token"] is not None and row["kind"] == kind]
+    mine.sort(key=lambda row: (-row["n_cases"], -row["n_positions"], row["token"], row["layer"]))
+    return Table(
+        caption=f"Own features active again (%) at single {kind} tokens",
+        columns=[
+            Column("token", "token"),
+            Column("layer", "plain"),
+            Column("n_cases", "integer", "cases"),
+            Column("n_positions", "integer", "positions"),
+            *_SCORES,
+        ],
+        rows=mine[:MOST_TOKENS],
+        note=_left(len(mine) - MOST_TOKENS, "reactivation_scores"),
+    )
+
+
+def trait_layers_table(layers: Sequence[Row]) -> Table:
+    """How well each layer separates a trait's prompts."""
+    return Table(
+        caption="Traits and layers",
+        columns=[
+            Column("trait"),
+            Column("layer", "plain"),
+            Column("n_pairs", "integer", "pairs"),
+            Column("separation", "signed"),
+            Column("accuracy", "percent", digits=0),
+            Column("explained_variance", "signed", digits=3),
+            Column("is_most_informative", "mark", "most informative"),
+        ],
+        rows=layers,
+        note="Separation: difference of the means of left-out positive and negative prompts along the direction found "
+        "without them, in standard deviations. Accuracy: share of left-out pairs in the right order. Explained "
+        "variance: of the dictionary, at the last function tokens of these prompts. A trait whose features are "
+        "given has none of them.",
+    )
+
+
+def trait_features_table(connection: Any) -> Table:
+    """Each trait's strongest features, at its most informative layer."""
+    return Table(
+        caption="The traits’ strongest features",
+        columns=[
+            Column("trait"),
+            Column("layer", "plain"),
+            Column("place", "integer"),
+            Column("feature_id", "plain", "feature"),
+            Column("coefficient", "signed", digits=3),
+            Column("contribution", "signed", digits=3),
+            Column("clamp_value", "signed", digits=3),
+            Column("mean_positive", "signed", digits=3),
+            Column("mean_negative", "signed", digits=3),
+        ],
+        rows=rows(
+            connection,
+            f"""
+            SELECT f.* FROM trait_features AS f JOIN trait_layers AS l USING (trait, layer)
+            WHERE l.is_most_informative AND f.place <= {FEATURES_SHOWN} ORDER BY f.trait, f.layer, f.place
+            """,
+        ),
+        note="At the most informative layer. Contribution: coefficient times the norm of the decoder’s direction. "
+        "Clamp value: mean activation over the positive prompts that activate the feature.",
+    )
+
+
+def effects_table(effects: Sequence[Row]) -> Table:
+    """The means over the experiments, a row a setting."""
+    return Table(
+        caption="What steering does",
+        columns=[
+            Column("mode"),
+            Column("setting", heading="features and place"),
+            Column("strength", "plain"),
+            Column("n", "integer", "experiments"),
+            Column("target_logprob_delta", "signed", "target log-probability", shows="both"),
+            Column("advantage", "signed", "over random", shows="both"),
+            Column("kl", "signed", "KL", shows="both"),
+            Column("log_perplexity_delta", "signed", "log perplexity", shows="both"),
+            Column("changed", "percent", "texts changed", digits=0),
+            Column("relative_norm", "number"),
+        ],
+        rows=effects,
+        note="Changes from the unsteered model in nats, means over the experiments; in parentheses 95 % intervals by "
+        "experiment. Random: features drawn at random, moved by as much as the trait’s. Relative norm: of the change "
+        "at the steered position, to the residual’s norm there.",
+    )
+
+
+def texts_table(texts: Sequence[Row], caption: str) -> Table:
+    """Texts before and after; of very many the first."""
+    return Table(
+        caption=caption,
+        columns=[
+            Column("case", heading="experiment"),
+            Column("prompt", "passage", digits=LONGEST_TEXT),
+            Column("target", "passage", digits=LONGEST_TEXT),
+            Column("mode"),
+            Column("setting", heading="features and place"),
+            Column("strength", "plain"),
+            Column("before", "passage", digits=LONGEST_TEXT),
+            Column("after", "passage", digits=LONGEST_TEXT),
+            Column("target_logprob_delta", "change", "target log-probability"),
+            Column("kl", "signed", "KL"),
+        ],
+        rows=texts[:MOST_TEXTS],
+        note=_left(len(texts) - MOST_TEXTS, "steering"),
+    )
+
+
+def _left(n: int, table: str) -> str:
+    return f"{plural(n, 'more row')}: in the table {table}." if n > 0 else ""
+
+
+# Charts.
+
+
+def scores_chart(whole: Sequence[Row]) -> charts.Spec:
+    """Shares of own features that are active again, by layer: a panel a kind of token, 95 % intervals by case."""
+
+    def panel(place: int, x: charts.Axis, y: charts.Axis) -> charts.Layers:
+        shares = [
+            {"layer": row["layer"], "score": name}
+            | {
+                end: row[f"{score}{suffix}"]
+                for end, suffix in (("value", ""), ("low", "_low"), ("high", "_high"))
+            }
+            for row in whole
+            for score, name in zip(("own", "counterfactual", "unrelated"), SCORES.names, strict=True)
+            if row["kind"] == claims.KINDS[place]
+        ]
+        return charts.intervals(shares, x, y, SCORES, ("low", "high"))
+
+    return charts.panels(
+        [f"at later {kind} tokens" for kind in claims.KINDS],
+        panel,
+        charts.ordinal("layer", "layer"),
+        charts.share("value", "own features active again", top=None),
+    )
+
+
+def effects_chart(effects: Sequence[Row]) -> charts.Spec:
+    """What steering does against its strength: a column a mode, a row a measure, bands of 95 % by experiment."""
+    modes = sorted({row["mode"] for row in effects})
+    key = SETTINGS.only({row["setting"] for row in effects})
+    strength = charts.ordinal("strength", "strength")
+
+    def panels(effect: str, name: str, *, is_first: bool, is_last: bool) -> charts.Spec:
+        return charts.panels(
+            [f"mode: {mode}" if is_first else "" for mode in modes],
+            lambda place, x, y: charts.series(
+                [row for row in effects if row["mode"] == modes[place]],
+                x,
+                y,
+                key,
+                band=(f"{effect}_low", f"{effect}_high"),
+                opacity=0.15,
+            ),
+            strength if is_last else strength.untitled(),
+            charts.linear(effect, name, zero=True, emphasised=0),
+        )
+
+    last = len(EFFECTS) - 1
+    return charts.below(
+        *(
+            panels(effect, name, is_first=place == 0, is_last=place == last)
+            for place, (effect, name) in enumerate(EFFECTS.items())
+        )
     )

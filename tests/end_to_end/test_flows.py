@@ -28,7 +28,7 @@ from schemas.pretraining.work import Checkpoint, GeneratedTexts, GrownSae, LossS
 from schemas.steering.work import CaseFeatures, LayerFolder, SteeredPrompt, SteeringResults, TraitFeatures
 from schemas.tables import SHARD_FILES, TABLES
 from schemas.work import CorpusShards, Dictionary, FeatureShard, GraphShard, TokenShard
-from tasks.steering.values import HeatMap, HeatPanel
+from tasks.steering.heat_maps import HeatMap, HeatPanel
 
 SHARD = TokenShard(folder="tokens/k/0", source="a.txt", doc_offset=0, n_documents=3, n_tokens=40, n_rejects=1)
 SHARDS = CorpusShards(shards=(SHARD,), tokenizer_key="t", vocabulary="tokenizers/t/vocabulary.parquet")
@@ -583,7 +583,7 @@ def test_reactivation_and_steering_have_stages_of_their_own(
 ) -> None:
     from flows.reproduce import reproduce
 
-    monkeypatch.setattr("tasks.steering.rows.heat_maps", lambda connection, limit: [HEAT_MAP] * 2)
+    monkeypatch.setattr("tasks.steering.heat_maps.heat_maps", lambda connection, limit: [HEAT_MAP] * 2)
     reproduce(steering)
 
     assert stages.journal == STEERING

@@ -6,6 +6,7 @@ import re
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import consolidation_catalogue as catalogue
 import numpy as np
@@ -17,14 +18,20 @@ from report_reading import Page, read, svgs
 from infra.duck import connect
 from infra.storage import Storage
 from schemas.tables import TABLES
-from tasks.pretraining import figures as consolidation_figures
-from tasks.pretraining import report_checkpoints
+from tasks.pretraining import report
+from tasks.pretraining.findings import (
+    SeriesRow,
+    comparable,
+    graph_rows,
+    half_step,
+    learned_rows,
+    log_steps,
+    measure,
+)
+from tasks.pretraining.findings import findings as findings_of
 from tasks.pretraining.report import final_losses
-from tasks.pretraining.report import findings as findings_of
-from tasks.pretraining.rows import SeriesRow
-from tasks.pretraining.statistics import comparable, half_step, log_steps, measure
+from tasks.report import charts
 from tasks.report.report import write_report
-from tasks.report.vocabulary import Estimate, beyond, every
 
 HARDEST, FALLS, GAINS, GROWS = range(4)
 
@@ -174,7 +181,7 @@ def test_a_group_without_predictions_is_not_tested(tmp_path: Path) -> None:
     storage = catalogue.publish(Storage(str(tmp_path)), Made(curves={"small": without}, learned=None))
     with closing(connect(storage)) as connection:
         assert [finding.verdict for finding in findings_of(connection)] == ["untested"] * 4
-        assert {row.bucket for row in final_losses(connection)} == set(without)
+        assert {row["bucket"] for row in final_losses(connection)} == set(without)
     write_report(storage)
     assert "no prediction in the held-out documents" in read(storage)
 
@@ -258,76 +265,109 @@ def test_half_steps_by_hand() -> None:
     assert half_step(x, curves)[0].tolist() == pytest.approx([0.4, -1 + 4 / 8, np.inf])
 
 
-def test_signs_make_verdicts() -> None:
-    assert [every(signs) for signs in (["above"], ["above", "unclear"], ["unclear", "below"], [])] == [
-        "holds", "undecided", "differs", "undecided",
-    ]  # fmt: skip
-    assert Estimate(value=np.nan, low=np.nan, high=np.nan).sign == "unclear"
-    assert beyond(Estimate(value=-0.3, low=-0.4, high=-0.1), digits=1) == "0.3 (0.1 to 0.4) below"
-
-
 def test_final_losses_are_the_last_checkpoints_rows(tmp_path: Path) -> None:
     with closing(connect(catalogue.publish(Storage(str(tmp_path))))) as connection:
         rows = final_losses(connection)
-        told = connection.execute("SELECT * FROM loss_buckets WHERE step = 256").fetchall()
-    assert [(row.model, row.bucket) for row in rows] == [
+        told = connection.execute(
+            "SELECT model, step, bucket, n, mean_loss, mean_low, mean_high, loss_share, share_low, share_high "
+            "FROM loss_buckets WHERE step = 256"
+        ).fetchall()
+    assert [(row["model"], row["bucket"]) for row in rows] == [
         (model, bucket) for model in ("small", "large") for bucket in BUCKETS
     ]
-    assert sorted(
-        (r.model, r.step, r.bucket, r.n, r.mean_loss, r.loss_share, r.low, r.high, r.share_low, r.share_high)
-        for r in rows
-    ) == sorted(told)
+    assert sorted(tuple(row.values()) for row in rows) == sorted(told)
 
 
-def test_figures_have_a_panel_a_series_and_one_scale(tmp_path: Path) -> None:
+def drawn(spec: Any) -> tuple[dict[str, Any], Any]:
+    """A chart as Vega-Lite has it, and what gives a panel's rows."""
+    written = charts.vega_lite(spec)
+    return written, lambda panel: written["datasets"][panel["data"]["name"]]
+
+
+def test_charts_have_a_panel_a_series_and_one_scale(tmp_path: Path) -> None:
     storage = catalogue.publish(Storage(str(tmp_path)))
-    models = ["small", "large"]
     with closing(connect(storage)) as connection:
-        losses = consolidation_figures.bucket_losses(report_checkpoints.bucket_losses(connection), models)
-        degree = consolidation_figures.degree_by_checkpoint(
-            report_checkpoints.checkpoint_degree_bins(connection), models
+        losses, rows_of = drawn(report.losses_by_group(report.bucket_losses(connection)))
+        degree, degrees_of = drawn(report.degree_by_checkpoint(report.degree_bins(connection)))
+        coverage, shares_of = drawn(report.coverage_by_checkpoint(graph_rows(connection)))
+        learned, learned_of = drawn(report.learned_features(learned_rows(connection)))
+        training, _ = drawn(report.training_loss(report.training_points(connection)))
+    for spec in (losses, degree, coverage):
+        assert [panel["title"] for panel in spec["concat"]] == ["small", "large"]
+        assert spec["resolve"]["scale"] == {"x": "shared", "y": "shared"}
+        for panel in spec["concat"]:
+            assert {layer["encoding"]["x"]["scale"]["type"] for layer in panel["layer"]} == {"log"}
+    _, large = losses["concat"]
+    for bucket in BUCKETS:
+        mine = [row for row in rows_of(large) if row["bucket"] == bucket]
+        assert [row["step"] for row in mine] == list(STEPS)
+        assert [row["mean_loss"] for row in mine] == pytest.approx(LARGE[bucket])
+    band, line, marks = large["layer"]
+    assert (band["mark"]["type"], band["encoding"]["y"]["field"], band["encoding"]["y2"]["field"]) == (
+        "area",
+        "mean_loss_low",
+        "mean_loss_high",
+    )
+    # Colour is the next kind, line and marker the current one: no two groups look the same in either alone.
+    looks = [
+        encoding["scale"]["range"]
+        for encoding in (
+            line["encoding"]["color"],
+            line["encoding"]["strokeDash"],
+            marks["encoding"]["shape"],
         )
-        coverage = consolidation_figures.coverage_by_checkpoint(
-            report_checkpoints.graph_rows(connection), models
-        )
-        learned = consolidation_figures.learned_features(report_checkpoints.learned_rows(connection), models)
-        training = consolidation_figures.training_loss(report_checkpoints.training_points(connection), models)
-    for figure, lines in ((losses, 4), (degree, 2)):
-        assert [len(axes.lines) for axes in figure.axes] == [lines] * 2
-        assert len({(axes.get_xlim(), axes.get_ylim(), axes.get_xscale()) for axes in figure.axes}) == 1
-        assert figure.axes[0].get_xscale() == "log"
-        assert all(len(axes.collections) == lines for axes in figure.axes)
-    for bucket, line in zip(BUCKETS, losses.axes[1].lines, strict=True):
-        assert line.get_label() == bucket
-        assert list(line.get_xdata()) == list(STEPS)
-        assert list(line.get_ydata()) == pytest.approx(LARGE[bucket])
-    styles = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in losses.axes[0].lines}
-    assert len(styles) == 4
-    assert [len(axes.lines) for axes in coverage.axes] == [4, 4]
-    assert [len(axes.lines) for axes in learned.axes] == [2] * 4
-    assert [len(axes.lines) for axes in training.axes] == [2]
+    ]
+    assert len({(colour, tuple(dash), shape) for colour, dash, shape in zip(*looks, strict=True)}) == 4
+    assert len({shape for shape in looks[2]}) == len({colour for colour in looks[0]}) == 2
+    assert {row["checkpoint"] for row in degrees_of(degree["concat"][0])} == {"step 1", "step 256"}
+    shares = shares_of(coverage["concat"][0])
+    assert {row["tokens"] for row in shares} == {
+        "function tokens",
+        "content tokens",
+        "ten most frequent tokens",
+    }
+    grid = coverage["concat"][0]["layer"][0]["encoding"]["y"]["axis"]["gridOpacity"]
+    assert grid["condition"]["test"] == "datum.value === 0.5"
+    first, beside = learned["hconcat"]
+    panels = [first, *beside["vconcat"]]
+    titles = ["learned features", "explained variance", "L0", "CE recovered"]
+    assert [panel["title"] for panel in panels] == titles
+    for panel in panels:
+        low, high = panel["layer"][0]["encoding"]["y"]["scale"]["domain"]
+        assert low <= 0
+        assert high >= 1
+        assert {row["series"] for row in learned_of(panel)} == {"small", "large"}
+    (line,) = training["layer"][0]["layer"]
+    assert line["encoding"]["strokeDash"]["scale"]["domain"] == ["small", "large"]
+    assert "columns" in line["encoding"]["strokeDash"]["legend"]
 
 
 def test_step_0_has_its_place_on_the_axis(tmp_path: Path) -> None:
     made = Made(curves={"small": SMALL}, steps={"small": (0, 1, 8, 64, 512)}, learned=None)
     with closing(connect(catalogue.publish(Storage(str(tmp_path)), made))) as connection:
-        figure = consolidation_figures.bucket_losses(report_checkpoints.bucket_losses(connection), ["small"])
+        spec = report.losses_by_group(report.bucket_losses(connection))
         assert findings_of(connection)[FALLS].verdict == "holds"
-    (axes,) = figure.axes
-    pixels = axes.transData.transform([(step, 5) for step in (0, 1, 8, 64, 512)])[:, 0]
-    assert (np.diff(pixels) > 5).all()
+    marks = [
+        mark.attrib["transform"]
+        for group in ElementTree.fromstring(charts.svg(spec)).iter()
+        if "mark-symbol role-mark" in group.attrib.get("class", "")
+        for mark in group
+    ]
+    places = sorted({float(place.removeprefix("translate(").split(",")[0]) for place in marks})
+    assert len(places) == 5
+    assert (np.diff(places) > 5).all()
 
 
 def test_training_in_numbers(tmp_path: Path) -> None:
     with closing(connect(catalogue.publish(Storage(str(tmp_path))))) as connection:
-        small, large = report_checkpoints.training_rows(connection)
+        small, large = report.training_rows(connection)
         heldout = {3 * doc for doc in range(catalogue.DOCUMENTS)}
         lengths = connection.execute("SELECT doc_id, n_tokens FROM documents").fetchall()
-    assert (small.model, large.model) == ("small", "large")
-    assert (small.steps, small.tokens) == (256, 256 * 512)
-    assert small.first_loss == pytest.approx(8)
-    assert small.last_loss == pytest.approx(np.median([3 + 5 / step**0.3 for step in (254, 255, 256)]))
-    assert small.epochs == pytest.approx(256 * 512 / sum(n for doc, n in lengths if doc not in heldout))
+    assert (small["model"], large["model"]) == ("small", "large")
+    assert (small["steps"], small["tokens"]) == (256, 256 * 512)
+    assert small["first_loss"] == pytest.approx(8)
+    assert small["last_loss"] == pytest.approx(np.median([3 + 5 / step**0.3 for step in (254, 255, 256)]))
+    assert small["epochs"] == pytest.approx(256 * 512 / sum(n for doc, n in lengths if doc not in heldout))
 
 
 @pytest.fixture(scope="module")

@@ -15,22 +15,32 @@ from typing import Any
 import numpy as np
 import pytest
 import steering_catalogue as catalogue
+from PIL import Image
 from report_reading import Page, read, svgs
 from steering_catalogue import Made
 
 from infra.duck import connect
 from infra.storage import Storage
 from tasks.graph.tables import publish
+from tasks.report import charts
 from tasks.report.report import write_report
 from tasks.report.vocabulary import Estimate
-from tasks.steering import figures as steering_figures
 from tasks.steering import findings as steering_findings
-from tasks.steering.report import facts, findings
-from tasks.steering.report_tables import token_scores_table
-from tasks.steering.rows import counted, effect_rows, heat_maps, score_rows, steered_texts
-from tasks.steering.statistics import measure_reactivation, measure_steering, middle_strength
+from tasks.steering.findings import Reactivation, measure_reactivation, measure_steering, middle_strength
+from tasks.steering.heat_maps import GROUND, heat_map, heat_map_chart, heat_maps
+from tasks.steering.report import (
+    SCORES,
+    counted,
+    effect_rows,
+    effects_chart,
+    facts,
+    findings,
+    score_rows,
+    scores_chart,
+    steered_texts,
+    token_scores_table,
+)
 from tasks.steering.tables import build_steering_tables
-from tasks.steering.values import Reactivation, TraitLayer
 
 NAN = math.nan
 
@@ -69,7 +79,7 @@ def reactivation(
         layers=(5, 9),
         kinds={"function": scores, "content": scores},
         difference=difference,
-        by_layer=(),
+        layers_above=1,
     )
 
 
@@ -224,16 +234,8 @@ def test_middle_strength() -> None:
 
 
 def test_one_layer_needs_two_layers_and_two_traits() -> None:
-    def row(trait: str, layer: int, best: bool, separation: float | None = 1.0) -> TraitLayer:
-        return TraitLayer(
-            trait=trait,
-            layer=layer,
-            separation=separation,
-            accuracy=1,
-            explained_variance=1,
-            n_pairs=3,
-            is_most_informative=best,
-        )
+    def row(trait: str, layer: int, best: bool, separation: float | None = 1.0) -> dict[str, Any]:
+        return {"trait": trait, "layer": layer, "separation": separation, "is_most_informative": best}
 
     two = [row("a", 1, True), row("a", 2, False), row("b", 1, True), row("b", 2, False)]
     finding = steering_findings.one_layer(two)
@@ -368,67 +370,89 @@ def test_a_long_prompt_loses_its_middle(tmp_path: Path) -> None:
         assert len(panel.tokens) == 41
         assert [place for place, token in enumerate(panel.tokens) if token is None] == [16]
         assert panel.tokens[-2:] == ("\n", "\n")
-    assert len(steering_figures.heat_map(found).axes) == 3
+    first, second = charts.vega_lite(heat_map(found))["hconcat"]
+    assert (first["width"], second["width"]) == (41 * 24, 41 * 24)
 
 
 def test_the_heat_map_is_a_picture_of_the_values(connection: Any) -> None:
-    import matplotlib.image
-
     found = heat_maps(connection)[0]
-    figure = steering_figures.heat_map(found)
-    *panels, bar = figure.axes
-    for axes, panel in zip(panels, found.panels, strict=True):
-        (mesh,) = [drawn for drawn in axes.collections if drawn.get_array() is not None]
-        assert np.ma.filled(mesh.get_array(), 0.0) == pytest.approx(np.array(panel.values))
-        assert np.ma.getmaskarray(mesh.get_array()).tolist() == [
-            [value == 0 for value in row] for row in panel.values
+    chart = heat_map_chart(found)
+    spec = charts.vega_lite(chart.spec)
+
+    def rows(layer: dict[str, Any]) -> list[dict[str, Any]]:
+        return list(spec["datasets"][layer["data"]["name"]])
+
+    for place, (drawn, panel) in enumerate(zip(spec["hconcat"], found.panels, strict=True)):
+        cells, frame, bold, normal, *names = drawn["layer"]
+        values = {(row["row"], row["column"]): row["activation"] for row in rows(cells)}
+        assert values == {
+            (row, column): value for row, line in enumerate(panel.values) for column, value in enumerate(line)
+        }
+        colour = cells["encoding"]["color"]
+        assert colour["value"] == GROUND
+        assert (colour["condition"]["test"], colour["condition"]["scale"]["domain"]) == (
+            "datum.activation > 0",
+            [0, 1],
+        )
+        assert colour["condition"]["legend"]["title"] == "activation / largest"
+        [framed] = rows(frame)
+        assert (framed["column"], framed["right"]) == (2, 4)
+        assert bold["mark"]["fontWeight"] == "bold"
+        assert (5.5, r"\n") in [(row["column"], row["token"]) for row in rows(bold)]
+        assert [row["column"] for row in rows(bold)] == [
+            column + 0.5 for column, is_function in enumerate(panel.is_function) if is_function
         ]
-        assert mesh.get_clim() == (0, 1)
-        labels = [label.get_text() for label in axes.get_xticklabels()]
-        assert labels[5] == r"\n"
-        assert [label.get_fontweight() for label in axes.get_xticklabels()][5] == "bold"
-        (frame,) = axes.patches
-        assert (frame.get_x(), frame.get_width()) == (2, 2)
-    assert bar.get_ylabel() == "activation / largest"
-    uri = steering_figures.png_uri(figure)
-    assert uri == steering_figures.png_uri(steering_figures.heat_map(found))
-    data = base64.b64decode(uri.removeprefix("data:image/png;base64,"))
-    image = matplotlib.image.imread(io.BytesIO(data))
-    assert image.shape[1] > 400
-    assert len(np.unique(image.reshape(-1, image.shape[2]), axis=0)) > 5
-    alt = steering_figures.heat_map_alt(found)
-    assert "\u202e" not in alt
-    assert found.case in alt
+        assert len(rows(bold)) + len(rows(normal)) == len(panel.tokens)
+        assert len(names) == (place == 0)
+    uri = charts.png_uri(chart.spec)
+    assert uri == charts.png_uri(heat_map(found))
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/png;base64,")))))
+    assert pixels.shape[1] > 400
+    assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 5
+    assert "\u202e" not in chart.alt
+    assert found.case in chart.alt
 
 
-def test_figures_show_the_tables(connection: Any) -> None:
-    rows = score_rows(connection)
-    figure = steering_figures.scores(rows)
-    assert len(figure.axes) == 2
-    whole = {(row.kind, row.layer): row for row in rows if row.token is None}
-    for axes, kind in zip(figure.axes, ("function", "content"), strict=True):
-        drawn = [container.lines[0].get_ydata().tolist() for container in axes.containers]
-        assert drawn == [
-            [whole[kind, layer].scores[score].value for layer in catalogue.LAYERS]
-            for score in ("own", "counterfactual", "unrelated")
-        ]
+def test_charts_show_the_tables(connection: Any) -> None:
+    whole = [row for row in score_rows(connection) if row["token"] is None]
+    spec = charts.vega_lite(scores_chart(whole))
+    assert len(spec["concat"]) == 2
+    for panel, kind in zip(spec["concat"], ("function", "content"), strict=True):
+        drawn = {
+            (row["layer"], row["score"]): (row["low"], row["value"], row["high"])
+            for row in spec["datasets"][panel["data"]["name"]]
+        }
+        assert drawn == {
+            (row["layer"], name): (row[f"{score}_low"], row[score], row[f"{score}_high"])
+            for row in whole
+            for score, name in zip(("own", "counterfactual", "unrelated"), SCORES.names, strict=True)
+            if row["kind"] == kind
+        }
     effects = effect_rows(connection)
-    figure = steering_figures.effects(effects)
-    assert len(figure.axes) == 6
-    last = [e for e in effects if (e.mode, e.control, e.place) == ("add", "trait", "last function token")]
-    line = next(line for line in figure.axes[0].lines if line.get_label() == "trait, last function token")
-    assert line.get_ydata().tolist() == [row.effects["target_logprob_delta"].value for row in last]
-    assert len(figure.axes[0].lines) == 6
+    spec = charts.vega_lite(effects_chart(effects))
+    lines = [line["concat"] for line in spec["vconcat"]]
+    assert [len(line) for line in lines] == [2, 2, 2]
+    assert [panel["title"] for panel in lines[0]] == ["mode: add", "mode: clamp"]
+    band, line, marks = lines[0][0]["layer"]
+    assert line["encoding"]["y"]["field"] == "target_logprob_delta"
+    assert (band["encoding"]["y"]["field"], band["encoding"]["y2"]["field"]) == (
+        "target_logprob_delta_low",
+        "target_logprob_delta_high",
+    )
+    for channel, encoded in (("shape", marks), ("strokeDash", line), ("color", marks)):
+        assert len(encoded["encoding"][channel]["scale"]["domain"]) == 5
+    drawn = spec["datasets"][lines[0][0]["data"]["name"]]
+    assert drawn == [row for row in effects if row["mode"] == "add"]
 
 
 def test_texts_before_and_after(connection: Any) -> None:
     rows = steered_texts(connection, 2.0)
-    assert {row.strength for row in rows} == {2}
+    assert {row["strength"] for row in rows} == {2}
     # 8 experiments of which one has no content token, 2 modes
     assert len(rows) == 2 * (8 * 4 + 7)
-    assert rows[0].place == "last function token"
+    assert rows[0]["place"] == "last function token"
     every = steered_texts(connection)
-    assert {(row.control, row.strength) for row in every} == {("trait", s) for s in (1, 2, 4, 8)}
+    assert {(row["control"], row["strength"]) for row in every} == {("trait", s) for s in (1, 2, 4, 8)}
     assert len(every) == 2 * 4 * (8 * 2 + 7)
 
 
@@ -521,7 +545,7 @@ def test_without_steering_there_is_none_of_it(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     catalogue.built(storage, Made(cases=0, experiments=0))
     with closing(connect(storage)) as connection:
-        assert counted(connection) == {"cases": 0, "traits": 0, "experiments": 0}
+        assert counted(connection) == {"cases": 0, "traits": 0, "steering experiments": 0}
         assert facts(connection) == findings(connection) == heat_maps(connection) == []
     write_report(storage)
     assert "steering" not in re.sub(
@@ -530,7 +554,7 @@ def test_without_steering_there_is_none_of_it(tmp_path: Path) -> None:
 
 
 def test_many_tokens_are_cut_and_counted(connection: Any) -> None:
-    row = next(row for row in score_rows(connection) if row.token is not None)
-    table = token_scores_table([replace(row, token=f" {n}") for n in range(50)], row.kind)
+    row = next(row for row in score_rows(connection) if row["token"] is not None)
+    table = token_scores_table([row | {"token": f" {n}"} for n in range(50)], row["kind"])
     assert len(table.rows) == 40
     assert table.note.startswith("10 more rows")
