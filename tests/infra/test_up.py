@@ -436,7 +436,12 @@ def test_a_child_that_dies_ends_the_rest_and_is_quoted(tmp_path: Path) -> None:
 
 
 def web_servers(parent: psutil.Process) -> list[psutil.Process]:
-    return [child for child in parent.children() if "http.server" in child.cmdline()]
+    found: list[psutil.Process] = []
+    deadline = time.monotonic() + 10
+    # A process that was just started has no arguments for a moment.
+    while not found and time.monotonic() < deadline:
+        found = [child for child in parent.children() if "http.server" in child.cmdline()]
+    return found
 
 
 @pytest.mark.process
