@@ -7,7 +7,6 @@ TORCH ?= torch==2.13.0
 TORCH_OPTIONS ?=
 ASSETS ?= assets
 DEMO_OPTIONS ?=
-# Files of tests go to processes in the order of their names: the last ones are short.
 TEST_PROCESSES ?= 2
 PYTEST_OPTIONS ?=
 
@@ -22,13 +21,14 @@ RUN_STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-for-tests
 SYSTEM_STAMP := $(VENV)/.system-packages
 
-.PHONY: help venv venv-tests system assets demo demo-steering demo-consolidation bench test lint format clean
+.PHONY: help venv venv-tests system assets demo demo-steering demo-consolidation bench test test-fast lint format clean
 
 help:
 	@echo "make demo    environment, assets, and the whole pipeline on a real model and corpus"
 	@echo "make demo-steering   case studies and steering: do function tokens carry the context's features, and decide?"
 	@echo "make demo-consolidation   two models trained from scratch, and what their checkpoints learn (half an hour)"
 	@echo "make test    everything the tests need, then the tests"
+	@echo "make test-fast   those that start no process, server, cluster or browser: for the inner loop"
 	@echo "make bench   how fast, side by side: the table of bench/README.md (half an hour)"
 	@echo "make lint    ruff, strict mypy, and who may import whom"
 	@echo "make venv    the environment alone, in $(VENV)"
@@ -79,8 +79,14 @@ demo-consolidation: assets
 bench: assets
 	$(BIN)/python -m bench.run_all
 
+# What goes to which process, and what is left out of the fast ones: tests/suite.py
+PYTEST = $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+
 test: $(TEST_STAMP) $(SYSTEM_STAMP)
-	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_OPTIONS)
+	$(PYTEST) $(PYTEST_OPTIONS)
+
+test-fast: $(TEST_STAMP)
+	$(PYTEST) -m 'not (server or cluster or s3 or chromium or process or slow)' $(PYTEST_OPTIONS)
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff format --check .

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from infra.cluster import available_cores
+from schemas.config import Config
 
 ASSETS = Path("assets")
 MODEL = ASSETS / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -111,6 +112,18 @@ def figure(
     return row
 
 
+def times(
+    seconds: Mapping[str, Sequence[float]], cpu: Mapping[str, Sequence[float]], tokens: int
+) -> dict[str, Any]:
+    """What every comparison reports of its sides: seconds on the clock, CPU seconds, and tokens a second."""
+    spreads = {name: spread(values) for name, values in seconds.items()}
+    return {
+        "seconds": spreads,
+        "cpu_seconds": {name: spread(values) for name, values in cpu.items()},
+        "tokens_per_second": {name: round(tokens / found["median"]) for name, found in spreads.items()},
+    }
+
+
 def machine() -> dict[str, Any]:
     """CPU model, cores, memory, versions and the date."""
     model = platform.processor() or platform.machine()
@@ -159,6 +172,20 @@ def parser_with_data(bench: str, description: str | None) -> argparse.ArgumentPa
     made.add_argument("--corpus", default=CORPUS, help="fsspec URL of one corpus file")
     made.add_argument("--text-field", default="text", help="its column or key with the text")
     return made
+
+
+def config_with_data(
+    arguments: argparse.Namespace, root: str, corpus: Mapping[str, Any], **sections: Any
+) -> Config:
+    """The configuration of a bench on a corpus, everything under `root`; `sections` are further ones."""
+    return Config.model_validate(
+        {
+            "corpus": {"urls": [arguments.corpus], "text_field": arguments.text_field, **corpus},
+            "storage": {"root": root},
+            "dask": {"workers": 1},
+            **sections,
+        }
+    )
 
 
 def emit(bench: str, report: Mapping[str, Any]) -> None:

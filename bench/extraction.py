@@ -14,8 +14,6 @@ everything is loaded before the clock starts.
 
 `HookedSAETransformer` itself takes only TransformerLens' list of official model names, where a local
 model has no place.
-
-Over 300 lines: the three ways that are compared stand side by side.
 """
 
 from __future__ import annotations
@@ -30,31 +28,47 @@ from typing import Any
 
 import torch
 
-from bench.common import Side, alternate, emit, figure, parser_with_data, ratio, say, spread
-from bench.dictionaries import save_random_dictionary
+from bench.common import (
+    Side,
+    alternate,
+    config_with_data,
+    emit,
+    figure,
+    parser_with_data,
+    ratio,
+    say,
+    spread,
+    times,
+)
 from infra.storage import Storage
 from schemas.config import Config
-from schemas.work import CorpusShards, Dictionary, FeatureShard
+from schemas.sections import Sae
+from schemas.work import FeatureShard
 from tasks.corpus.windows import Batch
-
-CALIBRATION_BATCHES = 1
 
 
 def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
     """Compare on the first `arguments.tokens` tokens of a corpus; everything is written under `root`."""
     from tasks.corpus.graph_documents import graph_shards
-    from tasks.corpus.tokenization import tokenize_corpus
+    from tasks.corpus.tokenization import TOKENIZE
     from tasks.corpus.windows import read_shard_tokens
-    from tasks.dictionaries.dictionaries import load_dictionary, prepare_dictionaries
+    from tasks.dictionaries.dictionaries import DICTIONARIES, load_dictionary
     from tasks.dictionaries.residuals import shard_batches
+    from tasks.engine.run import Run, make
     from tasks.graph.extraction import _encoder, keep_for, loaded_model, loaded_tokenizer
-    from tasks.graph.features import extract_features
+    from tasks.graph.features import FEATURES
     from tasks.models.devices import choose_device
 
     storage = Storage(root)
-    config = _config(arguments, root)
+    config = config_with_data(
+        arguments,
+        root,
+        {"max_tokens": arguments.tokens},
+        model={"name": arguments.model},
+        windows={"context_size": arguments.context_size},
+    )
     say("tokenizing, and converting the model where needed")
-    shards = tokenize_corpus(config, storage)
+    shards = make(Run(config, storage), TOKENIZE)
     model = loaded_model(config.model, storage)
     tokenizer = loaded_tokenizer(config.model, storage)
     (part,) = graph_shards(config, shards, storage)
@@ -73,14 +87,9 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
                 seed=layer,
             )
         )
-    config = config.model_copy(
-        update={
-            "sae": Config.model_validate(
-                config.model_dump() | {"sae": [{"layer": layer, "path": given[layer]} for layer in layers]}
-            ).sae
-        }
-    )
-    dictionaries = prepare_dictionaries(config, storage, shards)
+    config = config.model_copy(update={"sae": [Sae(layer=layer, path=given[layer]) for layer in layers]})
+    run = Run(config, storage)
+    dictionaries = make(run, DICTIONARIES)
     device = choose_device(config.model.device)
     saes = {entry.layer: load_dictionary(storage, entry, device) for entry in dictionaries}
     kept = [torch.from_numpy(batch.token >= 0) for batch in plan]
@@ -89,6 +98,7 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
     def load_ours() -> None:
         # What a run loads for its first part, and keeps for all others.
         storage.delete("features")
+        run.forget(FEATURES)
         keep_for(model.key)
         loaded_model(config.model, storage)
         loaded_tokenizer(config.model, storage)
@@ -98,7 +108,7 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
     made: list[list[FeatureShard]] = []
 
     def ours() -> None:
-        made.append(extract_features(config, storage, shards, dictionaries))
+        made.append(make(run, FEATURES))
 
     bare_weights = {layer: _folded(sae) for layer, sae in saes.items()}
 
@@ -120,7 +130,7 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
         Side(name="saelens_proxy_stopped", run=lambda: proxy.encode_all(inputs, stopped=True)),
     ]
     say("warming up on one batch")
-    _check_same(config, storage, shards, dictionaries, proxy, plan)
+    _check_same(config, storage, proxy, plan)
     cpu: dict[str, list[float]] = {}
     seconds = alternate(sides, arguments.rounds, cpu)
     sizes = _sizes(storage, made[-1])
@@ -147,11 +157,7 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
             figure("activations: bytes per non-zero", spread([sizes["bytes_per_nonzero"]]), "≤", 4),
             figure("edges: bytes per edge count", spread([sizes["bytes_per_edge"]]), "≤", 1.5),
         ],
-        "seconds": {name: spread(values) for name, values in seconds.items()},
-        "cpu_seconds": {name: spread(values) for name, values in cpu.items()},
-        "tokens_per_second": {
-            name: round(n_tokens / spread(values)["median"]) for name, values in seconds.items()
-        },
+        **times(seconds, cpu, n_tokens),
         "sizes": sizes,
         "input": {
             "tokens": n_tokens,
@@ -181,22 +187,6 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
     }
 
 
-def _config(arguments: argparse.Namespace, root: str) -> Config:
-    return Config.model_validate(
-        {
-            "corpus": {
-                "urls": [arguments.corpus],
-                "text_field": arguments.text_field,
-                "max_tokens": arguments.tokens,
-            },
-            "model": {"name": arguments.model},
-            "windows": {"context_size": arguments.context_size},
-            "storage": {"root": root},
-            "dask": {"workers": 1},
-        }
-    )
-
-
 def _calibration(model: Any, plan: Sequence[Batch], layers: list[int]) -> dict[int, torch.Tensor]:
     """(n, d_model) residuals of the middle batch, whose windows are of middling length."""
     found: dict[int, torch.Tensor] = {}
@@ -209,6 +199,52 @@ def _calibration(model: Any, plan: Sequence[Batch], layers: list[int]) -> dict[i
             lambda layer, hidden: found.__setitem__(layer, hidden[real].clone()),
         )
     return found
+
+
+def save_random_dictionary(
+    folder: Path, residuals: torch.Tensor, *, d_sae: int, l0: float, seed: int
+) -> Path:
+    """Save a random JumpReLU dictionary in SAELens' format, whose every latent fires as often as asked.
+
+    Directions are uniform on the sphere, `b_dec` is the mean residual, and each latent's threshold is its own
+    (1 - l0 / d_sae) quantile over the residuals given: as dense as a trained dictionary's features are on
+    average, and as costly to encode with; but no more uneven than the text is.
+
+    Args:
+        folder: Where.
+        residuals: (n, d_model), n at least 2, of the layer that it reads, to calibrate the thresholds.
+        d_sae: Number of latents.
+        l0: Mean number of active latents a token.
+        seed: Of the directions.
+    """
+    from sae_lens import SAE
+
+    x = residuals.to(torch.float32)
+    sae: Any = SAE.from_dict(
+        {
+            "architecture": "jumprelu",
+            "d_in": x.shape[1],
+            "d_sae": d_sae,
+            "dtype": "float32",
+            "device": "cpu",
+            "apply_b_dec_to_input": True,
+            "metadata": {},
+        }
+    )
+    directions = torch.randn(d_sae, x.shape[1], generator=torch.Generator().manual_seed(seed))
+    directions /= directions.norm(dim=1, keepdim=True)
+    with torch.no_grad():
+        sae.b_dec.copy_(x.mean(0))
+        sae.b_enc.zero_()
+        sae.W_dec.copy_(directions)
+        sae.W_enc.copy_(directions.T)
+        before = (x - sae.b_dec) @ sae.W_enc
+        # Half-way to the next value: a threshold that is a value itself flips with the last bit of a sum.
+        rank = min(len(x) - 1, max(1, round(len(x) * (1 - l0 / d_sae))))
+        below, above = (before.kthvalue(k, dim=0).values for k in (rank, rank + 1))
+        sae.threshold.copy_(((below + above) / 2).clamp(min=1e-3))
+    sae.save_model(str(folder))
+    return folder
 
 
 def _folded(sae: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -232,7 +268,7 @@ class _Proxy:
         from sae_lens.load_model import load_model as load_proxy
         from transformers import AutoModelForCausalLM
 
-        from tasks.models.model import converted_gguf, is_gguf
+        from tasks.models.files import converted_gguf, is_gguf
 
         logging.getLogger("sae_lens").setLevel(logging.ERROR)
         folder = str(converted_gguf(config.model, storage)) if is_gguf(config.model) else config.model.name
@@ -263,16 +299,9 @@ class _Proxy:
             self.encode(ids, stopped=stopped)
 
 
-def _check_same(
-    config: Config,
-    storage: Storage,
-    shards: CorpusShards,
-    dictionaries: list[Dictionary],
-    proxy: _Proxy,
-    plan: Sequence[Batch],
-) -> None:
+def _check_same(config: Config, storage: Storage, proxy: _Proxy, plan: Sequence[Batch]) -> None:
     """Make sure that ours and SAELens' way find the same features; what differs must not be compared."""
-    from tasks.dictionaries.encoding import build_encoder
+    from tasks.dictionaries.encoding import Encoder
     from tasks.graph.extraction import loaded_model
 
     batch = min(plan, key=lambda entry: entry.input_ids.size)
@@ -284,7 +313,7 @@ def _check_same(
     for stopped in (False, True):
         for layer, dense in proxy.encode(ids, stopped=stopped).items():
             theirs = dense[real]
-            sparse = build_encoder(proxy._saes[layer], torch.device("cpu"))(found[layer])
+            sparse = Encoder(proxy._saes[layer], torch.device("cpu"))(found[layer])
             ours = torch.zeros_like(theirs).index_put((sparse.row, sparse.feature), sparse.value)
             differing = int(((ours > 0) != (theirs > 0)).sum())
             # Tokens that repeat have values as equal as rounding lets them be: some thresholds lie on those.

@@ -3,7 +3,7 @@
 All sides see the same windows in the same padded batches, with the same weights, threads and dtype, and the model
 and tokenizer are loaded before the clock starts.
 
-- `ours`: `compute_losses` on finished token shards: reading the shards, batches, the decoder, the head in
+- `ours`: the stage `losses` on finished token shards: reading the shards, batches, the decoder, the head in
   chunks over the predictions that count, ordering, Parquet, manifests.
 - `bare_loop`: `module(input_ids).logits` whole and `cross_entropy` over batches made beforehand, padding included; the
   losses are dropped.
@@ -15,12 +15,12 @@ from __future__ import annotations
 import argparse
 import tempfile
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
-from bench.common import Side, alternate, emit, figure, parser_with_data, ratio, say, spread
+from bench.common import Side, alternate, config_with_data, emit, figure, parser_with_data, ratio, say, times
 from infra.storage import Storage
-from schemas.config import Config
 from schemas.pretraining.work import LossShard
 
 
@@ -28,17 +28,37 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
     """Compare on the first `arguments.tokens` tokens of a corpus; everything is written under `root`."""
     from schemas.pretraining.work import Checkpoint
     from tasks.corpus.heldout import heldout_parts
-    from tasks.corpus.tokenization import tokenize_corpus
+    from tasks.corpus.tokenization import TOKENIZE
     from tasks.corpus.windows import read_heldout_tokens
     from tasks.dictionaries.residuals import shard_batches
+    from tasks.engine.run import Run, make
     from tasks.models.model import model_key
     from tasks.pretraining import losses
-    from tasks.pretraining.checkpoint_jobs import open_checkpoint
+    from tasks.pretraining.checkpoints import CHECKPOINTS
+    from tasks.pretraining.loading import open_checkpoint
+
+    class OfOneCheckpoint(Run):
+        """A run whose only checkpoint is the model of the bench."""
+
+        def is_finished(self, stage: Any) -> bool:
+            return stage is CHECKPOINTS or super().is_finished(stage)
+
+        def result(self, stage: Any) -> Any:
+            return [checkpoint] if stage is CHECKPOINTS else super().result(stage)
 
     storage = Storage(root)
-    config = _config(arguments, root)
+    config = config_with_data(
+        arguments,
+        root,
+        {"max_tokens": arguments.tokens},
+        model={"name": arguments.model},
+        windows={"context_size": arguments.context_size},
+        # Every document is held out; the series is never looked for.
+        consolidation={"heldout_share": 1.0, "series": [{"name": "bench", "folder": root}]},
+        losses={"max_tokens": None},
+    )
     say("tokenizing, and converting the model where needed")
-    shards = tokenize_corpus(config, storage)
+    shards = make(Run(config, storage), TOKENIZE)
     checkpoint = Checkpoint(series="bench", step=0, model=config.model, key=model_key(config.model, storage))
     model, tokenizer = open_checkpoint(config, storage, checkpoint)
     plan = [
@@ -48,13 +68,11 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
     ]
     inputs = [torch.from_numpy(batch.input_ids).to(model.device) for batch in plan]
     counted = [torch.from_numpy((batch.token[:, :-1] >= 0) & (batch.token[:, 1:] >= 0)) for batch in plan]
-    # Loading is no part of what is compared.
-    losses.open_checkpoint = lambda *_: (model, tokenizer)
     made: list[list[LossShard]] = []
     sums: list[float] = []
 
     def ours() -> None:
-        made.append(losses.compute_losses(config, storage, shards, [checkpoint]))
+        made.append(make(OfOneCheckpoint(config, storage), losses.LOSSES))
 
     @torch.inference_mode()
     def bare() -> None:
@@ -82,7 +100,9 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
     say("warming up")
     forward()
     cpu: dict[str, list[float]] = {}
-    seconds = alternate(sides, arguments.rounds, cpu)
+    # Loading is no part of what is compared.
+    with patch.object(losses, "open_checkpoint", lambda *_: (model, tokenizer)):
+        seconds = alternate(sides, arguments.rounds, cpu)
     _check_same(storage, made[-1], sums[-1])
     n_tokens = sum(shard.part.n_tokens for shard in made[-1])
     return {
@@ -98,11 +118,7 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
                 ratio(seconds["bare_forward"], seconds["ours"]),
             ),
         ],
-        "seconds": {name: spread(values) for name, values in seconds.items()},
-        "cpu_seconds": {name: spread(values) for name, values in cpu.items()},
-        "tokens_per_second": {
-            name: round(n_tokens / spread(values)["median"]) for name, values in seconds.items()
-        },
+        **times(seconds, cpu, n_tokens),
         "input": {
             "tokens": n_tokens,
             "predictions": sum(shard.n_predictions for shard in made[-1]),
@@ -116,25 +132,6 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
         },
         "limits": "the matrix products of decoder and head, and the softmax over the vocabulary, a row a prediction",
     }
-
-
-def _config(arguments: argparse.Namespace, root: str) -> Config:
-    return Config.model_validate(
-        {
-            "corpus": {
-                "urls": [arguments.corpus],
-                "text_field": arguments.text_field,
-                "max_tokens": arguments.tokens,
-            },
-            "model": {"name": arguments.model},
-            "windows": {"context_size": arguments.context_size},
-            # Every document is held out; the series is given to the stage as it is.
-            "consolidation": {"heldout_share": 1.0, "series": [{"name": "bench", "folder": root}]},
-            "losses": {"max_tokens": None},
-            "storage": {"root": root},
-            "dask": {"workers": 1},
-        }
-    )
 
 
 def _check_same(storage: Storage, made: list[LossShard], total: float) -> None:

@@ -29,18 +29,13 @@ AT_ONCE = 16
 
 def count(folder: Path, endpoint: str, proxy: Any, n_files: int) -> dict[str, Counter[str]]:
     """Requests by kind of a first run and of the question what there is to do."""
-    from plain import InThisProcess, run_plain
+    from plain import run_plain
     from test_requests import config_of
 
     from infra.storage import Storage
-    from tasks.corpus import tokenization
-    from tasks.engine.plan import plan_run
-    from tasks.graph import extraction
+    from tasks.stages import plan_run
 
-    # A worker of another process would be counted alike, and takes seconds to start.
-    tokenization._Watched = InThisProcess  # type: ignore[misc, assignment]
     config = config_of(folder, endpoint, n_files)
-    extraction.forget_loaded()
     counts: dict[str, Counter[str]] = {}
     for what, run in (
         ("first run", lambda: run_plain(config)),
@@ -55,7 +50,7 @@ def count(folder: Path, endpoint: str, proxy: Any, n_files: int) -> dict[str, Co
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Count at both sizes; everything is written under `folder`, or to the server."""
-    sys.path.insert(0, str(HERE / "tests"))
+    sys.path[:0] = [str(HERE / "tests"), str(HERE / "tests" / "infra")]
     import tiny
     from s3 import running_moto
     from s3_proxy import running_proxy

@@ -20,7 +20,8 @@ from bench.common import emit, figure, parser, say, spread
 from infra.manifest import Manifest, commit, content_key, load
 from infra.storage import Storage
 from schemas.config import Config, DuckDb
-from schemas.tables import SHARD_FILES, VOCABULARY
+from schemas.corpus.tables import VOCABULARY
+from schemas.tables import SHARD_FILES
 from schemas.work import CorpusShards, Dictionary, FeatureShard, GraphShard, TokenShard
 from tasks.graph.features import count_edges, round_mantissa
 
@@ -63,7 +64,13 @@ def main() -> None:
 
 def build(storage: Storage, nonzeros: int, memory_limit: str, threads: int) -> dict[str, object]:
     """Build both groups of tables from the shards that are there."""
-    from tasks.graph.tables import build_graph_tables
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from builders import run_of
+
+    from tasks.corpus.tokenization import TOKENIZE
+    from tasks.dictionaries.dictionaries import DICTIONARIES
+    from tasks.graph.features import FEATURES
+    from tasks.graph.tables import GRAPH
 
     shards, features, dictionaries = make_shards(storage, nonzeros)
     config = Config.model_validate(
@@ -84,9 +91,10 @@ def build(storage: Storage, nonzeros: int, memory_limit: str, threads: int) -> d
         steps[what] = round(steps.get(what, 0) + now - last, 1)
         last = now
 
-    catalog = build_graph_tables(config, storage, shards, features, dictionaries, progress)
+    run = run_of(config, storage, {TOKENIZE: shards, DICTIONARIES: dictionaries, FEATURES: features})
+    graph = GRAPH.build(run, progress)
     seconds = time.perf_counter() - started
-    edges = [file.name for file in catalog.sharded["edges"]]
+    edges = [file.name for file in graph.sharded["edges"]]
     return {
         "nonzeros": sum(feature.n_activations for feature in features),
         "feature_shards": len(features),

@@ -1,7 +1,7 @@
 """Our tokenization against a bare loop of the tokenizer's own batch call, on the same cores.
 
-Ours is the whole of a worker's job, `tokenize_file`: reading the corpus file, tokenizing, counting, and
-writing and committing the shards, in this process with all cores. The bare loop is given the texts in
+Ours is the whole stage: finding the corpus file, reading and tokenizing it, counting, and writing and committing the
+shards, in this process with all cores. The bare loop is given the texts in
 memory and keeps nothing: `tokenizer(batch, add_special_tokens=False)["input_ids"]`, transformers' call, over
 batches as large as ours. Beside it, the lower bound of any way: the Rust backend's own `encode_batch_fast`
 over the same batches, whose ids stay in Rust.
@@ -13,13 +13,15 @@ import argparse
 import json
 import os
 import tempfile
-from itertools import count
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from bench.common import Side, alternate, emit, figure, parser_with_data, ratio, say, spread
+from bench.common import Side, alternate, config_with_data, emit, figure, parser_with_data, ratio, say, times
 from schemas.config import Config
+from schemas.work import CorpusShards
 from tasks.corpus.files import CorpusFile
+from tasks.engine.stage import Stage
 
 BATCH_DOCUMENTS = 1024
 
@@ -28,27 +30,15 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
     """Compare on one corpus file; shards go under `root`."""
     from infra.cluster import available_cores
     from infra.storage import Storage
-    from tasks.corpus.file_jobs import FileJob, FileShards
     from tasks.corpus.files import corpus_files
     from tasks.corpus.records import read_records
-    from tasks.corpus.token_shards import tokenize_file
-    from tasks.corpus.tokenization import write_tokenizer
+    from tasks.engine.run import Run, make
     from tasks.models.tokenizers import load_tokenizer
 
     storage = Storage(root)
-    config = Config.model_validate(
-        {
-            "corpus": {
-                "urls": [arguments.corpus],
-                "text_field": arguments.text_field,
-            },
-            "model": {"name": arguments.model},
-            "storage": {"root": root},
-        }
-    )
+    config = config_with_data(arguments, root, {}, model={"name": arguments.model})
     say("loading the tokenizer and the texts")
     tokenizer = load_tokenizer(config.model, storage)
-    write_tokenizer(storage, tokenizer)
     (file,) = corpus_files(config)
     texts: list[str] = []
     for record in read_records(file, config.corpus, 0):
@@ -59,18 +49,10 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
             config, file = _first(texts, config, root)
             break
     batches = [texts[at : at + BATCH_DOCUMENTS] for at in range(0, len(texts), BATCH_DOCUMENTS)]
-    repetition = count()
-    made: list[FileShards] = []
+    stage, made = _here(), list[CorpusShards]()
 
     def ours() -> None:
-        job = FileJob(
-            file=file,
-            folder=f"tokens/{next(repetition)}",
-            corpus=config.corpus,
-            storage=storage,
-            tokenizer_folder=tokenizer.folder,
-        )
-        made.append(tokenize_file(job))
+        made.append(make(Run(config, storage), stage))
 
     def bare() -> None:
         for batch in batches:
@@ -85,7 +67,7 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
             continue
 
     sides = [
-        Side(name="ours", run=ours),
+        Side(name="ours", run=ours, prepare=lambda: storage.delete("tokens")),
         Side(name="bare_loop", run=bare),
         Side(name="backend_alone", run=backend),
         Side(name="reading_alone", run=reading),
@@ -106,13 +88,7 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
             ),
             figure("tokenization: speed over the Rust backend alone, ids left in Rust", against_backend),
         ],
-        "seconds": {name: spread(values) for name, values in seconds.items()},
-        "cpu_seconds": {name: spread(values) for name, values in cpu.items()},
-        "tokens_per_second": {
-            name: round(n_tokens / spread(values)["median"])
-            for name, values in seconds.items()
-            if name != "reading_alone"
-        },
+        **times(seconds, cpu, n_tokens),
         "input": {
             "documents": len(texts),
             "characters": characters,
@@ -125,6 +101,17 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
             "arrays of ids overlap with it in another thread but take the same cores, writing follows each shard"
         ),
     }
+
+
+def _here() -> Stage[Any, CorpusShards]:
+    """Tokenization without workers, which take seconds to start."""
+    from tasks.corpus.tokenization import Tokenize
+
+    class Here(Tokenize):
+        def client(self, *_: object) -> nullcontext[None]:
+            return nullcontext()
+
+    return Here()
 
 
 def _first(texts: list[str], config: Config, root: str) -> tuple[Config, CorpusFile]:

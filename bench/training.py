@@ -19,7 +19,19 @@ from typing import Any
 
 import torch
 
-from bench.common import CORPUS, Side, alternate, emit, figure, parser, ratio, say, spread
+from bench.common import (
+    CORPUS,
+    Side,
+    alternate,
+    config_with_data,
+    emit,
+    figure,
+    parser,
+    ratio,
+    say,
+    spread,
+    times,
+)
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.pretraining.section import consolidation_of
@@ -29,8 +41,9 @@ from tasks.pretraining.plan import TrainingPlan
 
 def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
     """Compare on a corpus' first documents; everything is written under `root`."""
-    from tasks.corpus.tokenization import tokenize_corpus
+    from tasks.corpus.tokenization import TOKENIZE
     from tasks.corpus.tokenizer_training import train_tokenizer, with_tokenizer
+    from tasks.engine.run import Run, make
     from tasks.models.devices import prepared_device
     from tasks.models.tokenizers import load_tokenizer
     from tasks.pretraining.loop import packed_rows
@@ -44,7 +57,7 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
     train_tokenizer(asked, storage)
     config = with_tokenizer(asked, storage)
     assert config is not None
-    shards = tokenize_corpus(config, storage)
+    shards = make(Run(config, storage), TOKENIZE)
     (series,) = consolidation_of(config).series
     plan = plan_training(config, shards, series)
     tokenizer = load_tokenizer(config.model, storage)
@@ -81,7 +94,7 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
         Side(name="bare_loop", run=bare, prepare=prepare_bare),
         Side(
             name="train_series",
-            run=lambda: train_series(config, storage, shards, series),
+            run=lambda: train_series(config, storage, shards, plan),
             prepare=prepare_whole,
         ),
     ]
@@ -107,11 +120,7 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
                 ratio(seconds["bare_loop"], seconds["train_series"]),
             ),
         ],
-        "seconds": {name: spread(values) for name, values in seconds.items()},
-        "cpu_seconds": {name: spread(values) for name, values in cpu.items()},
-        "tokens_per_second": {
-            name: round(n_tokens / spread(values)["median"]) for name, values in seconds.items()
-        },
+        **times(seconds, cpu, n_tokens),
         "last_loss": last,
         "input": {
             "tokens": n_tokens,
@@ -175,19 +184,13 @@ def _config(arguments: argparse.Namespace, root: str) -> Config:
         "checkpoints": 2,
         "first_checkpoint": max(1, arguments.steps // 2),
     }
-    return Config.model_validate(
-        {
-            "corpus": {
-                "urls": [arguments.corpus],
-                "text_field": arguments.text_field,
-                "max_documents": arguments.documents,
-                "max_reject_share": 1.0,
-            },
-            "model": {"device": "cpu"},
-            "windows": {"context_size": arguments.context_size},
-            "storage": {"root": root},
-            "consolidation": {"series": [{"name": "bench", "shape": shape}], "train": train},
-        }
+    return config_with_data(
+        arguments,
+        root,
+        {"max_documents": arguments.documents, "max_reject_share": 1.0},
+        model={"device": "cpu"},
+        windows={"context_size": arguments.context_size},
+        consolidation={"series": [{"name": "bench", "shape": shape}], "train": train},
     )
 
 

@@ -1,12 +1,14 @@
-"""Stage 11: the report, from the published tables alone."""
+"""The report, from the published tables alone."""
 
 from __future__ import annotations
 
 from flows.artifacts import show_report
-from flows.support import needed, open_storage, reported_progress, stage_flow, step
+from flows.stage import open_storage, reported_progress, stage_flow, step
 from infra.duck import CATALOG
 from infra.storage import Storage
 from schemas.config import Config
+from schemas.errors import not_finished
+from tasks import stages
 
 
 @stage_flow("report", "report on {title}")
@@ -17,21 +19,14 @@ def report(config: Config) -> None:
         config: The whole configuration; `storage` and `duckdb` matter here.
     """
     storage = open_storage(config)
-    needed(published(config, storage), "tables", storage)
-    write_report(config, storage)
+    if not storage.exists(CATALOG):
+        raise not_finished("tables", storage.root)
+    write(config, storage)
     show_report(storage)
 
 
 @step("report", "write")
-def write_report(config: Config, storage: Storage) -> str:
+def write(config: Config, storage: Storage) -> str:
     """Draw the figures and write the file; its URL."""
-    from tasks.report import report
-
-    with reported_progress("report") as progress:
-        return report.write_report(storage, config.duckdb, progress)
-
-
-@step("report", "look for tables")
-def published(config: Config, storage: Storage) -> str | None:
-    """The address of the published catalogue; None if there is none."""
-    return storage.url(CATALOG) if storage.exists(CATALOG) else None
+    with reported_progress("report", config) as progress:
+        return stages.write_report(storage, config, progress)

@@ -8,13 +8,13 @@ from prefect import get_run_logger
 
 from flows.artifacts import show_damage
 from flows.reproduce import reproduce
-from flows.support import open_storage, reported_progress, stage_flow, step
+from flows.stage import open_storage, reported_progress, stage_flow, step
 from infra.storage import REPAIR, Storage
 from schemas.config import Config
 from schemas.errors import DamagedError
 
 if TYPE_CHECKING:
-    from tasks.engine.verify import Verification
+    from tasks.upkeep.verify import Verification
 
 
 @stage_flow("verify", "verify {title}")
@@ -25,7 +25,7 @@ def verify(config: Config, repair: bool = False) -> None:
         config: The whole configuration; without `repair`, `storage` alone matters.
         repair: Remove what is damaged and what was made from it, and make it anew.
     """
-    from tasks.engine import verify as verification
+    from tasks.upkeep import verify as verification
 
     logger = get_run_logger()
     storage = open_storage(config)
@@ -50,7 +50,7 @@ def verify(config: Config, repair: bool = False) -> None:
 @step("verify", "read everything")
 def read_everything(config: Config, storage: Storage) -> Verification:
     """Hash every file and hold it against its manifest."""
-    from tasks.engine import verify as verification
+    from tasks.upkeep import verify as verification
 
-    with reported_progress("verify") as progress:
+    with reported_progress("verify", config) as progress:
         return verification.verify_root(storage, progress)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from infra.storage import Storage
     from schemas.config import Config
-    from schemas.work import Stage, StagePlan
+    from schemas.work import StageName, StagePlan
 
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
 """Environment of a run: its own progress is the only one that is shown."""
@@ -190,8 +190,8 @@ def run(
     *,
     root: str | None = None,
     assignments: Sequence[str] = (),
-    only: Stage | None = None,
-    start_from: Stage | None = None,
+    only: StageName | None = None,
+    start_from: StageName | None = None,
     verify: bool = False,
 ) -> OpenRun:
     """Run the pipeline as `functok run` does: what is missing or changed is done, progress and results are printed.
@@ -253,7 +253,7 @@ def status(
         >>> [plan.stage for plan in plans if plan.missing]
         ['tables', 'report']
     """
-    from tasks.engine.plan import plan_run
+    from tasks.stages import plan_run
 
     loaded, storage = opened(config, assignments, root)
     with quiet_libraries():

@@ -7,15 +7,15 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from functok.api import PRIVATE, QUIET
+from functok.api import PRIVATE, QUIET, opened, require_published
 from infra.interrupt import end_interrupted, interruptible
 from infra.last_words import last_words
 from schemas.errors import ConfigError, FunctokError, whole_message
-from schemas.work import Stage
+from schemas.work import StageName
 
 if TYPE_CHECKING:
     from infra.storage import Storage
@@ -74,9 +74,9 @@ class Format(StrEnum):
 def run(
     config: ConfigArgument,
     assignments: SetOption = None,
-    only: Annotated[Stage | None, typer.Option("--only", help="Run this stage alone.")] = None,
+    only: Annotated[StageName | None, typer.Option("--only", help="Run this stage alone.")] = None,
     start_from: Annotated[
-        Stage | None, typer.Option("--from", help="Run this stage and those after it.")
+        StageName | None, typer.Option("--from", help="Run this stage and those after it.")
     ] = None,
     verify: VerifyOption = False,
     root: RootOption = None,
@@ -91,7 +91,7 @@ def run(
 
     if only is not None and start_from is not None:
         raise ConfigError("--only and --from exclude each other")
-    loaded, storage = _open(config, assignments, root)
+    loaded, storage = opened(config, assignments or (), root)
     run_pipeline(loaded, storage, only=only, start_from=start_from, debug=debug, verify=verify)
 
 
@@ -108,17 +108,16 @@ def status(
     from rich.console import Console
     from rich.table import Table
 
-    from tasks.engine.plan import plan_run
+    from tasks.stages import plan_run
 
-    loaded, storage = _open(config, assignments, root)
+    loaded, storage = opened(config, assignments or (), root)
     table = Table(title=f"{config} → {storage.root}", title_justify="left")
     for column in ("stage", "done", "to do", "why"):
         table.add_column(column)
     plans = plan_run(loaded, storage, verify=verify)
     for plan in plans:
-        table.add_row(
-            plan.stage, str(plan.done), "?" if plan.missing is None else str(plan.missing), plan.reason
-        )
+        missing = "?" if plan.missing is None else str(plan.missing)
+        table.add_row(plan.stage, str(plan.done), missing, plan.reason)
     console = Console()
     console.print(table)
     lines = [f"{plan.stage}: {line}" for plan in plans for line in plan.details]
@@ -160,7 +159,7 @@ def catalog(
 ) -> None:
     """Write a DuckDB file whose views are the tables, so that any DuckDB client can open it."""
     from schemas.config import DuckDb
-    from tasks.graph.tables import write_catalog_file
+    from tasks.engine.catalog_file import write_catalog_file
 
     write_catalog_file(_published(root, endpoint_url), str(path), DuckDb())
     typer.echo(f"{path}: open it with any DuckDB client")
@@ -169,10 +168,9 @@ def catalog(
 @app.command()
 def report(root: RootOption = None, endpoint_url: EndpointOption = None, debug: DebugOption = False) -> None:
     """(Re)write the HTML report from the tables."""
-    from schemas.config import DuckDb
-    from tasks.report.report import write_report
+    from tasks.stages import write_report
 
-    typer.echo(write_report(_published(root, endpoint_url), DuckDb()))
+    typer.echo(write_report(_published(root, endpoint_url)))
 
 
 @app.command()
@@ -196,9 +194,10 @@ def verify(
     """Read everything under a root, and tell each file that is not what was written. Exit status 1 if any is."""
     from functok.upkeep import verify as verify_root
 
-    loaded, storage = (None, _storage(root, endpoint_url))
-    if config is not None:
-        loaded, storage = _open(config, assignments, root)
+    if config is None:
+        loaded, storage = None, _storage(root, endpoint_url)
+    else:
+        loaded, storage = opened(config, assignments or (), root)
     verify_root(storage, loaded, repair=repair, keep_suspects=keep_suspects, debug=debug)
 
 
@@ -223,9 +222,9 @@ def gc(
     """Show what nothing reaches any more: how many bytes, and why. `--delete` acts."""
     from functok.upkeep import collect
 
-    opened = [_open(path, None, root) for path in configs or []]
-    storage = opened[0][1] if opened else _storage(root, endpoint_url)
-    collect(storage, [config for config, _ in opened], delete=delete, hours=older_than)
+    loaded = [opened(path, root=root) for path in configs or []]
+    storage = loaded[0][1] if loaded else _storage(root, endpoint_url)
+    collect(storage, [config for config, _ in loaded], delete=delete, hours=older_than)
 
 
 @app.command()
@@ -253,12 +252,6 @@ def up(
     bring_up(root, host=host, port=port, config=None if config is None else str(config), debug=debug)
 
 
-def _open(path: Path, assignments: list[str] | None, root: str | None) -> tuple[Any, Storage]:
-    from functok.api import opened
-
-    return opened(path, assignments or (), root)
-
-
 def _storage(root: str | None, endpoint_url: str | None) -> Storage:
     from infra.storage import Storage
 
@@ -266,8 +259,6 @@ def _storage(root: str | None, endpoint_url: str | None) -> Storage:
 
 
 def _published(root: str | None, endpoint_url: str | None) -> Storage:
-    from functok.api import require_published
-
     storage = _storage(root, endpoint_url)
     require_published(storage)
     return storage
@@ -291,12 +282,8 @@ def main(arguments: list[str] | None = None) -> None:
     except FunctokError as error:
         if debug:
             raise
-        stage = f"stage {error.stage}" if error.stage else ""
-        _complain(
-            stage or ("the configuration" if isinstance(error, ConfigError) else ""),
-            error.message,
-            error.hint,
-        )
+        place = "the configuration" if isinstance(error, ConfigError) else ""
+        _complain(f"stage {error.stage}" if error.stage else place, error.message, error.hint)
     except (KeyboardInterrupt, typer.Abort):
         is_run = arguments[:1] == ["run"]
         end_interrupted("finished work is kept; run the same command again to continue" if is_run else "")

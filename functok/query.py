@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from decimal import Decimal
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -273,20 +274,15 @@ def _write_table(reader: pa.RecordBatchReader, target: IO[bytes]) -> None:
     for name, kind in zip(reader.schema.names, reader.schema.types, strict=True):
         is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
         table.add_column(Text(name), justify="right" if is_number else "left")
-    shown, is_cut = 0, False
-    for batch in reader:
-        for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-            if shown == _ROWS_SHOWN:
-                is_cut = True
-                break
-            table.add_row(*(Text(_cell(value)) for value in row))
-            shown += 1
-        if is_cut:
-            break
+    rows = (
+        row for batch in reader for row in zip(*(column.to_pylist() for column in batch.columns), strict=True)
+    )
+    for row in islice(rows, _ROWS_SHOWN):
+        table.add_row(*(Text(_cell(value)) for value in row))
     text = io.StringIO()
     console = Console(file=text, width=None if sys.stdout.isatty() else 200)
     console.print(table)
-    if is_cut:
+    if next(rows, None) is not None:
         console.print(f"the first {_ROWS_SHOWN} rows; --format csv, json or parquet gives all", markup=False)
     target.write(text.getvalue().encode())
     target.flush()

@@ -29,7 +29,7 @@ def verify(
         ConfigError: if nothing is stored there.
         DamagedError: if anything is damaged and `repair` is not asked for.
     """
-    from tasks.engine import verify as verification
+    from tasks.upkeep import verify as verification
 
     with terminal_progress(plain=debug) as progress:
         found = verification.verify_root(storage, progress)
@@ -76,7 +76,7 @@ def collect(storage: Storage, configs: Sequence[Config], *, delete: bool, hours:
         ConfigError: if a configuration is of another root, or not finished.
         DamagedError: if the catalogue is damaged.
     """
-    from tasks.engine.gc import delete_garbage, find_garbage
+    from tasks.upkeep.gc import delete_garbage, find_garbage
 
     found = find_garbage(storage, configs, older_than=3600 * hours)
     for why, group in groupby(found, key=lambda entry: entry.why):

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
@@ -159,7 +160,8 @@ class Children:
         while not ready():
             self._require_alive(finite)
             if time.monotonic() > deadline:
-                raise FunctokError(f"waited {timeout:.0f} s in vain for {what}{self._last_lines_of_all()}")
+                said = (f"\n{name}:\n{last_lines(log)}" for name, (_, log) in self._children.items())
+                raise FunctokError(f"waited {timeout:.0f} s in vain for {what}{''.join(said)}")
             if self._asked.wait(0.2):
                 raise Stopped(what)
 
@@ -211,20 +213,16 @@ class Children:
             hint="the other parts were stopped; run `functok up` again when the cause is gone",
         )
 
-    def _last_lines_of_all(self) -> str:
-        return "".join(f"\n{name}:\n{last_lines(log)}" for name, (_, log) in self._children.items())
-
     def _stop_all(self) -> None:
-        names = list(self._children)
-        first = names[:1]
-        end_processes([self._children[name][0].pid for name in names if name not in first])
+        processes = [process for process, _ in self._children.values()]
+        end_processes([process.pid for process in processes[1:]])
         for action in self._before_stop:
-            if first and self._children[first[0]][0].poll() is None:
+            if processes and processes[0].poll() is None:
                 try:
                     action()
                 except Exception as error:
                     print(f"while stopping: {error}", file=sys.stderr)
-        end_processes([self._children[name][0].pid for name in first])
+        end_processes([process.pid for process in processes[:1]])
         for process, log in self._children.values():
             process.wait()
             log.close()
@@ -238,14 +236,13 @@ class Children:
         aside.replace(self._record)
 
     def _clean_up_after_crash(self) -> None:
-        entries = _entries(self._record)
-        alive = [pid for pid, born in entries if born is not None and _birth(pid) == born]
-        if _owner_lives(entries):
+        owner, others = _alive(self._record)
+        if owner is not None:
             raise ConfigError(
-                f"`functok up` is already running here (process {entries[0][0]})",
+                f"`functok up` is already running here (process {owner})",
                 hint="use it, stop it with Ctrl-C, or choose another --port",
             )
-        end_processes(alive)
+        end_processes(others)
 
 
 class ErrorLines:
@@ -269,7 +266,8 @@ class ErrorLines:
         self._read += len(content)
         *lines, self._rest = (self._rest + content).split(b"\n")
         found = [line.decode("utf-8", "replace").strip() for line in lines]
-        return [_without_time(line) for line in found if _ERROR.search(line) and self._is_news(line)]
+        news = [line for line in found if _ERROR.search(line) and self._is_news(line)]
+        return [re.sub(r"^[\d:.]+ \| (?:ERROR|CRITICAL)\s*\| ", "", line) for line in news]
 
     def _is_news(self, line: str) -> bool:
         # Times, numbers of processes and addresses differ each time.
@@ -281,30 +279,24 @@ class ErrorLines:
         return True
 
 
-def _without_time(line: str) -> str:
-    return re.sub(r"^[\d:.]+ \| (?:ERROR|CRITICAL)\s*\| ", "", line)
-
-
 def ports_in_use(home: Path) -> list[int]:
     """Ports of the `functok up` that run with this Prefect home, lowest first."""
     ports = []
     for record in home.glob("functok-up-*.json"):
         port = record.stem.rpartition("-")[2]
-        if port.isdigit() and _owner_lives(_entries(record)):
+        if port.isdigit() and _alive(record)[0] is not None:
             ports.append(int(port))
     return sorted(ports)
 
 
-def _entries(record: Path) -> list[tuple[int, float | None]]:
-    """Numbers and births of the processes in a record, the parent first."""
+def _alive(record: Path) -> tuple[int | None, list[int]]:
+    """Of the processes in a record those that live: the parent, which is the first, and the others."""
     try:
-        return [(int(pid), born) for pid, born in json.loads(record.read_text())]
+        entries = [(int(pid), born) for pid, born in json.loads(record.read_text())]
     except (OSError, ValueError, TypeError):
-        return []
-
-
-def _owner_lives(entries: list[tuple[int, float | None]]) -> bool:
-    return bool(entries) and entries[0][1] is not None and _birth(entries[0][0]) == entries[0][1]
+        return None, []
+    alive = [pid for pid, born in entries if born is not None and _birth(pid) == born]
+    return (alive[0], alive[1:]) if alive and alive[0] == entries[0][0] else (None, alive)
 
 
 def _birth(pid: int) -> float | None:
@@ -318,22 +310,16 @@ def end_processes(pids: list[int]) -> None:
     """End processes and all that they started: SIGTERM, then SIGKILL for what is left."""
     family: dict[int, psutil.Process] = {}
     for pid in pids:
-        try:
+        with suppress(psutil.NoSuchProcess):
             process = psutil.Process(pid)
             family |= {child.pid: child for child in [*process.children(recursive=True), process]}
-        except psutil.NoSuchProcess:
-            continue
     for process in family.values():
-        try:
+        with suppress(psutil.NoSuchProcess):
             process.terminate()
-        except psutil.NoSuchProcess:
-            continue
     _, stubborn = psutil.wait_procs(list(family.values()), timeout=GRACE_SECONDS)
     for process in stubborn:
-        try:
+        with suppress(psutil.NoSuchProcess):
             process.kill()
-        except psutil.NoSuchProcess:
-            continue
     psutil.wait_procs(stubborn, timeout=GRACE_SECONDS)
 
 

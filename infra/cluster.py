@@ -23,21 +23,21 @@ _device = threading.RLock()
 
 
 @contextmanager
-def tokenization_client(settings: Dask, n_files: int) -> Iterator[tuple[Any, int]]:
-    """A Dask client for `n_files` independent files, and the tokenizer threads that each worker should use.
+def tokenization_client(settings: Dask, n_files: int) -> Iterator[Any]:
+    """A Dask client for `n_files` independent files.
 
     The local cluster has one process a core, but no more than there are files; where there are fewer files
     than cores, the tokenizer's own threads use the rest.
     """
     if settings.scheduler:
         with _connected(settings.scheduler) as client:
-            yield client, 0
+            yield client
         return
     cores = available_cores()
     workers = min(settings.workers or cores, n_files)
     threads = max(1, cores // workers)
     with _local(workers, {"RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true"}) as client:
-        yield client, threads
+        yield client
 
 
 @contextmanager

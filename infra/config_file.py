@@ -97,21 +97,17 @@ def _assign(values: dict[str, Any], assignment: str) -> None:
 def _assign_path(values: dict[str, Any], path: list[str], value: Any) -> None:
     node: Any = values
     for here, part in enumerate(path):
-        last = here == len(path) - 1
+        key: Any = part
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
                 raise ConfigError(f"--set {'.'.join(path)}: {part!r} is no index of a list of {len(node)}")
-            if last:
-                node[int(part)] = value
-            else:
-                node = node[int(part)]
-        elif isinstance(node, dict):
-            if last:
-                node[part] = value
-            else:
-                node = node.setdefault(part, {})
-        else:
+            key = int(part)
+        elif not isinstance(node, dict):
             raise ConfigError(f"--set {'.'.join(path)}: {'.'.join(path[:here])} is a value, not a section")
+        if here == len(path) - 1:
+            node[key] = value
+        else:
+            node = node[key] if isinstance(node, list) else node.setdefault(key, {})
 
 
 def refuse_secrets(config: Config) -> None:

@@ -13,7 +13,6 @@ the `--config` and `--root` that it was told last.
 
 from __future__ import annotations
 
-import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -21,15 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import yaml
-
 from infra.addresses import without_credentials
 from infra.manifest import content_key
+from infra.prefect_api import client_of, keep_variable
 from schemas.errors import ConfigError, FunctokError
+from schemas.work import STAGES
 
 if TYPE_CHECKING:
     from prefect import Flow
-    from prefect.client.orchestration import PrefectClient
+    from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.responses import DeploymentResponse
 
 FILLED = "functok_filled"
@@ -59,23 +58,37 @@ class Wanted:
     schedules: dict[str, dict[str, Any]]
 
 
-def read_deployments(file: Path, parameters: Mapping[str, Any]) -> list[Wanted]:
+def with_every_stage(content: Mapping[str, Any], stages: Sequence[str] = STAGES) -> dict[str, Any]:
+    """A `prefect.yaml` with a deployment for each stage: one that it does not know is deployed as `features` is.
+
+    So an experiment that somebody adds needs no entry there.
+    """
+    known = {entry["name"]: entry for entry in content["deployments"]}
+    like = {name: value for name, value in known.get("features", {}).items() if name != "schedules"}
+    added = [
+        {**like, "name": stage, "entrypoint": f"flows.{stage}.{stage}", "description": f"The stage {stage}."}
+        for stage in stages
+        if stage not in known
+    ]
+    return {**content, "deployments": [*content["deployments"], *added]}
+
+
+def wanted_of(content: Mapping[str, Any], parameters: Mapping[str, Any]) -> list[Wanted]:
     """The deployments of a `prefect.yaml`.
 
     Args:
-        file: The file.
-        parameters: What stands in for the file's template of parameters.
+        content: The file's.
+        parameters: What stands in for its template of parameters.
 
     Raises:
         ConfigError: if a schedule has no slug: without a name it could not be told from one made in the UI.
     """
-    content = yaml.safe_load(file.read_text(encoding="utf-8"))
     wanted = []
     for entry in content["deployments"]:
         schedules = entry.get("schedules") or []
         if not all(schedule.get("slug") for schedule in schedules):
             raise ConfigError(
-                f"{file}: a schedule of the deployment {entry['name']} has no slug",
+                f"prefect.yaml: a schedule of the deployment {entry['name']} has no slug",
                 hint="give it a name: slug: nightly",
             )
         wanted.append(
@@ -112,70 +125,54 @@ def fill(
     Raises:
         FunctokError: if Prefect refuses something.
     """
-    missing = asyncio.run(_missing(api_url, wanted))
+    with client_of(api_url) as client:
+        missing = [entry.name for entry in wanted if _read(client, entry.name) is None]
     if missing:
         deploy(missing)
-    return asyncio.run(_settle(api_url, wanted, missing, directory, dict(told or {})))
-
-
-def told_before(api_url: str) -> dict[str, str]:
-    """The `$FUNCTOK_CONFIG` and `$FUNCTOK_ROOT` of the last start, where there were any."""
-
-    async def read() -> dict[str, str]:
-        from prefect.client.orchestration import PrefectClient
-
-        async with PrefectClient(api_url) as client:
-            return dict((await _read_filled(client)).get("told", {}))
-
-    return asyncio.run(read())
-
-
-async def _missing(api_url: str, wanted: Sequence[Wanted]) -> list[str]:
-    from prefect.client.orchestration import PrefectClient
-
-    async with PrefectClient(api_url) as client:
-        return [entry.name for entry in wanted if await _read(client, entry.name) is None]
-
-
-async def _read(client: PrefectClient, name: str) -> DeploymentResponse | None:
-    from prefect.exceptions import ObjectNotFound
-
-    try:
-        return await client.read_deployment_by_name(f"{name}/{name}")
-    except ObjectNotFound:
-        return None
-
-
-async def _settle(
-    api_url: str, wanted: Sequence[Wanted], made: Sequence[str], directory: Path, told: Mapping[str, str]
-) -> list[str]:
-    from prefect.client.orchestration import PrefectClient
-
-    lines = [f"deployed {', '.join(made)}"] if made else []
+    lines = [f"deployed {', '.join(missing)}"] if missing else []
     # a line about values: the deployments that it is true of
     changes: defaultdict[str, list[str]] = defaultdict(list)
-    async with PrefectClient(api_url) as client:
-        filled = await _read_filled(client)
+    with client_of(api_url) as client:
+        filled = _read_filled(client)
         before, brought = set(filled.get("values", [])), dict(filled.get("schedules", {}))
         for entry in wanted:
-            found = await _read(client, entry.name)
+            found = _read(client, entry.name)
             if found is None:
                 raise FunctokError(
                     f"the deployment {entry.name} is not there after it was deployed",
                     hint="run `functok up` again; the log of the server says more",
                 )
-            if entry.name not in made:
+            if entry.name not in missing:
                 settled = settle_values(values_of(found), values_of(entry), before)
-                refused = await _refresh(client, found, entry, directory, settled.values)
-                lines += [_misfit(api_url, found, refused)] if refused else []
+                if refused := _refresh(client, found, entry, directory, settled.values):
+                    page = f"{api_url.removesuffix('/api')}/deployments/deployment/{found.id}/edit"
+                    lines.append(
+                        f"the parameters of {found.name} do not fit this version of functok, and its runs will fail: "
+                        f"{refused}; change them at {page}"
+                    )
                 for change in settled.said:
                     changes[change].append(entry.name)
-                added = await _add_schedules(client, found, entry, brought.get(entry.name))
+                added = _add_schedules(client, found, entry, brought.get(entry.name))
                 lines += [f"added the schedule {slug} to {entry.name}" for slug in added]
             brought[entry.name] = sorted({*brought.get(entry.name, []), *entry.schedules})
         values = sorted({value for entry in wanted for value in fingerprints(values_of(entry))})
-        await _write_filled(client, {"values": values, "schedules": brought, "told": dict(told)})
+        keep_variable(client, FILLED, {"values": values, "schedules": brought, "told": dict(told or {})})
     return lines + [f"{change} ({', '.join(names)})" for change, names in changes.items()]
+
+
+def told_before(api_url: str) -> dict[str, str]:
+    """The `$FUNCTOK_CONFIG` and `$FUNCTOK_ROOT` of the last start, where there were any."""
+    with client_of(api_url) as client:
+        return dict(_read_filled(client).get("told", {}))
+
+
+def _read(client: SyncPrefectClient, name: str) -> DeploymentResponse | None:
+    from prefect.exceptions import ObjectNotFound
+
+    try:
+        return client.read_deployment_by_name(f"{name}/{name}")
+    except ObjectNotFound:
+        return None
 
 
 class Settled(NamedTuple):
@@ -274,8 +271,8 @@ def _fingerprint(path: Sequence[str], value: Any) -> str:
     return content_key(path=list(path), value=value)[:_VALUE_DIGITS]
 
 
-async def _refresh(
-    client: PrefectClient,
+def _refresh(
+    client: SyncPrefectClient,
     found: DeploymentResponse,
     entry: Wanted,
     directory: Path,
@@ -295,9 +292,7 @@ async def _refresh(
     values: dict[str, Any] = {
         "entrypoint": entry.entrypoint,
         "description": settled["description"][entry.name],
-        "pull_steps": [
-            {"prefect.deployments.steps.set_working_directory": {"directory": str(directory)}},
-        ],
+        "pull_steps": [{"prefect.deployments.steps.set_working_directory": {"directory": str(directory)}}],
         "parameter_openapi_schema": parameter_schema(flow).model_dump_for_openapi(),
         "parameters": settled.get("parameters", {}),
         "enforce_parameter_schema": True,
@@ -306,26 +301,19 @@ async def _refresh(
         # An update, even of nothing, deletes the runs that are already scheduled.
         return ""
     try:
-        await client.update_deployment(found.id, DeploymentUpdate(**values))
+        client.update_deployment(found.id, DeploymentUpdate(**values))
     except PrefectHTTPStatusError as error:
         if error.response.status_code != 409:
             raise
         # Without the check they can be mended in the form of this version; a run refuses them before any work.
         values["enforce_parameter_schema"] = False
-        await client.update_deployment(found.id, DeploymentUpdate(**values))
+        client.update_deployment(found.id, DeploymentUpdate(**values))
         return str(error.response.json().get("detail", error))
     return ""
 
 
-def _misfit(api_url: str, found: DeploymentResponse, why: str) -> str:
-    return (
-        f"the parameters of {found.name} do not fit this version of functok, and its runs will fail: {why}; "
-        f"change them at {api_url.removesuffix('/api')}/deployments/deployment/{found.id}/edit"
-    )
-
-
-async def _add_schedules(
-    client: PrefectClient, found: DeploymentResponse, entry: Wanted, brought: Sequence[str] | None
+def _add_schedules(
+    client: SyncPrefectClient, found: DeploymentResponse, entry: Wanted, brought: Sequence[str] | None
 ) -> list[str]:
     """Add the schedules that the file brings for the first time; one that was deleted in the UI stays deleted."""
     from prefect.client.schemas.actions import DeploymentScheduleCreate
@@ -336,29 +324,14 @@ async def _add_schedules(
     new = [] if brought is None else [slug for slug in entry.schedules if slug not in {*brought, *there}]
     for slug in new:
         schedule = entry.schedules[slug]
-        timing = {
-            name: schedule[name] for name in ("cron", "interval", "rrule", "timezone") if name in schedule
-        }
-        await client.create_deployment_schedules(
-            found.id,
-            [
-                DeploymentScheduleCreate(
-                    schedule=construct_schedule(**timing), active=schedule.get("active", True), slug=slug
-                )
-            ],
+        timing = {name: schedule[name] for name in {*schedule} & {"cron", "interval", "rrule", "timezone"}}
+        created = DeploymentScheduleCreate(
+            schedule=construct_schedule(**timing), active=schedule.get("active", True), slug=slug
         )
+        client.create_deployment_schedules(found.id, [created])
     return new
 
 
-async def _read_filled(client: PrefectClient) -> dict[str, Any]:
-    variable = await client.read_variable_by_name(FILLED)
+def _read_filled(client: SyncPrefectClient) -> dict[str, Any]:
+    variable = client.read_variable_by_name(FILLED)
     return dict(variable.value) if variable is not None and isinstance(variable.value, dict) else {}
-
-
-async def _write_filled(client: PrefectClient, filled: dict[str, Any]) -> None:
-    from prefect.client.schemas.actions import VariableCreate, VariableUpdate
-
-    if await client.read_variable_by_name(FILLED) is None:
-        await client.create_variable(VariableCreate(name=FILLED, value=filled))
-    else:
-        await client.update_variable(VariableUpdate(name=FILLED, value=filled))

@@ -75,15 +75,17 @@ class Catalog:
     lineage: dict[str, str] = field(default_factory=dict)
     about: dict[str, list[str]] = field(default_factory=dict)
 
+    @property
+    def files(self) -> list[str]:
+        """Every Parquet file that it names; one that several tables share comes several times."""
+        return [*self.tables.values(), *(file.name for files in self.sharded.values() for file in files)]
+
     def to_json(self) -> dict[str, Any]:
         """The JSON form, with the shards' fields as columns."""
         return {
             "tables": self.tables,
             "sharded": {
-                table: {
-                    column.name: [getattr(file, column.name) for file in files]
-                    for column in fields(ShardFile)
-                }
+                table: {c.name: [getattr(file, c.name) for file in files] for c in fields(ShardFile)}
                 for table, files in self.sharded.items()
             },
             "lineage": self.lineage,
@@ -146,11 +148,8 @@ def open_duckdb(storage: Storage, resources: DuckDb | None = None, database: str
 
 def _require_written(storage: Storage, name: str, content: bytes) -> None:
     """Refuse what DuckDB has read whole from elsewhere, if it is not what was written."""
-    try:
+    with _noting_refusals():
         check_content(storage, name, content)
-    except FunctokError as error:
-        _refusals.appendleft(error)
-        raise
 
 
 def memory_bytes(limit: str) -> int:
@@ -232,6 +231,15 @@ def telling_damage() -> Iterator[None]:
 _refusals: deque[FunctokError] = deque(maxlen=16)
 
 
+@contextmanager
+def _noting_refusals() -> Iterator[None]:
+    try:
+        yield
+    except FunctokError as error:
+        _refusals.appendleft(error)
+        raise
+
+
 def _create_view(
     connection: Any,
     storage: Storage,
@@ -253,11 +261,8 @@ def _create_view(
 
     def files() -> list[str]:
         if is_in_use:
-            try:
+            with _noting_refusals():
                 check_files(storage, names, large_too=large_too)
-            except FunctokError as error:
-                _refusals.appendleft(error)
-                raise
         return urls
 
     function = f"files_of_{view}"
@@ -297,17 +302,17 @@ def view_of_shards(
         columns = ", ".join(f"NULL::{kind} AS {column}" for column, kind in kinds)
         connection.execute(f"CREATE OR REPLACE VIEW {table} AS SELECT {columns} WHERE false")
         return
-    urls = [storage.url(file.name) for file in files]
-    rows = pa.table(
+    schema = pa.schema(
         {
-            "url": pa.array(urls, pa.string()),
-            "doc_offset": pa.array([file.doc_offset for file in files], pa.int64()),
-            "source": pa.array([file.source for file in files], pa.string()),
-            "layer": pa.array([file.layer for file in files], pa.int32()),
-            "model": pa.array([file.model for file in files], pa.string()),
-            "step": pa.array([file.step for file in files], pa.int64()),
+            "url": pa.string(),
+            "doc_offset": pa.int64(),
+            "source": pa.string(),
+            "layer": pa.int32(),
+            "model": pa.string(),
+            "step": pa.int64(),
         }
     )
+    rows = pa.Table.from_pylist([{"url": storage.url(file.name), **vars(file)} for file in files], schema)
     shards = f"{shards_schema}._shards_{table}" if shards_schema else f"_shards_{table}"
     connection.register("_rows", rows)
     connection.execute(f"CREATE OR REPLACE TABLE {shards} AS SELECT * FROM _rows")

@@ -11,15 +11,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from infra.addresses import storage_options
-from infra.storage import LOCAL_CACHE
+from infra.storage import LOCAL_CACHE, put_aside
 
 _CHUNK = 8 << 20
 _SETTLED_NS = 2_000_000_000
@@ -37,7 +38,7 @@ def content_hash(url: str, endpoint_url: str | None = None) -> str:
         FileNotFoundError: if the file is not there.
     """
     fs, path = fsspec.core.url_to_fs(url, **storage_options(url, endpoint_url))
-    if type(fs).__name__ == "LocalFileSystem":
+    if isinstance(fs, LocalFileSystem):
         return file_hash(Path(path))
     info = fs.info(path)
     for key in _IDENTITY_KEYS:
@@ -95,16 +96,9 @@ def recall(identity: Sequence[str | int]) -> str | None:
 
 def remember(identity: Sequence[str | int], digest: str) -> None:
     """Remember a hash on this machine."""
-    place = _place(identity)
     # A cache that cannot be written only costs time.
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(dir=place.parent)
-        with os.fdopen(handle, "w") as file:
-            file.write(digest)
-        os.replace(aside, place)
-    except OSError:
-        return
+    with suppress(OSError), put_aside(_place(identity)) as aside:
+        aside.write_text(digest)
 
 
 def _place(identity: Sequence[str | int]) -> Path:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -62,25 +62,14 @@ def index_name(top: str) -> str:
 
 
 def read_known(storage: Storage, names: Sequence[str]) -> Known:
-    """The contents of those of `names` that exist, and the sizes of the files beside them.
-
-    Args:
-        storage: Where they are.
-        names: Small files, each in a folder below a top folder.
-
-    Raises:
-        StorageError: if the storage fails.
-    """
+    """The contents of those of `names` that exist, each in a folder below a top one, and sizes of the files beside."""
     if len(names) <= FEW:
         contents = storage.read_many(list(names))
         folders = dict.fromkeys(name.rsplit("/", 1)[0] for name in contents)
         sizes = {name: size for folder in folders for name, size in storage.sizes(folder).items()}
         return Known(contents=contents, sizes=sizes)
     known = Known(contents={}, sizes={})
-    by_top: dict[str, list[str]] = {}
-    for name in names:
-        by_top.setdefault(name.split("/", 1)[0], []).append(name)
-    for top, wanted in by_top.items():
+    for top, wanted in _by_top(names).items():
         sizes = storage.sizes(top)
         there = [name for name in wanted if name in sizes]
         indexed = _fitting(_read_index(storage, top), sizes) if there and _trusted.get() else {}
@@ -96,22 +85,22 @@ def read_known(storage: Storage, names: Sequence[str]) -> Known:
 
 
 def remember_files(storage: Storage, contents: Mapping[str, bytes]) -> None:
-    """Add small files, as they were just written, to their indexes.
-
-    Args:
-        storage: Where they are.
-        contents: Name to content.
-    """
-    by_top: dict[str, dict[str, bytes]] = {}
-    for name, content in contents.items():
-        by_top.setdefault(name.split("/", 1)[0], {})[name] = content
-    for top, added in by_top.items():
+    """Add small files, as they were just written, to their indexes."""
+    for top, names in _by_top(contents).items():
+        added = {name: contents[name] for name in names}
         known = _read_index(storage, top)
         # What is known otherwise was made anew: the old would fit a listing where sizes are equal.
         is_old = any(known.get(name, content) != content for name, content in added.items())
         if is_old or len(added) >= WORTH_WRITING:
             with suppress(StorageError):
                 _write_index(storage, top, _fitting({**known, **added}, storage.sizes(top)))
+
+
+def _by_top(names: Iterable[str]) -> dict[str, list[str]]:
+    by_top: dict[str, list[str]] = {}
+    for name in names:
+        by_top.setdefault(name.split("/", 1)[0], []).append(name)
+    return by_top
 
 
 def _fitting(contents: Mapping[str, bytes], sizes: Mapping[str, int]) -> dict[str, bytes]:
@@ -121,11 +110,8 @@ def _fitting(contents: Mapping[str, bytes], sizes: Mapping[str, int]) -> dict[st
 def _read_index(storage: Storage, top: str) -> dict[str, bytes]:
     try:
         value: Any = json.loads(gzip.decompress(storage.read_bytes(index_name(top))))
-        return (
-            {name: text.encode() for name, text in value["files"].items()}
-            if value["version"] == VERSION
-            else {}
-        )
+        files = value["files"] if value["version"] == VERSION else {}
+        return {name: text.encode() for name, text in files.items()}
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zlib.error):
         return {}
 

@@ -109,12 +109,7 @@ def load_all(storage: Storage, folders: Iterable[str]) -> dict[str, Manifest]:
 
 
 def remember(storage: Storage, manifests: Mapping[str, Manifest]) -> None:
-    """Write manifests that were just committed into their index, so that nobody needs to read each of them.
-
-    Args:
-        storage: Where the folders are.
-        manifests: Folder to its manifest.
-    """
+    """Write manifests of folders that were just committed into their index, so that nobody needs to read each."""
     remember_files(storage, manifest_files(manifests))
 
 

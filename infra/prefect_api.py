@@ -10,20 +10,22 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
-
-import psutil
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from uuid import UUID
 
+    import httpx
     from prefect import Flow
-    from prefect.client.orchestration import PrefectClient
+    from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.objects import FlowRun, State
     from prefect.client.schemas.schedules import SCHEDULE_TYPES
     from prefect.events.schemas.automations import AutomationCore
+
+T = TypeVar("T")
 
 AUTOMATION = "functok: crash runs whose heartbeat stopped"
 MISSED_SECONDS = 90
@@ -42,25 +44,47 @@ WORKER = "prefect.worker.name"
 """The label that a worker gives a run which it has taken."""
 
 
-def health(api_url: str, seconds: float = 2.0) -> bool:
-    """Whether the API answers within some seconds."""
+def answer(url: str, seconds: float = 2.0) -> httpx.Response | None:
+    """What a server answers within some seconds; None where it does not, or not with status 200."""
     import httpx
 
     try:
-        return httpx.get(f"{api_url}/health", timeout=seconds).status_code == 200
+        found = httpx.get(url, timeout=seconds)
     except httpx.HTTPError:
-        return False
+        return None
+    return found if found.status_code == 200 else None
 
 
-def server_version(api_url: str, seconds: float = 2.0) -> str | None:
-    """The version of Prefect that answers there within some seconds, if one does."""
-    import httpx
+def health(api_url: str) -> bool:
+    """Whether the API answers."""
+    return answer(f"{api_url}/health") is not None
+
+
+def server_version(api_url: str) -> str | None:
+    """The version of Prefect that answers there, if one does."""
+    found = answer(f"{api_url}/admin/version")
+    try:
+        return None if found is None else str(found.json())
+    except ValueError:
+        return None
+
+
+def client_of(api_url: str | None = None) -> SyncPrefectClient:
+    """A client of a server, a context; of that of PREFECT_API_URL if none is given."""
+    from prefect.client.orchestration import SyncPrefectClient, get_client
+
+    return get_client(sync_client=True) if api_url is None else SyncPrefectClient(api_url)
+
+
+def keep_variable(client: SyncPrefectClient, name: str, value: dict[str, Any]) -> None:
+    """Set a variable of the server, whether or not it is there."""
+    from prefect.client.schemas.actions import VariableCreate, VariableUpdate
+    from prefect.exceptions import ObjectAlreadyExists
 
     try:
-        answer = httpx.get(f"{api_url}/admin/version", timeout=seconds)
-        return str(answer.json()) if answer.status_code == 200 else None
-    except (httpx.HTTPError, ValueError):
-        return None
+        client.create_variable(VariableCreate(name=name, value=value))
+    except ObjectAlreadyExists:
+        client.update_variable(VariableUpdate(name=name, value=value))
 
 
 def prepare(api_url: str, pools: Sequence[str], gone_workers: Sequence[str] = ()) -> list[str]:
@@ -74,7 +98,29 @@ def prepare(api_url: str, pools: Sequence[str], gone_workers: Sequence[str] = ()
     Returns:
         A line for people about each thing that was done.
     """
-    return asyncio.run(_prepare(api_url, pools, gone_workers))
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.exceptions import ObjectAlreadyExists
+    from prefect.workers.process import ProcessWorker
+
+    done: list[str] = []
+    with client_of(api_url) as client:
+        for pool in pools:
+            template = ProcessWorker.get_default_base_job_template()
+            try:
+                client.create_work_pool(
+                    WorkPoolCreate(name=pool, type=ProcessWorker.type, base_job_template=template)
+                )
+                done.append(f"created the work pool {pool}")
+            except ObjectAlreadyExists:
+                continue
+        if existing := client.read_automations_by_name(AUTOMATION):
+            client.update_automation(existing[0].id, _automation())
+        else:
+            client.create_automation(_automation())
+    dead = crash_dead_runs(
+        api_url, "its process died while Prefect's server was down", gone_workers=gone_workers
+    )
+    return done + [f"marked as crashed: {name}, which died while the server was down" for name in dead]
 
 
 def crash_dead_runs(
@@ -94,14 +140,28 @@ def crash_dead_runs(
     Returns:
         The names of the runs that were marked.
     """
+    from prefect.client.schemas.objects import StateType
+    from prefect.states import Crashed
 
-    async def settle() -> list[str]:
-        from prefect.client.orchestration import PrefectClient
-
-        async with PrefectClient(api_url) as client:
-            return await _crash_dead_runs(client, reason, gone_workers, taken_by)
-
-    return asyncio.run(settle())
+    with client_of(api_url) as client:
+        unfinished = _runs_in(client, [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING])
+        gone, alive, ours = set(gone_workers), set(taken_by), set[str]()
+        for pool in {run.work_pool_name for run in unfinished if run.work_pool_name}:
+            workers = client.read_workers_for_work_pool(pool)
+            online = {worker.name for worker in workers if worker.status == "ONLINE"}
+            # Those of a `functok up` that was killed and began again at another port.
+            gone |= {worker.name for worker in workers if _is_here(worker.name)} - online - alive
+            if online <= gone | alive:
+                ours.add(pool)
+        dead = {run.id: run for run in unfinished if _died_here(run, gone, alive, ours)}
+        parents = _parents(client, [run for run in unfinished if run.id not in dead])
+        while orphans := {
+            run.id: run for run in unfinished if parents.get(run.id) in dead and run.id not in dead
+        }:
+            dead |= orphans
+        for run in dead.values():
+            client.set_flow_run_state(run.id, Crashed(message=reason), force=True)
+    return [run.name for run in dead.values()]
 
 
 def silent_schedules(api_url: str, since: datetime, grace: timedelta = SCHEDULING) -> list[str]:
@@ -115,14 +175,30 @@ def silent_schedules(api_url: str, since: datetime, grace: timedelta = SCHEDULIN
     Returns:
         A line for people about each.
     """
+    from prefect.client.schemas.objects import StateType
 
-    async def look() -> list[str]:
-        from prefect.client.orchestration import PrefectClient
-
-        async with PrefectClient(api_url) as client:
-            return await _silent_schedules(client, since, grace)
-
-    return asyncio.run(look())
+    begun = datetime.now(UTC) - grace
+    silent = []
+    with client_of(api_url) as client:
+        for deployment in _all_pages(client.read_deployments):
+            # An update of the deployment deletes what was planned.
+            settled = not deployment.paused and max(since, deployment.updated or since) <= begun
+            active = [
+                schedule
+                for schedule in deployment.schedules
+                if settled and schedule.active and (schedule.updated or since) <= begun
+            ]
+            if not active:
+                continue
+            runs = _runs_in(client, [StateType.SCHEDULED], deployment=deployment.id)
+            planned = {run.created_by.id for run in runs if run.created_by is not None}
+            silent += [
+                f"the schedule {schedule.slug or schedule.id} of {deployment.name} is active, and Prefect's "
+                "scheduler has planned no run of it"
+                for schedule in active
+                if schedule.id not in planned and _has_a_next_date(schedule.schedule)
+            ]
+    return silent
 
 
 def note_process(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
@@ -131,44 +207,8 @@ def note_process(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> 
     Prefect's process workers note a number without its machine, and nobody notes it for a run without a worker.
     """
     if flow_run.parent_task_run_id is None:
-        from prefect.client.orchestration import get_client
-
-        with get_client(sync_client=True) as client:
+        with client_of() as client:
             client.update_flow_run_labels(flow_run.id, {PROCESS: f"{socket.gethostname()}:{os.getpid()}"})
-
-
-async def _prepare(api_url: str, pools: Sequence[str], gone_workers: Sequence[str]) -> list[str]:
-    from prefect.client.orchestration import PrefectClient
-    from prefect.client.schemas.actions import WorkPoolCreate
-    from prefect.exceptions import ObjectAlreadyExists
-    from prefect.workers.process import ProcessWorker
-
-    done: list[str] = []
-    async with PrefectClient(api_url) as client:
-        for pool in pools:
-            wanted = WorkPoolCreate(
-                name=pool,
-                type=ProcessWorker.type,
-                base_job_template=ProcessWorker.get_default_base_job_template(),
-            )
-            try:
-                await client.create_work_pool(wanted)
-                done.append(f"created the work pool {pool}")
-            except ObjectAlreadyExists:
-                continue
-        wanted_automation = _automation()
-        existing = await client.read_automations_by_name(AUTOMATION)
-        if existing:
-            await client.update_automation(existing[0].id, wanted_automation)
-        else:
-            await client.create_automation(wanted_automation)
-        done += [
-            f"marked as crashed: {name}, which died while the server was down"
-            for name in await _crash_dead_runs(
-                client, "its process died while Prefect's server was down", gone_workers, ()
-            )
-        ]
-    return done
 
 
 def _automation() -> AutomationCore:
@@ -200,76 +240,17 @@ def _automation() -> AutomationCore:
     )
 
 
-async def _crash_dead_runs(
-    client: PrefectClient, reason: str, gone_workers: Sequence[str], taken_by: Sequence[str]
-) -> list[str]:
-    from prefect.client.schemas.objects import StateType
-    from prefect.states import Crashed
-
-    unfinished = await _runs_in(client, [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING])
-    gone, alive, ours = set(gone_workers), set(taken_by), set[str]()
-    for pool in {run.work_pool_name for run in unfinished if run.work_pool_name}:
-        workers = await client.read_workers_for_work_pool(pool)
-        online = {worker.name for worker in workers if worker.status == "ONLINE"}
-        # Those of a `functok up` that was killed and began again at another port.
-        gone |= {worker.name for worker in workers if _is_here(worker.name)} - online - alive
-        if online <= gone | alive:
-            ours.add(pool)
-    dead = {run.id: run for run in unfinished if _died_here(run, gone, alive, ours)}
-    grown = True
-    while grown:
-        parents = await _parents(client, [run for run in unfinished if run.id not in dead])
-        orphans = {run.id: run for run in unfinished if parents.get(run.id) in dead and run.id not in dead}
-        dead |= orphans
-        grown = bool(orphans)
-    for run in dead.values():
-        await client.set_flow_run_state(run.id, Crashed(message=reason), force=True)
-    return [run.name for run in dead.values()]
-
-
-async def _silent_schedules(client: PrefectClient, since: datetime, grace: timedelta) -> list[str]:
-    from prefect.client.schemas.objects import StateType
-
-    begun = datetime.now(UTC) - grace
-    silent = []
-    offset = 0
-    while page := await client.read_deployments(limit=200, offset=offset):
-        offset += len(page)
-        for deployment in page:
-            # An update of the deployment deletes what was planned.
-            settled = not deployment.paused and max(since, deployment.updated or since) <= begun
-            active = [
-                schedule
-                for schedule in deployment.schedules
-                if settled and schedule.active and (schedule.updated or since) <= begun
-            ]
-            if not active:
-                continue
-            planned = {
-                run.created_by.id
-                for run in await _runs_in(client, [StateType.SCHEDULED], deployment=deployment.id)
-                if run.created_by is not None
-            }
-            silent += [
-                f"the schedule {schedule.slug or schedule.id} of {deployment.name} is active, and Prefect's "
-                "scheduler has planned no run of it"
-                for schedule in active
-                if schedule.id not in planned and await _has_a_next_date(schedule.schedule)
-            ]
-    return silent
-
-
-async def _has_a_next_date(schedule: SCHEDULE_TYPES) -> bool:
+def _has_a_next_date(schedule: SCHEDULE_TYPES) -> bool:
     """Whether a schedule goes on, as Prefect's scheduler reckons."""
     from prefect.server.schemas.schedules import SCHEDULE_TYPES as SCHEDULES
     from pydantic import TypeAdapter
 
     its = TypeAdapter[Any](SCHEDULES).validate_python(schedule.model_dump())
-    return bool(await its.get_dates(n=1, start=datetime.now(UTC)))
+    return bool(asyncio.run(its.get_dates(n=1, start=datetime.now(UTC))))
 
 
-async def _runs_in(
-    client: PrefectClient, states: Iterable[str], deployment: UUID | None = None
+def _runs_in(
+    client: SyncPrefectClient, states: Iterable[str], deployment: UUID | None = None
 ) -> list[FlowRun]:
     from prefect.client.schemas.filters import (
         DeploymentFilter,
@@ -281,20 +262,22 @@ async def _runs_in(
 
     wanted = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(states))))
     of = None if deployment is None else DeploymentFilter(id=DeploymentFilterId(any_=[deployment]))
-    found: list[FlowRun] = []
-    while page := await client.read_flow_runs(
-        flow_run_filter=wanted, deployment_filter=of, limit=200, offset=len(found)
-    ):
+    return _all_pages(partial(client.read_flow_runs, flow_run_filter=wanted, deployment_filter=of))
+
+
+def _all_pages(read: Callable[..., list[T]]) -> list[T]:
+    found: list[T] = []
+    while page := read(limit=200, offset=len(found)):
         found += page
     return found
 
 
-async def _parents(client: PrefectClient, runs: Sequence[FlowRun]) -> dict[UUID, UUID]:
+def _parents(client: SyncPrefectClient, runs: Sequence[FlowRun]) -> dict[UUID, UUID]:
     """Subflow run to the flow run that called it."""
     parents: dict[UUID, UUID] = {}
     for run in runs:
         if run.parent_task_run_id is not None:
-            caller = await client.read_task_run(run.parent_task_run_id)
+            caller = client.read_task_run(run.parent_task_run_id)
             if caller.flow_run_id is not None:
                 parents[run.id] = caller.flow_run_id
     return parents
@@ -343,6 +326,8 @@ def _died_here(run: FlowRun, gone: Collection[str], alive: Collection[str], ours
 
 def _lives(pid: int, run: FlowRun) -> bool:
     """Whether the process runs; another one may have its number since."""
+    import psutil
+
     try:
         born = psutil.Process(pid).create_time()
     except psutil.NoSuchProcess:

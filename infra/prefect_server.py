@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -180,8 +181,7 @@ def up(
         require_free_port(host, port)
         say(f"what the server and the workers print is in {children.logs}")
         workers = _start(children, host, port, say)
-        watch = _Watch(environment["PREFECT_API_URL"], workers, say)
-        children.wait(say, watch.look, SWEEP_SECONDS)
+        children.wait(say, _watch(environment["PREFECT_API_URL"], workers, say), SWEEP_SECONDS)
         say("stopping …")
     say("stopped")
 
@@ -210,37 +210,35 @@ def require_working_scheduler() -> None:
         )
 
 
-class _Watch:
-    """What is looked for again and again while the server runs.
+def _watch(api_url: str, workers: Sequence[str], say: Callable[[str], None]) -> Callable[[], None]:
+    """What is done again and again while the server runs: mark dead runs as crashed, tell once of a silent schedule.
 
     Args:
         api_url: Prefect's API.
         workers: Names of the workers that run here.
         say: Takes lines for people.
     """
+    from infra.prefect_api import crash_dead_runs, silent_schedules
 
-    def __init__(self, api_url: str, workers: Sequence[str], say: Callable[[str], None]) -> None:
-        self._api_url, self._workers, self._say = api_url, workers, say
-        self._since = datetime.now(UTC)
-        self._silent: set[str] = set()
+    since = datetime.now(UTC)
+    told: list[str] = []
 
-    def look(self) -> None:
-        """Mark dead runs as crashed, and tell once of each schedule that has fallen silent."""
-        from infra.prefect_api import crash_dead_runs, silent_schedules
-
-        for name in crash_dead_runs(self._api_url, "its process is gone", taken_by=self._workers):
-            self._say(f"marked as crashed: {name}, whose process is gone")
-        silent = silent_schedules(self._api_url, self._since)
+    def look() -> None:
+        for name in crash_dead_runs(api_url, "its process is gone", taken_by=workers):
+            say(f"marked as crashed: {name}, whose process is gone")
+        silent = silent_schedules(api_url, since)
         for line in silent:
-            if line not in self._silent:
-                self._say(f"{line}: see the server's log, and start `functok up` again")
-        self._silent = set(silent)
+            if line not in told:
+                say(f"{line}: see the server's log, and start `functok up` again")
+        told[:] = silent
+
+    return look
 
 
 def _start(children: Any, host: str, port: int, say: Callable[[str], None]) -> list[str]:
     """Start everything; returns the workers' names."""
     from infra.children import Stopped
-    from infra.deployments import fill, read_deployments
+    from infra.deployments import fill, wanted_of, with_every_stage
     from infra.prefect_api import crash_dead_runs, health, prepare, worker_name
     from infra.published import absolute, note_root
     from infra.storage import Storage
@@ -257,14 +255,20 @@ def _start(children: Any, host: str, port: int, say: Callable[[str], None]) -> l
             say(line)
         told = _take_up_what_was_told(children.environment, say)
         say("deploying prefect.yaml …")
-        parameters = deployment_parameters(_default_config(), environment=children.environment)
+        content = with_every_stage(yaml.safe_load((PROJECT / "prefect.yaml").read_text(encoding="utf-8")))
+        (step,) = content["build"]
+        default = str(step["infra.prefect_server.deployment_parameters"]["config"])
+        parameters = deployment_parameters(default, environment=children.environment)
 
         def deploy(missing: Sequence[str]) -> None:
             chosen = [argument for name in missing for argument in ("--name", name)]
-            children.run("deploy", "prefect", "--no-prompt", "deploy", *chosen, timeout=180)
+            with tempfile.TemporaryDirectory() as aside:
+                file = Path(aside) / "prefect.yaml"
+                file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+                where = ("--prefect-file", str(file))
+                children.run("deploy", "prefect", "--no-prompt", "deploy", *where, *chosen, timeout=180)
 
-        wanted = read_deployments(PROJECT / "prefect.yaml", parameters)
-        for line in fill(api_url, wanted, PROJECT, deploy, told):
+        for line in fill(api_url, wanted_of(content, parameters), PROJECT, deploy, told):
             say(line)
         written = parameters["config"].get("storage", {})
         if "root" in written:
@@ -304,10 +308,3 @@ def _take_up_what_was_told(environment: dict[str, str], say: Callable[[str], Non
             )
         say(f"goes on with {option} {without_credentials(before[name])}, as it was started with last")
     return {name: environment[name] for name in options if environment.get(name)}
-
-
-def _default_config() -> str:
-    """The configuration file that `prefect.yaml` names for its parameters."""
-    content = yaml.safe_load((PROJECT / "prefect.yaml").read_text(encoding="utf-8"))
-    (step,) = content["build"]
-    return str(step["infra.prefect_server.deployment_parameters"]["config"])

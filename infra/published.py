@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from prefect.client.orchestration import SyncPrefectClient
+from infra.prefect_api import answer, client_of, keep_variable
 
+if TYPE_CHECKING:
     from infra.storage import Storage
 
 REPORT = "report.html"
@@ -57,36 +57,28 @@ def note_root(storage: Storage, api_url: str | None = None) -> None:
         storage: The root.
         api_url: The server; Prefect's setting PREFECT_API_URL if not given.
     """
-    from prefect.client.schemas.actions import VariableCreate, VariableUpdate
-    from prefect.exceptions import ObjectAlreadyExists
-
     value = asdict(KnownRoot(name=storage.name, root=storage.root, endpoint_url=storage.endpoint_url))
-    with _client(api_url) as client:
-        try:
-            client.create_variable(VariableCreate(name=_VARIABLE + storage.name, value=value))
-        except ObjectAlreadyExists:
-            client.update_variable(VariableUpdate(name=_VARIABLE + storage.name, value=value))
+    with client_of(api_url) as client:
+        keep_variable(client, _VARIABLE + storage.name, value)
 
 
 def known_root(name: str) -> KnownRoot | None:
     """The root of that name, if the server of PREFECT_API_URL knows one."""
-    with _client(None) as client:
+    with client_of() as client:
         found = client.read_variable_by_name(_VARIABLE + name)
     return None if found is None else _from_variable(found.value)
 
 
 def known_roots() -> list[KnownRoot]:
     """All roots that the server of PREFECT_API_URL knows, by name."""
-    with _client(None) as client:
+    with client_of() as client:
         response = client.request(
             "POST",
             "/variables/filter",
             json={"variables": {"name": {"like_": _VARIABLE}}, "sort": "NAME_ASC"},
         )
-    found = [
-        _from_variable(entry["value"]) for entry in response.json() if entry["name"].startswith(_VARIABLE)
-    ]
-    return [root for root in found if root is not None]
+    entries = [entry for entry in response.json() if entry["name"].startswith(_VARIABLE)]
+    return [root for entry in entries if (root := _from_variable(entry["value"])) is not None]
 
 
 def report_page(name: str) -> str:
@@ -96,18 +88,14 @@ def report_page(name: str) -> str:
 
 def browser_address(path: str) -> str | None:
     """The address of one of our pages on the server of PREFECT_API_URL; None where that is not `functok up`."""
-    import httpx
     from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 
     server = (PREFECT_API_URL.value() or "").rstrip("/").removesuffix("/api")
     if not server:
         return None
-    try:
-        answer = httpx.get(f"{server}{PAGES}/health", timeout=10)
-    except httpx.HTTPError:
-        return None
+    found = answer(f"{server}{PAGES}/health", seconds=10)
     # Prefect's own server answers any path, with its UI.
-    if answer.text != GREETING:
+    if found is None or found.text != GREETING:
         return None
     return f"{(PREFECT_UI_URL.value() or server).rstrip('/')}{path}"
 
@@ -122,9 +110,3 @@ def _from_variable(value: Any) -> KnownRoot | None:
     if not isinstance(value, dict) or not isinstance(value.get("root"), str) or not value.get("name"):
         return None
     return KnownRoot(name=str(value["name"]), root=value["root"], endpoint_url=value.get("endpoint_url"))
-
-
-def _client(api_url: str | None) -> SyncPrefectClient:
-    from prefect.client.orchestration import SyncPrefectClient, get_client
-
-    return get_client(sync_client=True) if api_url is None else SyncPrefectClient(api_url)

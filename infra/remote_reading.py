@@ -59,7 +59,7 @@ class FileEnds:
                 if path in self._ends:
                     self._ends.move_to_end(path)
                     return self._ends[path], self._sizes[path]
-            content, size = read_end(self._fs, path, WHOLE)
+            content, size = _read_end(self._fs, path, WHOLE)
             if len(content) == size:
                 self._check(path, content)
             with self._lock:
@@ -138,29 +138,16 @@ class RemoteFile(io.RawIOBase):
         return self._held[start - self._start : end - self._start]
 
 
-def read_end(fs: Any, path: str, n_bytes: int) -> tuple[bytes, int]:
-    """The last `n_bytes` of a file, or all of a smaller one, and the size of the whole.
-
-    Args:
-        fs: An fsspec filesystem.
-        path: The file, as `fs` knows it.
-        n_bytes: How much.
-
-    Raises:
-        FileNotFoundError: if it is not there.
-        OSError: if it cannot be read.
-    """
+def _read_end(fs: Any, path: str, n_bytes: int) -> tuple[bytes, int]:
+    """The last `n_bytes` of a file, or all of a smaller one, and the size of the whole."""
     if not hasattr(fs, "call_s3"):
         size = int(fs.size(path))
         return bytes(fs.cat_file(path, start=max(0, size - n_bytes), end=size)), size
-    # s3fs asks for the size first; the answer to a range from the end tells it.
-    bucket, key, _ = fs.split_path(path)
-    return _read_end_of_object(fs, bucket, key, n_bytes)
-
-
-def _read_end_of_object(fs: Any, bucket: str, key: str, n_bytes: int) -> tuple[bytes, int]:
     from fsspec.asyn import sync
     from s3fs.core import _error_wrapper
+
+    # s3fs asks for the size first; the answer to a range from the end tells it.
+    bucket, key, _ = fs.split_path(path)
 
     async def read() -> tuple[bytes, int]:
         answer = await fs._call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes=-{n_bytes}")

@@ -9,6 +9,7 @@ it was meant to be, and no listing is needed to say so (`StoredFile`).
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -20,11 +21,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 
 from infra.addresses import root_name
 from infra.remote_reading import ReadingFileSystem, RemoteFile
@@ -83,7 +85,7 @@ class Upload:
     started: float
 
 
-class FileBeingWritten:
+class FileBeingWritten(io.RawIOBase):
     """A binary file to write, in order, which hashes what goes through it.
 
     Args:
@@ -91,9 +93,8 @@ class FileBeingWritten:
         file: Where the bytes go.
     """
 
-    closed = False
-
     def __init__(self, name: str, file: IO[bytes]) -> None:
+        super().__init__()
         self._name, self._file = name, file
         self._size, self._digest = 0, hashlib.sha256()
 
@@ -104,9 +105,6 @@ class FileBeingWritten:
         self._file.write(content)
         return memoryview(content).nbytes
 
-    def flush(self) -> None:
-        """Do nothing: the storage flushes what is whole."""
-
     def tell(self) -> int:
         """Bytes written."""
         return self._size
@@ -115,20 +113,13 @@ class FileBeingWritten:
         """Yes."""
         return True
 
-    def readable(self) -> bool:
-        """No."""
-        return False
-
-    def seekable(self) -> bool:
-        """No."""
-        return False
-
     @property
     def stored(self) -> StoredFile:
         """What was written so far; once the storage's block has ended, what is stored."""
         return StoredFile(name=self._name, size=self._size, sha256=self._digest.hexdigest())
 
 
+@dataclass
 class PlaceToWrite:
     """Where another writer puts a file.
 
@@ -137,9 +128,8 @@ class PlaceToWrite:
         stored: What is stored, once the storage's block has ended.
     """
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.stored: StoredFile | None = None
+    path: str
+    stored: StoredFile | None = None
 
 
 class Storage:
@@ -170,7 +160,7 @@ class Storage:
             raise StorageError(
                 f"cannot open the storage {root}: {error}", hint="use a local path or s3://bucket/prefix"
             ) from error
-        self.is_local = bool(self.fs.async_impl is False and "file" in _protocols(self.fs))
+        self.is_local = isinstance(self.fs, LocalFileSystem)
         self.path: str = os.path.abspath(path) if self.is_local else path.rstrip("/")
         self.root: str = self.path if self.is_local else str(self.fs.unstrip_protocol(self.path))
         if set(self.root) & set("*?["):
@@ -236,11 +226,11 @@ class Storage:
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Every file under `prefix`, one listing: relative name to size in bytes."""
-        if self._listings is None:
-            return self._list(prefix)
-        if prefix not in self._listings:
-            self._listings[prefix] = self._list(prefix)
-        return dict(self._listings[prefix])
+        listings = {} if self._listings is None else self._listings
+        if prefix not in listings:
+            files = self._files(prefix)
+            listings[prefix] = {name: int(info["size"]) for name, info in files if not is_temporary(name)}
+        return dict(listings[prefix])
 
     @contextmanager
     def listed_once(self) -> Iterator[None]:
@@ -254,9 +244,6 @@ class Storage:
     def _changed(self) -> None:
         if self._listings is not None:
             self._listings = {}
-
-    def _list(self, prefix: str) -> dict[str, int]:
-        return {name: int(info["size"]) for name, info in self._files(prefix) if not is_temporary(name)}
 
     def listing(self, prefix: str = "") -> dict[str, FoundFile]:
         """Every file under `prefix`, what a killed writer left aside included: relative name to what is known of it."""
@@ -341,17 +328,10 @@ class Storage:
         self._changed()
         with self._explained(name):
             if self.is_local:
-                target = Path(self.full(name))
-                target.parent.mkdir(parents=True, exist_ok=True)
-                aside = _aside(target)
-                try:
-                    with open(aside, "wb") as file:
-                        yield FileBeingWritten(name, file)
-                        file.flush()
-                        os.fsync(file.fileno())
-                    os.replace(aside, target)
-                finally:
-                    aside.unlink(missing_ok=True)
+                with put_aside(Path(self.full(name))) as aside, open(aside, "wb") as file:
+                    yield FileBeingWritten(name, file)
+                    file.flush()
+                    os.fsync(file.fileno())
             else:
                 file = self.fs.open(self.full(name), "wb")
                 try:
@@ -378,21 +358,15 @@ class Storage:
                 place.stored = self._copy(Path(place.path), name)
             return
         self._changed()
-        target = Path(self.full(name))
-        aside = _aside(target)
         with self._explained(name):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
+            with put_aside(Path(self.full(name))) as aside:
                 place = PlaceToWrite(str(aside))
                 yield place
                 with open(aside, "rb+") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
                     os.fsync(file.fileno())
                     size = os.fstat(file.fileno()).st_size
-                os.replace(aside, target)
-                place.stored = StoredFile(name=name, size=size, sha256=digest)
-            finally:
-                aside.unlink(missing_ok=True)
+            place.stored = StoredFile(name=name, size=size, sha256=digest)
 
     def write_bytes(self, name: str, content: bytes) -> StoredFile:
         """Write `name` whole."""
@@ -415,13 +389,9 @@ class Storage:
 
     def read_parquet(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """Read a Parquet file whole."""
-        with self._explained(name), self._open(name) as file:
+        path = self.full(name)
+        with self._explained(name), open(path, "rb") if self.is_local else RemoteFile(path, self.fs) as file:
             return pq.read_table(file, columns=columns)
-
-    def _open(self, name: str) -> IO[bytes]:
-        if self.is_local:
-            return open(self.full(name), "rb")
-        return cast("IO[bytes]", RemoteFile(self.full(name), self.fs))
 
     def for_duckdb(self, check: Callable[[str, bytes], object]) -> ReadingFileSystem | None:
         """A filesystem through which DuckDB reads what lies here; None where it can read it by itself."""
@@ -603,8 +573,16 @@ def _check_address(*addresses: str | None) -> None:
             )
 
 
-def _aside(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+@contextmanager
+def put_aside(target: Path) -> Iterator[Path]:
+    """A path beside `target`, which becomes it when the block ends without an error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield aside
+        os.replace(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _abort(file: Any) -> None:
@@ -620,10 +598,6 @@ def _seconds(time: Any) -> float:
     if hasattr(time, "timestamp"):
         return float(time.timestamp())
     return float(time or 0.0)
-
-
-def _protocols(fs: Any) -> tuple[str, ...]:
-    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 
 def is_temporary(path: str) -> bool:

@@ -30,46 +30,31 @@ BUSY = "the storage is overloaded or failed by itself: wait and run again: finis
 DISK = "check space and permissions, then run again: finished work is kept"
 REMOTE = "check space, permissions, network and credentials, then run again: finished work is kept"
 
-_BY_CODE: dict[str, str] = {
-    **dict.fromkeys(
-        (
-            *("403", "AccessDenied", "AllAccessDisabled", "AccountProblem", "InvalidAccessKeyId"),
-            *(
-                "InvalidClientTokenId",
-                "InvalidSecurity",
-                "InvalidToken",
-                "NotSignedUp",
-                "SignatureDoesNotMatch",
-            ),
-            *("UnrecognizedClientException", "XAmzContentSHA256Mismatch", "401", "Unauthorized"),
-        ),
-        KEYS,
-    ),
-    **dict.fromkeys(
-        ("ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"), EXPIRED
-    ),
-    "RequestTimeTooSkewed": CLOCK,
-    **dict.fromkeys(
-        (
-            *("301", "307", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"),
-            *("InvalidLocationConstraint", "PermanentRedirect", "Redirect", "TemporaryRedirect"),
-        ),
-        REGION,
-    ),
-    **dict.fromkeys(
-        ("500", "502", "503", "504", "InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown"),
-        BUSY,
-    ),
-}
-_BY_NAME: dict[str, str] = {
-    **dict.fromkeys(("NoCredentialsError", "PartialCredentialsError"), NO_KEYS),
-    **dict.fromkeys(
-        ("CredentialRetrievalError", "ProfileNotFound", "UnauthorizedSSOTokenError", "InvalidConfigError"),
-        KEYS,
-    ),
-    **dict.fromkeys(("SSOTokenLoadError", "TokenRetrievalError", "RefreshWithMFAUnsupportedError"), EXPIRED),
-    **dict.fromkeys(("NoRegionError", "InvalidRegionError"), REGION),
-}
+
+def _hints(names: dict[str, str]) -> dict[str, str]:
+    return {name: hint for hint, of_hint in names.items() for name in of_hint.split()}
+
+
+_BY_CODE = _hints(
+    {
+        KEYS: "401 403 AccessDenied AllAccessDisabled AccountProblem InvalidAccessKeyId InvalidClientTokenId "
+        "InvalidSecurity InvalidToken NotSignedUp SignatureDoesNotMatch Unauthorized UnrecognizedClientException "
+        "XAmzContentSHA256Mismatch",
+        EXPIRED: "ExpiredToken ExpiredTokenException RequestExpired TokenRefreshRequired",
+        CLOCK: "RequestTimeTooSkewed",
+        REGION: "301 307 AuthorizationHeaderMalformed IllegalLocationConstraintException InvalidLocationConstraint "
+        "PermanentRedirect Redirect TemporaryRedirect",
+        BUSY: "500 502 503 504 InternalError RequestTimeout ServiceUnavailable SlowDown",
+    }
+)
+_BY_NAME = _hints(
+    {
+        NO_KEYS: "NoCredentialsError PartialCredentialsError",
+        KEYS: "CredentialRetrievalError ProfileNotFound UnauthorizedSSOTokenError InvalidConfigError",
+        EXPIRED: "SSOTokenLoadError TokenRetrievalError RefreshWithMFAUnsupportedError",
+        REGION: "NoRegionError InvalidRegionError",
+    }
+)
 _LIBRARIES = {"botocore", "aiobotocore", "aiohttp"}
 _NO_ANSWER = re.compile(r"Connect|Endpoint|Timeout|HTTPClient|SSL|Proxy|gaierror")
 

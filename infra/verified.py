@@ -40,7 +40,7 @@ def read_bytes(storage: Storage, name: str) -> bytes:
         DamagedError: if it is another one.
     """
     content = storage.read_bytes(name)
-    _require(storage, name, hashlib.sha256(content).hexdigest())
+    check_content(storage, name, content)
     return content
 
 
@@ -133,26 +133,19 @@ def check_files(storage: Storage, names: Iterable[str], *, large_too: bool = Tru
 
 
 def _require(storage: Storage, name: str, digest: str) -> None:
-    if digest == (expected_hash(storage, name) or digest):
-        return
-    # It may have been made anew since its manifest was read.
-    forget(storage, _folder(name))
-    if digest != (expected_hash(storage, name) or digest):
-        if not digest:
-            raise DamagedError(
-                f"{storage.url(name)} is not there, though its manifest names it", hint="run again"
-            )
-        raise damaged(storage, name)
-
-
-def expected_hash(storage: Storage, name: str) -> str | None:
-    """The SHA-256 that a file's manifest says, or None where there is none.
-
-    Raises:
-        DamagedError: if the manifest itself is damaged.
-    """
+    """Hold a file's SHA-256, empty where it is not there, against what its manifest says, if that says anything."""
     folder = _folder(name)
-    return _hash_in(manifests_of(storage, [folder] if folder else []).get(folder), name)
+    for _ in range(2):
+        expected = _hash_in(manifests_of(storage, [folder] if folder else []).get(folder), name)
+        if expected is None or digest == expected:
+            return
+        # It may have been made anew since its manifest was read.
+        forget(storage, folder)
+    if not digest:
+        raise DamagedError(
+            f"{storage.url(name)} is not there, though its manifest names it", hint="run again"
+        )
+    raise damaged(storage, name)
 
 
 def damaged(storage: Storage, name: str) -> DamagedError:

@@ -63,7 +63,7 @@ def build_app(host: str) -> ASGIApp:
         collections.KNOWN_VIEWS[view] = ""
     # Where a bundle is not there, Prefect offers no switch to it and takes no cookie for it.
     prefect.__ui_v2_static_path__ = Path(prefect.__ui_v2_static_path__) / "not-served"
-    prefect_app: ASGIApp = _WithoutLogos(create_app(final=True))
+    prefect_app: ASGIApp = _without_logos(create_app(final=True))
     ours = _pages()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -73,7 +73,7 @@ def build_app(host: str) -> ASGIApp:
 
     names = ["127.0.0.1", "localhost", "[::1]", host] if is_loopback(host) else ["*"]
     policy = ui_policy(PREFECT_UI_API_URL.value() or "")
-    return TrustedHostMiddleware(_WithPolicy(app, policy), allowed_hosts=names, www_redirect=False)
+    return TrustedHostMiddleware(_with_policy(app, policy), allowed_hosts=names, www_redirect=False)
 
 
 def ui_policy(api_url: str) -> str:
@@ -104,18 +104,14 @@ def ui_policy(api_url: str) -> str:
     )
 
 
-class _WithoutLogos:
+def _without_logos(app: ASGIApp) -> ASGIApp:
     """Prefect's API without the addresses of logos, which the UI's pages of blocks and work pools load from a CDN."""
+    from starlette.datastructures import MutableHeaders
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def without_logos(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not scope["path"].startswith(LOGO_PATHS):
-            await self._app(scope, receive, send)
+            await app(scope, receive, send)
             return
-        from starlette.datastructures import MutableHeaders
-
         start: Message = {}
         body = b""
 
@@ -133,24 +129,24 @@ class _WithoutLogos:
 
         # Compressed answers could not be read here.
         plain = [(name, value) for name, value in scope["headers"] if name != b"accept-encoding"]
-        await self._app({**scope, "headers": plain}, receive, send_without_logos)
+        await app({**scope, "headers": plain}, receive, send_without_logos)
+
+    return without_logos
 
 
-class _WithPolicy:
+def _with_policy(app: ASGIApp, policy: str) -> ASGIApp:
     """An app whose answers carry a Content-Security-Policy where they have none of their own."""
+    from starlette.datastructures import MutableHeaders
 
-    def __init__(self, app: ASGIApp, policy: str) -> None:
-        self._app, self._policy = app, policy
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        from starlette.datastructures import MutableHeaders
-
+    async def with_policy(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_policy(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).setdefault("content-security-policy", self._policy)
+                MutableHeaders(scope=message).setdefault("content-security-policy", policy)
             await send(message)
 
-        await self._app(scope, receive, send_with_policy)
+        await app(scope, receive, send_with_policy)
+
+    return with_policy
 
 
 def _pages() -> ASGIApp:
@@ -185,9 +181,8 @@ def _guarded(page: Any) -> Any:
             answer: Response = await asyncio.wait_for(asyncio.to_thread(page, request), ANSWER_SECONDS)
             return answer
         except TimeoutError:
-            return _page(
-                504, "No answer", f"The storage has not answered within {ANSWER_SECONDS:.0f} s.", "try again"
-            )
+            text = f"The storage has not answered within {ANSWER_SECONDS:.0f} s."
+            return _page(504, "No answer", text, "try again")
         except FunctokError as error:
             return _page(502, "This page cannot be shown", error.message, error.hint)
 
@@ -230,12 +225,10 @@ def _report(request: Request) -> Response:
 
 
 def _index(_: Request) -> Response:
-    roots = known_roots()
-    if not roots:
-        return _page(
-            200, "Reports", "No run of this server has written a report yet.", "run the deployment reproduce"
-        )
-    return _page(200, "Reports", "Each root has the report that was last written there.", links=roots)
+    if roots := known_roots():
+        return _page(200, "Reports", "Each root has the report that was last written there.", links=roots)
+    text = "No run of this server has written a report yet."
+    return _page(200, "Reports", text, "run the deployment reproduce")
 
 
 def _cdn_page(_: Request) -> Response:

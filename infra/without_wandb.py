@@ -8,8 +8,9 @@ place. It is taken away afterwards: who imports wandb gets wandb.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
@@ -29,25 +30,15 @@ class _StandIn(ModuleType):
         raise AttributeError(f"functok keeps wandb out of SAELens: wandb.{name} is not there")
 
 
-class _LoaderWithoutWandb(Loader):
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        if "wandb" in sys.modules:
-            self._loader.exec_module(module)
-            return
-        sys.modules["wandb"] = _StandIn()
-        try:
-            self._loader.exec_module(module)
-        finally:
-            del sys.modules["wandb"]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
+def _execute(exec_module: Callable[[ModuleType], None], module: ModuleType) -> None:
+    if "wandb" in sys.modules:
+        exec_module(module)
+        return
+    sys.modules["wandb"] = _StandIn()
+    try:
+        exec_module(module)
+    finally:
+        del sys.modules["wandb"]
 
 
 class _Finder(MetaPathFinder):
@@ -64,7 +55,8 @@ class _Finder(MetaPathFinder):
         finally:
             self._is_looking = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _LoaderWithoutWandb(spec.loader)
+            # Of this loader alone: it is the one that will run the package.
+            spec.loader.exec_module = partial(_execute, spec.loader.exec_module)  # type: ignore[method-assign]
         return spec
 
 

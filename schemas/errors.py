@@ -111,3 +111,12 @@ def whole_message(error: BaseException, *, with_type: bool = False) -> str:
     if not text:
         return name
     return f"{name}: {text}" if with_type else text
+
+
+def not_finished(stage: str, root: str) -> FunctokError:
+    """The error that something needs a stage which is not finished."""
+    return FunctokError(
+        f"the stage {stage} is not finished for this configuration in {root}",
+        stage=stage,
+        hint=f"run it first: functok run CONFIG --only {stage} (functok status says what is missing)",
+    )

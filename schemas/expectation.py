@@ -5,7 +5,7 @@
   order of a file's rows is tested first, and only a file that is not sorted by its key is grouped by it.
 - `Query`: a SELECT of the rows that offend, for whatever spans tables.
 
-Each sees the views of its stage (`tasks.engine.validation` makes them). Where `shard` is true it is asked of one
+Each sees the views of its stage (`tasks.engine.checks` makes them). Where `shard` is true it is asked of one
 folder at a time, so memory is bounded by a shard and not by the corpus; the folders' shard-local documents
 are disjoint, so what is unique in each is unique in all. Views of a folder carry its `folder` and the
 columns of `shards` beside their own.
@@ -13,19 +13,19 @@ columns of `shards` beside their own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pyarrow as pa
 
-RESULTS = pa.schema(
-    [
-        pa.field("stage", pa.string()),
-        pa.field("expectation", pa.string()),
-        pa.field("table", pa.string()),
-        pa.field("description", pa.string()),
-        pa.field("success", pa.bool_()),
-        pa.field("observed", pa.int64()),  # rows that offend
-    ]
+from schemas.arrow import schema_of
+
+RESULTS = schema_of(
+    stage=pa.string(),
+    expectation=pa.string(),
+    table=pa.string(),
+    description=pa.string(),
+    success=pa.bool_(),
+    observed=pa.int64(),  # rows that offend
 )
 
 
@@ -45,7 +45,7 @@ class Expectation:
     table: str
     meaning: str
     shard: bool = False
-    needs: tuple[str, ...] = field(default=())
+    needs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

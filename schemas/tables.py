@@ -1,27 +1,22 @@
-"""The tables that functok publishes, put together from what each room has: their schemas, groups and views.
-
-Each room's own are in `schemas.<room>.tables`; `schemas.shard_files` has the schemas of the files they are made of.
-"""
+"""Tables and the files that they are made of, put together from what each room has in `schemas.<room>.tables`."""
 
 from __future__ import annotations
 
 import pyarrow as pa
 
-from schemas.corpus.tables import VOCABULARY
 from schemas.experiments import all_rooms
-from schemas.shard_files import SHARD_FILES
 
-__all__ = [
-    "LEFT_IN_PLACE",
-    "MEMBERS",
-    "SHARDED_SELECT",
-    "SHARD_FILES",
-    "TABLES",
-    "TOGETHER",
-    "VOCABULARY",
-]
+SHARD_FILES: dict[str, pa.Schema] = {
+    name: schema for room in all_rooms() for name, schema in room.shard_files.items()
+}
+"""Schema of every file that a stage writes for a shard, a checkpoint, a case or an experiment.
+
+Files of a shard carry `doc`, the document's number inside the shard, so that a shard does not change when the corpus
+around it does; the catalogue's views add the shard's offset and give `doc_id`.
+"""
 
 TABLES: dict[str, pa.Schema] = {name: schema for room in all_rooms() for name, schema in room.tables.items()}
+"""Schema of every table that is published."""
 
 MEMBERS: dict[str, tuple[str, ...]] = {
     group: tuple(table for room in all_rooms() if room.group == group for table in room.tables)

@@ -5,7 +5,7 @@ Those between the stages of an experiment are in its own `schemas.<experiment>.w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from schemas.experiments import all_rooms
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 else:
     # A form and the command line offer the choice.
     StageName = Literal[STAGES]
-
-Stage = StageName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +41,11 @@ class TokenShard:
     n_tokens: int
     n_rejects: int
     has_specials: bool = True
+
+    @property
+    def whole(self) -> GraphShard:
+        """All of it, as a part."""
+        return GraphShard(shard=self, n_documents=self.n_documents, n_tokens=self.n_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,4 +170,4 @@ class StagePlan:
     done: int
     missing: int | None
     reason: str
-    details: tuple[str, ...] = field(default_factory=tuple)
+    details: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""Committed shards made from plain Python values, without a tokenizer, a model or a dictionary."""
+"""Committed shards made from plain Python values, without a tokenizer, a model or a dictionary, and runs of them."""
 
 from __future__ import annotations
 
@@ -6,16 +6,22 @@ import hashlib
 import random
 import struct
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
+from infra.duck import Catalog
 from infra.manifest import MANIFEST, Manifest, commit, content_key, load, manifests_of
 from infra.storage import Storage, StoredFile
 from schemas.config import Config
-from schemas.tables import SHARD_FILES, VOCABULARY
+from schemas.corpus.tables import VOCABULARY
+from schemas.tables import SHARD_FILES
 from schemas.work import CorpusShards, Dictionary, FeatureShard, GraphShard, TokenShard
+from tasks.engine.run import Found, Run
+from tasks.engine.stage import Stage
+from tasks.engine.tables import TableGroup, candidate
 
 Active = dict[int, float]
 """What one occurrence activates: feature id to activation."""
@@ -72,6 +78,42 @@ def make_config(storage: Storage, layers: Sequence[int] = (1, 4), **sections: di
         **sections,
     }
     return Config.model_validate(values)
+
+
+class GivenRun(Run):
+    """A run of which some stages are finished: what they made is given, and not looked for. On a worker too."""
+
+    def __init__(self, config: Config, storage: Storage, given: Mapping[Stage[Any, Any], Any]) -> None:
+        super().__init__(config, storage)
+        self._given = {stage.name: result for stage, result in given.items()}
+
+    def find(self, stage: Stage[Any, Any]) -> Found[Any]:
+        """Nothing is missing of what is given."""
+        return Found(units=(), done={}) if stage.name in self._given else super().find(stage)
+
+    def is_finished(self, stage: Stage[Any, Any]) -> bool:
+        """What is given is finished, whatever it needs."""
+        return stage.name in self._given or super().is_finished(stage)
+
+    def result(self, stage: Stage[Any, Any]) -> Any:
+        """What is given, or else what is found."""
+        return self._given[stage.name] if stage.name in self._given else super().result(stage)
+
+
+def run_of(config: Config, storage: Storage, given: Mapping[Stage[Any, Any], Any]) -> GivenRun:
+    """A run whose results of some stages are given: `run_of(config, storage, {TOKENIZE: shards})`.
+
+    Args:
+        config: The configuration.
+        storage: Where the run and the given shards are.
+        given: Stage to what it made; what such a stage needs is not asked for.
+    """
+    return GivenRun(config, storage, given)
+
+
+def build(run: Run, *groups: TableGroup) -> Catalog:
+    """The catalogue that publishing these groups of a run would leave."""
+    return candidate(run.storage, [group.build(run) for group in groups])
 
 
 def write_corpus(storage: Storage, cuts: Sequence[Cut], vocabulary: int = 23, seed: int = 0) -> CorpusShards:

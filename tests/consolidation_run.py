@@ -20,18 +20,30 @@ from builders import (
     commit_found,
     make_dictionary,
     random_documents,
+    run_of,
     write_corpus,
     write_features,
 )
 
+from infra.duck import Catalog
 from infra.manifest import Manifest
 from infra.storage import Storage
 from schemas.config import Config, Model
 from schemas.pretraining.work import Checkpoint, GeneratedTexts, GrownSae, LossShard
 from schemas.tables import SHARD_FILES
 from schemas.work import CorpusShards, FeatureShard, HeldoutPart
+from tasks import pretraining
 from tasks.corpus.heldout import heldout_parts
-from tasks.pretraining.table_plan import ConsolidationResults
+from tasks.corpus.tables import CorpusTables
+from tasks.corpus.tokenization import TOKENIZE
+from tasks.engine.run import Run
+from tasks.engine.stage import Stage
+from tasks.engine.tables import candidate
+from tasks.pretraining.checkpoints import CHECKPOINTS
+from tasks.pretraining.generations import GENERATIONS
+from tasks.pretraining.growth import GROWTH
+from tasks.pretraining.losses import LOSSES, file_of
+from tasks.pretraining.tables import CONSOLIDATION, training_losses
 
 SERIES, STEPS, LAYER, D_SAE, WINDOW = ("small", "large"), (1, 10), 1, 300, 7
 PROMPTS = ("The", "In 1999,")
@@ -58,14 +70,13 @@ class ConsolidationRun:
     grown: list[GrownSae] = field(default_factory=list)
     texts: dict[Key, pd.DataFrame] = field(default_factory=dict)
     generated: list[GeneratedTexts] = field(default_factory=list)
-    training: dict[str, pd.DataFrame] = field(default_factory=dict)
+    training: pd.DataFrame = field(default_factory=pd.DataFrame)
 
-    def write(self, storage: Storage) -> ConsolidationResults:
-        """Write and commit every folder."""
+    def write(self, storage: Storage) -> Run:
+        """Write and commit every folder; the run of which they are."""
         for (model, step, place), frame in self.token_losses.items():
-            name = "token_losses" if self.config.losses.keep_tokens else "document_losses"
-            frame = frame if self.config.losses.keep_tokens else self.document_losses[model, step, place]
-            _write(storage, self._loss_folder(model, step, place), {name: frame})
+            frame = frame if self._keeps_tokens else self.document_losses[model, step, place]
+            _write(storage, self._loss_folder(model, step, place), {file_of(self.config): frame})
         for (model, step, place), frames in self.features.items():
             _write(storage, feature_folder(model, step, place), frames)
         for (model, step), frame in self.learned.items():
@@ -74,41 +85,61 @@ class ConsolidationRun:
             commit_found(storage, f"dictionaries/{model}-{step}", Manifest(stage="dictionaries", inputs={}))
         for (model, step), frame in self.texts.items():
             _write(storage, f"generations/{model}-{step}", {"generations": frame})
-        for model, frame in self.training.items():
-            _write(storage, f"training/{model}", {"training_losses": frame})
+        for file in training_losses(self.on(storage)).values():
+            storage.write_parquet(file, _table(self.training, "training_losses"))
+            commit_found(storage, file.rpartition("/")[0], Manifest(stage="test", inputs={}))
         for checkpoint in self.checkpoints:
             folder = checkpoint.model.name.removeprefix("storage:")
             storage.write_bytes(f"{folder}/model.safetensors", b"weights")
             commit_found(storage, folder, Manifest(stage="checkpoints", inputs={}))
-        return self.results
+        return self.on(storage)
+
+    def on(self, storage: Storage, first: int | None = None, **changed: Any) -> Run:
+        """The run as it is now.
+
+        Args:
+            storage: Where it was written.
+            first: Of the first checkpoints alone, so many.
+            changed: What stages return, by their names, where it is something else.
+        """
+        kept = self.checkpoints[:first]
+        results: dict[Stage[Any, Any], Any] = {
+            CHECKPOINTS: kept,
+            LOSSES: self.stored_losses,
+            GROWTH: self.grown,
+            GENERATIONS: self.generated,
+        }
+        of_kept = {
+            stage: [one for one in result if first is None or getattr(one, "checkpoint", one) in kept]
+            for stage, result in results.items()
+        }
+        given = {stage: changed.get(stage.name, result) for stage, result in of_kept.items()}
+        return run_of(self.config, storage, {TOKENIZE: self.shards, **given})
 
     @property
-    def results(self) -> ConsolidationResults:
-        """What the stages return."""
-        return ConsolidationResults(
-            checkpoints=self.checkpoints,
-            losses=[
-                replace(loss, folder=self._loss_folder(*key_of(loss.checkpoint), place_of(self, loss.part)))
-                for loss in self.losses
-            ],
-            growth=self.grown,
-            generations=self.generated,
-            training_losses={model: f"training/{model}/training_losses.parquet" for model in self.training},
-        )
+    def stored_losses(self) -> list[LossShard]:
+        """The loss shards with their folders."""
+        return [
+            replace(loss, folder=self._loss_folder(*key_of(loss.checkpoint), place_of(self, loss.part)))
+            for loss in self.losses
+        ]
 
-    def first(self, n: int) -> ConsolidationResults:
-        """What the stages return of the first `n` checkpoints."""
-        whole, kept = self.results, self.checkpoints[:n]
-        return replace(
-            whole,
-            checkpoints=kept,
-            losses=[loss for loss in whole.losses if loss.checkpoint in kept],
-            growth=[grown for grown in whole.growth if grown.checkpoint in kept],
-            generations=[texts for texts in whole.generations if texts.checkpoint in kept],
-        )
+    @property
+    def _keeps_tokens(self) -> bool:
+        return file_of(self.config) == "token_losses"
 
     def _loss_folder(self, model: str, step: int, place: int) -> str:
-        return f"losses/{'tokens' if self.config.losses.keep_tokens else 'sums'}-{model}-{step}-{place}"
+        return f"losses/{'tokens' if self._keeps_tokens else 'sums'}-{model}-{step}-{place}"
+
+
+def corpus_tables() -> CorpusTables:
+    """The corpus' group, as a run with checkpoint series has it."""
+    return CorpusTables([pretraining.facts])
+
+
+def built(run: Run) -> Catalog:
+    """The candidate of a run's tables, but for a graph's."""
+    return candidate(run.storage, [group.build(run) for group in (corpus_tables(), CONSOLIDATION)])
 
 
 def key_of(checkpoint: Checkpoint) -> Key:
@@ -125,8 +156,16 @@ def feature_folder(model: str, step: int, place: int) -> str:
     return f"features/{model}-{step}-{place}"
 
 
+PUBLIC: dict[str, Any] = {
+    "series": [{"name": name, "folder": f"/{name}"} for name in SERIES],
+    "heldout_share": 0.5,
+}
+"""Series that others have trained, and nothing asked of them but losses."""
+
+
 def consolidation_config(storage: Storage, **sections: Any) -> Config:
-    """A configuration of two public series, with everything that can be asked of them."""
+    """A configuration of two series that are trained here, with everything that can be asked of them."""
+    shape = {"hidden_size": 16, "layers": LAYER + 1, "heads": 2}
     return Config.model_validate(
         {
             "corpus": {"urls": ["a.jsonl", "b.jsonl", "c.jsonl"]},
@@ -135,7 +174,11 @@ def consolidation_config(storage: Storage, **sections: Any) -> Config:
             "graph": {"rarefaction_m": 5},
             "losses": {"resamples": 200},
             "consolidation": {
-                "series": [{"name": name, "folder": f"/{name}"} for name in SERIES],
+                "series": [
+                    {"name": name, "shape": {**shape, "hidden_size": 16 * size}}
+                    for size, name in enumerate(SERIES, start=1)
+                ],
+                "train": {"tokens": 192, "batch_tokens": 64},
                 "heldout_share": 0.5,
                 "growth": {"layer": LAYER, "train": {"d_sae": D_SAE, "k": 2}},
                 "generations": {"prompts": list(PROMPTS), "seed": 3},
@@ -166,16 +209,16 @@ def consolidation_run(storage: Storage, seed: int = 0, **sections: Any) -> Conso
         parts=heldout_parts(config, storage, shards, None),
     )
     function = function_tokens(run)
+    run.training = pd.DataFrame(
+        {
+            "step": [1, 2, 3],
+            "tokens": [64, 128, 192],
+            "loss": [6.0, 5.5, 5.25],
+            "learning_rate": 1e-3,
+            "gradient_norm": 1.0,
+        }
+    )
     for model in SERIES:
-        run.training[model] = pd.DataFrame(
-            {
-                "step": [1, 2, 3],
-                "tokens": [64, 128, 192],
-                "loss": [6.0, 5.5, 5.25],
-                "learning_rate": 1e-3,
-                "gradient_norm": 1.0,
-            }
-        )
         for step in STEPS:
             _add_checkpoint(storage, run, model, step, function, cuts)
     return run
@@ -324,7 +367,10 @@ def _activated(document: Document, rng: random.Random) -> Document:
 
 def _write(storage: Storage, folder: str, frames: dict[str, pd.DataFrame]) -> None:
     for name, frame in frames.items():
-        schema = SHARD_FILES[name]
-        table = pa.Table.from_pandas(frame[schema.names], schema=schema, preserve_index=False)
-        storage.write_parquet(f"{folder}/{name}.parquet", table)
+        storage.write_parquet(f"{folder}/{name}.parquet", _table(frame, name))
     commit_found(storage, folder, Manifest(stage="test", inputs={}))
+
+
+def _table(frame: pd.DataFrame, name: str) -> pa.Table:
+    schema = SHARD_FILES[name]
+    return pa.Table.from_pandas(frame[schema.names], schema=schema, preserve_index=False)

@@ -12,14 +12,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from builders import commit_found
+from builders import GivenRun, commit_found, run_of
 
 from infra.duck import Catalog, ShardFile
 from infra.manifest import Manifest
 from infra.storage import Storage
 from schemas.config import Config
-from schemas.tables import SHARD_FILES, TABLES, VOCABULARY
+from schemas.corpus.tables import VOCABULARY
+from schemas.tables import SHARD_FILES, TABLES
 from schemas.work import CorpusShards, Dictionary, FeatureShard, GraphShard, TokenShard
+from tasks.corpus.tokenization import TOKENIZE
+from tasks.dictionaries.dictionaries import DICTIONARIES
+from tasks.graph.features import FEATURES
 
 VOCABULARY_SIZE, D_SAE, M = 12, {0: 16, 1: 8}, 3
 QUALITY = {
@@ -52,6 +56,11 @@ class SmallRun:
     dictionaries: list[Dictionary] = field(default_factory=list)
     features: list[FeatureShard] = field(default_factory=list)
     stats: list[dict[str, int]] = field(default_factory=list)
+
+    def given(self, storage: Storage) -> GivenRun:
+        """The run of which these are the results."""
+        made = {TOKENIZE: self.shards, DICTIONARIES: self.dictionaries, FEATURES: self.features}
+        return run_of(self.config, storage, made)
 
     def write(self, storage: Storage) -> Catalog:
         """Write everything, commit the folders, and return the catalogue of it."""

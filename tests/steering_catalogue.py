@@ -15,17 +15,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-from builders import Cut, commit_found, make_config, random_documents, write_corpus
+from builders import Cut, GivenRun, commit_found, make_config, random_documents, run_of, write_corpus
 
 from infra.duck import Catalog
 from infra.manifest import Manifest
 from infra.storage import Storage
 from schemas.config import Config
-from schemas.steering.work import CaseFeatures, LayerFolder, SteeredPrompt, SteeringResults, TraitFeatures
+from schemas.steering.work import CaseFeatures, LayerFolder, Steered, SteeredPrompt, TraitFeatures
 from schemas.tables import SHARD_FILES
 from schemas.work import CorpusShards
-from tasks.graph.tables import publish
-from tasks.steering.tables import build_steering_tables
+from tasks.corpus.tables import CorpusTables
+from tasks.corpus.tokenization import TOKENIZE
+from tasks.engine.tables import candidate, publish
+from tasks.steering.reactivation import REACTIVATION
+from tasks.steering.steering import STEERING
+from tasks.steering.tables import STEERING_GROUP
 
 Row = dict[str, Any]
 
@@ -98,8 +102,8 @@ class SteeringRun:
     trait_features: dict[str, list[Row]] = field(default_factory=dict)
     steering: dict[tuple[str, str, str], list[Row]] = field(default_factory=dict)
 
-    def write(self, storage: Storage, seed: int = 0) -> SteeringResults:
-        """Write and commit every folder; rows and results come in an order chosen by `seed`."""
+    def write(self, storage: Storage, seed: int = 0) -> GivenRun:
+        """Write and commit every folder; a run that has them. Rows and results come in an order chosen by `seed`."""
         rng = random.Random(seed)
         cases, traits, experiments = [], [], []
         for place, name in enumerate(sorted(self.tokens)):
@@ -117,7 +121,8 @@ class SteeringRun:
             experiments.append(SteeredPrompt(case=key[0], prompt=key[1], folder=folder))
         for found in (cases, traits, experiments):
             rng.shuffle(found)  # type: ignore[arg-type]
-        return SteeringResults(cases=tuple(cases), traits=tuple(traits), experiments=tuple(experiments))
+        steered = Steered(traits=tuple(traits), experiments=tuple(experiments))
+        return run_of(self.config, storage, {TOKENIZE: self.shards, REACTIVATION: cases, STEERING: steered})
 
 
 def steering_run(storage: Storage, made: Made | None = None) -> SteeringRun:
@@ -140,9 +145,14 @@ def steering_run(storage: Storage, made: Made | None = None) -> SteeringRun:
 def built(storage: Storage, made: Made | None = None) -> tuple[SteeringRun, Catalog]:
     """A run and its tables, published."""
     run = steering_run(storage, made)
-    catalog = build_steering_tables(run.config, storage, run.shards, run.write(storage))
-    publish(storage, catalog)
-    return run, catalog
+    return run, published(run.write(storage))
+
+
+def published(run: GivenRun) -> Catalog:
+    """The tables of a run's corpus, cases, traits and experiments, beside what is published already."""
+    catalog = candidate(run.storage, [CorpusTables().build(run), STEERING_GROUP.build(run)])
+    publish(run.storage, catalog)
+    return catalog
 
 
 def _add_case(run: SteeringRun, name: str, relation: str, made: Made, rng: random.Random) -> None:

@@ -13,10 +13,14 @@ import torch
 from infra.progress import Progress, silent
 from infra.storage import Storage
 from schemas.config import Config
-from schemas.pretraining.section import Series
+from schemas.pretraining.section import Series, consolidation_of
+from schemas.pretraining.work import Checkpoint
 from schemas.work import CorpusShards
-from tasks.corpus import tokenization
-from tasks.pretraining.training import find_trained, train_series, training_losses_file
+from tasks.corpus.tokenization import TOKENIZE
+from tasks.engine.run import Run, make
+from tasks.pretraining.checkpoints import CHECKPOINTS
+from tasks.pretraining.tables import training_losses
+from tasks.stages import open_run
 
 BATCH_TOKENS = 256
 STEPS = 20
@@ -72,40 +76,49 @@ class Training:
             }
         )
 
+    def run(self, config: Config) -> Run:
+        """The configuration's run, as it stands now."""
+        return open_run(config, self.storage)
+
     def shards(self) -> CorpusShards:
-        """The tokenized corpus; tokenized in this process where it is not yet."""
-        watched = tokenization._Watched
-        tokenization._Watched = plain.InThisProcess  # type: ignore[misc, assignment]
-        try:
-            return tokenization.tokenize_corpus(self.config(), self.storage)
-        finally:
-            tokenization._Watched = watched  # type: ignore[misc]
+        """The tokenized corpus; tokenized where it is not yet."""
+        shards: CorpusShards = plain.finished(self.config(), self.storage, TOKENIZE).result(TOKENIZE)
+        return shards
 
     def train(self, config: Config, progress: Progress = silent) -> None:
-        """Train the configuration's series."""
+        """Train the configuration's series; its corpus is tokenized anew where its tokenizer was changed."""
 
         def both(done: int, total: int, what: str) -> None:
             self.progress.append((done, total, what))
             progress(done, total, what)
 
+        self.shards()
         self.progress.clear()
-        train_series(config, self.storage, self.shards(), series_of(config), both)
+        make(self.run(config), CHECKPOINTS, both)
+
+    def checkpoints(self, config: Config) -> list[Checkpoint] | None:
+        """Its checkpoints, or None."""
+        run = self.run(config)
+        return run.result(CHECKPOINTS) if run.is_finished(CHECKPOINTS) else None
 
     def steps(self, config: Config) -> list[int] | None:
         """The steps of its checkpoints, or None."""
-        found = find_trained(config, self.storage, self.shards(), series_of(config))
+        found = self.checkpoints(config)
         return None if found is None else [checkpoint.step for checkpoint in found]
+
+    def curve_file(self, config: Config) -> str:
+        """Where the loss curve is."""
+        return training_losses(self.run(config))[series_of(config).name]
 
     def curve(self, config: Config) -> dict[str, list[float]]:
         """The loss curve, columns by name."""
-        name = training_losses_file(config, self.storage, self.shards(), series_of(config))
-        return self.storage.read_parquet(name).to_pydict()
+        return self.storage.read_parquet(self.curve_file(config)).to_pydict()
 
     def weights(self, config: Config) -> dict[str, torch.Tensor]:
         """The last checkpoint's."""
         from safetensors.torch import load_file
 
-        found = find_trained(config, self.storage, self.shards(), series_of(config))
+        found = self.checkpoints(config)
         assert found is not None
         folder = self.storage.local_folder(found[-1].model.name.removeprefix("storage:"))
         return load_file(folder / "model.safetensors")
@@ -117,5 +130,4 @@ class Training:
 
 def series_of(config: Config) -> Series:
     """The configuration's one series."""
-    assert config.consolidation is not None
-    return config.consolidation.series[0]
+    return consolidation_of(config).series[0]

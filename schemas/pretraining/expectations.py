@@ -13,6 +13,37 @@ from __future__ import annotations
 from schemas.expectation import Expectation, Keys, Query, Rows, differ
 from schemas.graph.expectations import FEATURES
 
+
+def _every_series(table: str, what: str) -> Query:
+    """The configured series are those of a view."""
+    return Query(
+        name=f"every series has {what}",
+        table=table,
+        needs=("wanted",),
+        meaning=f"The configured series are the series that have {what}.",
+        offenders=f"""SELECT model, w.model IS NOT NULL AS is_configured, t.model IS NOT NULL AS has_{what.lower()}
+            FROM wanted AS w FULL JOIN (SELECT DISTINCT model FROM {table}) AS t USING (model)
+            WHERE w.model IS NULL OR t.model IS NULL""",
+    )
+
+
+def _every_prediction(name: str, table: str, count: str, meaning: str) -> Query:
+    """Of each held-out document, a view counts as many losses as the document has predictions."""
+    return Query(
+        name=name,
+        table=table,
+        shard=True,
+        needs=("expected",),
+        meaning=meaning,
+        offenders=differ(
+            f"SELECT part, doc, {count} AS n FROM {table} GROUP BY ALL",
+            f"SELECT part, doc, n FROM expected SEMI JOIN {table} USING (part)",
+            "part, doc",
+            "n",
+        ),
+    )
+
+
 CHECKPOINTS: tuple[Expectation, ...] = (
     Keys(
         name="one checkpoint a step",
@@ -27,15 +58,7 @@ CHECKPOINTS: tuple[Expectation, ...] = (
         offenders="""SELECT * FROM (SELECT model, step, lag(step) OVER (PARTITION BY model ORDER BY place)
             AS step_before FROM checkpoints) WHERE step <= step_before""",
     ),
-    Query(
-        name="every series has checkpoints",
-        table="checkpoints",
-        needs=("wanted",),
-        meaning="The configured series are the series that have checkpoints.",
-        offenders="""SELECT model, w.model IS NOT NULL AS is_configured, c.model IS NOT NULL AS has_checkpoints
-            FROM wanted AS w FULL JOIN (SELECT DISTINCT model FROM checkpoints) AS c USING (model)
-            WHERE w.model IS NULL OR c.model IS NULL""",
-    ),
+    _every_series("checkpoints", "checkpoints"),
     Rows(
         name="checkpoints are whole",
         table="checkpoints",
@@ -59,15 +82,7 @@ LOSSES: tuple[Expectation, ...] = (
         meaning="No checkpoint has two shards of losses of one part of the corpus.",
         columns=("model", "step", "doc_offset"),
     ),
-    Query(
-        name="every series has losses",
-        table="shards",
-        needs=("wanted",),
-        meaning="The configured series are the series that have losses.",
-        offenders="""SELECT model, w.model IS NOT NULL AS is_configured, s.model IS NOT NULL AS has_losses
-            FROM wanted AS w FULL JOIN (SELECT DISTINCT model FROM shards) AS s USING (model)
-            WHERE w.model IS NULL OR s.model IS NULL""",
-    ),
+    _every_series("shards", "losses"),
     Query(
         name="checkpoints read the same documents",
         table="shards",
@@ -113,18 +128,11 @@ LOSSES: tuple[Expectation, ...] = (
         offenders="""SELECT folder, doc, position, current_token_id, token_id FROM token_losses
             ANTI JOIN predictions USING (part, doc, position, current_token_id, token_id)""",
     ),
-    Query(
-        name="every prediction has its loss",
-        table="token_losses",
-        shard=True,
-        needs=("expected",),
-        meaning="Each held-out document has as many losses as predictions.",
-        offenders=differ(
-            "SELECT part, doc, count(*) AS n FROM token_losses GROUP BY ALL",
-            "SELECT part, doc, n FROM expected SEMI JOIN token_losses USING (part)",
-            "part, doc",
-            "n",
-        ),
+    _every_prediction(
+        "every prediction has its loss",
+        "token_losses",
+        "count(*)",
+        "Each held-out document has as many losses as predictions.",
     ),
     Keys(
         name="sums of losses have unique keys",
@@ -141,18 +149,11 @@ LOSSES: tuple[Expectation, ...] = (
         must="n >= 1 AND loss_units >= 0 AND current_is_function IS NOT NULL AND next_is_function IS NOT NULL",
         show="folder, doc, current_is_function, next_is_function, n, loss_units",
     ),
-    Query(
-        name="every prediction is in a sum",
-        table="document_losses",
-        shard=True,
-        needs=("expected",),
-        meaning="The sums of each held-out document are of as many losses as it has predictions.",
-        offenders=differ(
-            "SELECT part, doc, sum(n) AS n FROM document_losses GROUP BY ALL",
-            "SELECT part, doc, n FROM expected SEMI JOIN document_losses USING (part)",
-            "part, doc",
-            "n",
-        ),
+    _every_prediction(
+        "every prediction is in a sum",
+        "document_losses",
+        "sum(n)",
+        "The sums of each held-out document are of as many losses as it has predictions.",
     ),
 )
 
@@ -166,15 +167,7 @@ GROWTH: tuple[Expectation, ...] = (
         meaning="No checkpoint has two SAEs.",
         columns=("model", "step"),
     ),
-    Query(
-        name="every series has SAEs",
-        table="learned",
-        needs=("wanted",),
-        meaning="The configured series are the series that have SAEs.",
-        offenders="""SELECT model, w.model IS NOT NULL AS is_configured, l.model IS NOT NULL AS has_saes
-            FROM wanted AS w FULL JOIN (SELECT DISTINCT model FROM learned) AS l USING (model)
-            WHERE w.model IS NULL OR l.model IS NULL""",
-    ),
+    _every_series("learned", "SAEs"),
     Rows(
         name="SAEs are whole",
         table="learned",

@@ -239,6 +239,10 @@ class Consolidation(ExperimentSection):
         """Whether the corpus' tokenizer is trained here."""
         return self.trained_vocabulary is not None
 
+    def layer_of(self, series: Series) -> int | None:
+        """The block that the SAEs of a series read; None where no SAE series is asked for."""
+        return None if self.growth is None else self.growth.layer if series.layer is None else series.layer
+
     @model_validator(mode="after")
     def _complete(self) -> Consolidation:
         names = [series.name for series in self.series]
@@ -249,9 +253,7 @@ class Consolidation(ExperimentSection):
         if self.trains_here and self.train is None:
             raise ValueError("a series with a shape is trained here: give [consolidation.train]")
         for series in self.series:
-            layer = (
-                None if self.growth is None else (self.growth.layer if series.layer is None else series.layer)
-            )
+            layer = self.layer_of(series)
             if series.shape is not None and layer is not None and layer >= series.shape.layers:
                 raise ValueError(
                     f"series {series.name} has {series.shape.layers} blocks, so its SAEs cannot read layer {layer}: "
@@ -298,18 +300,16 @@ class Consolidation(ExperimentSection):
         return self.heldout_share
 
 
-def consolidation_of(config: Config, stage: str = "") -> Consolidation:
+def consolidation_of(config: Config) -> Consolidation:
     """The section `consolidation`.
 
     Raises:
-        ConfigError: in that stage, if the configuration has none.
+        ConfigError: if the configuration has none.
     """
     section = config.section(Consolidation)
     if section is None:
         raise ConfigError(
-            "this configuration has no consolidation section, so there are no checkpoints",
-            stage=stage,
-            hint="configs/consolidation.toml shows one",
+            "this configuration has no consolidation section", hint="configs/consolidation.toml shows one"
         )
     return section
 

@@ -122,16 +122,18 @@ TABLES: dict[str, pa.Schema] = {
     "generations": _of_checkpoint(SHARD_FILES["generations"]),
 }
 
+
+def _files_of(table: str) -> str:
+    """A published table that is one file a checkpoint, which need not name it."""
+    own = [f"f.{name}" for name in TABLES[table].names if name not in {"model", "step"}]
+    return ", ".join(["s.model", "s.step", *own])
+
+
 SHARDED: dict[str, str] = {
     "token_losses": "s.model, s.step, s.doc_offset + f.doc AS doc_id, f.position, f.loss, f.current_token_id, "
     "f.token_id",
-    # one file a checkpoint, made by the table stage
-    "document_losses": "s.model, s.step, f.doc_id, f.bucket, f.n, f.loss",
-    "checkpoint_degree": "s.model, s.step, f.layer, f.token_id, f.token, f.rank, f.count, f.is_function, f.degree, "
-    "f.rarefied_degree, f.m",
-    "checkpoint_graph": "s.model, s.step, f.layer, f.dictionary_size, f.n_tokens, f.n_edges, f.mean_l0, "
-    "f.activated_features, f.function_features, f.content_features, f.function_coverage, f.content_coverage, "
-    "f.top10_coverage",
+    # made by the table stage
+    **{table: _files_of(table) for table in ("document_losses", "checkpoint_degree", "checkpoint_graph")},
     # not published: the table stage reads it
     "shard_document_losses": "s.doc_offset + f.doc AS doc_id, f.current_is_function, f.next_is_function, f.n, "
     "f.loss_units",

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from schemas.errors import ConfigError
 from schemas.sections import ExperimentSection, Section
 
 if TYPE_CHECKING:
@@ -105,24 +104,20 @@ class Steering(ExperimentSection):
             raise ValueError(f"steering.layer = {self.layer} has no sae entry; the layers are {layers}")
 
     @property
+    def subject(self) -> str:
+        """The file of cases."""
+        return self.cases.rsplit("/", 1)[-1]
+
+    @property
     def needs_head(self) -> bool:
         """True: answers are measured."""
         return True
 
 
-def steering_of(config: Config, stage: str = "") -> Steering:
-    """The section `steering`.
-
-    Raises:
-        ConfigError: in that stage, if the configuration has none.
-    """
+def steering_of(config: Config) -> Steering:
+    """The section `steering`, of a configuration that has one."""
     section = config.section(Steering)
-    if section is None:
-        raise ConfigError(
-            "this configuration has no steering section, so there are no cases",
-            stage=stage,
-            hint="configs/steering.toml shows one",
-        )
+    assert section is not None
     return section
 
 

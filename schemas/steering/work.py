@@ -53,9 +53,8 @@ class SteeredPrompt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SteeringResults:
-    """What the stages reactivation and steering have made, each in the order of the cases' file."""
+class Steered:
+    """What the stage steering has made, each in the order of the cases' file."""
 
-    cases: tuple[CaseFeatures, ...] = ()
     traits: tuple[TraitFeatures, ...] = ()
     experiments: tuple[SteeredPrompt, ...] = ()

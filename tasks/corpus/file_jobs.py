@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
-from infra.manifest import Manifest
 from infra.storage import Storage
 from schemas.config import Corpus
 from tasks.corpus.files import CorpusFile
@@ -35,9 +34,13 @@ class Budget:
 
     def after(self, shards: FileShards) -> Budget:
         """What a file leaves of it."""
+        return self.without(shards.n_documents, shards.n_tokens)
+
+    def without(self, documents: int, tokens: int) -> Budget:
+        """What is left when so much is taken."""
         return Budget(
-            documents=None if self.documents is None else self.documents - shards.n_documents,
-            tokens=None if self.tokens is None else self.tokens - shards.n_tokens,
+            documents=None if self.documents is None else self.documents - documents,
+            tokens=None if self.tokens is None else self.tokens - tokens,
         )
 
 
@@ -71,12 +74,10 @@ class FileShards:
     Attributes:
         shards: In order.
         is_cut: Whether a limit ended it before the file did.
-        manifests: Of those shards whose manifests were made or read on the way, by folder.
     """
 
     shards: tuple[ShardEntry, ...]
     is_cut: bool
-    manifests: dict[str, Manifest] = field(default_factory=dict, compare=False)
 
     @property
     def n_documents(self) -> int:
@@ -89,19 +90,11 @@ class FileShards:
         return sum(shard.n_tokens for shard in self.shards)
 
     @property
-    def n_bytes(self) -> int:
-        """Bytes of the file's text that were read."""
-        return sum(shard.n_bytes for shard in self.shards)
-
-    @property
-    def lost_bytes(self) -> int:
-        """Those of them that could not be used."""
-        return sum(shard.lost_bytes for shard in self.shards)
-
-    @property
     def is_unreadable(self) -> bool:
         """Whether the file ended early, or gave no document of what is in it."""
-        is_all_lost = not self.is_cut and not self.n_documents and self.lost_bytes > 0
+        is_all_lost = (
+            not self.is_cut and not self.n_documents and any(shard.lost_bytes for shard in self.shards)
+        )
         return is_all_lost or any(shard.ends_early for shard in self.shards)
 
 
@@ -114,9 +107,5 @@ class FileJob:
     corpus: Corpus
     storage: Storage
     tokenizer_folder: str
-    budget: Budget = field(default_factory=Budget)
+    budget: Budget = Budget()
     has_begun: bool = True
-
-    def within(self, budget: Budget) -> FileJob:
-        """The same job under a limit."""
-        return replace(self, budget=budget)

@@ -9,8 +9,9 @@ from typing import Any
 import fsspec
 
 from infra.addresses import failed_at, is_unreachable, storage_options, without_credentials
+from infra.hashing import content_hash
 from schemas.config import Config
-from schemas.errors import ConfigError, StorageError
+from schemas.errors import ConfigError, CorpusError, StorageError
 
 _FORMATS = {
     ".jsonl": "jsonl",
@@ -67,6 +68,18 @@ def corpus_files(config: Config) -> list[CorpusFile]:
     return files
 
 
+def content_of(file: CorpusFile) -> str:
+    """A hash of what a file holds.
+
+    Raises:
+        CorpusError: if it cannot be read.
+    """
+    try:
+        return content_hash(file.url, file.endpoint_url)
+    except OSError as error:
+        raise CorpusError(f"cannot read {failed_at(file.url, error)}", stage="tokenize") from error
+
+
 def _expand(url: str, endpoint: str | None) -> list[str]:
     try:
         found = fsspec.open_files(url, "rb", expand=True, **storage_options(url, endpoint))
@@ -94,7 +107,7 @@ def _url_of(asked: str, file: Any) -> str:
 
 def _describe(url: str, config: Config) -> CorpusFile:
     corpus, endpoint = config.corpus, config.storage.endpoint_url
-    if not _is_unicode(url):
+    if not is_unicode(url):
         raise ConfigError(
             f"corpus.urls: the name of {without_credentials(url)!r} is not valid UTF-8",
             hint="rename the file: the tables name their sources",
@@ -117,9 +130,10 @@ def _describe(url: str, config: Config) -> CorpusFile:
     return CorpusFile(url=url, format=kind, compression=compression, size=size, endpoint_url=endpoint)
 
 
-def _is_unicode(name: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: it has no half of a surrogate pair."""
     try:
-        name.encode()
+        text.encode()
     except UnicodeEncodeError:
         return False
     return True

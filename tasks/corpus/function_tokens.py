@@ -6,14 +6,13 @@ import numpy as np
 import numpy.typing as npt
 
 from infra import verified
-from infra.duck import create_views, open_duckdb
 from infra.manifest import load
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.work import CorpusShards
 from sql import read_sql
-from tasks.engine.table_plan import Group, corpus_group
-from tasks.engine.table_sql import explained
+from tasks.corpus.tables import corpus_group
+from tasks.engine.tables import Tables, opened
 
 _computed: dict[str, npt.NDArray[np.int32]] = {}
 """By the key of the corpus' tables: a run asks several times before the table stage has made them."""
@@ -40,13 +39,9 @@ def function_token_ids(config: Config, storage: Storage, shards: CorpusShards) -
     return ids
 
 
-def _compute(config: Config, storage: Storage, shards: CorpusShards, group: Group) -> npt.NDArray[np.int32]:
+def _compute(config: Config, storage: Storage, shards: CorpusShards, group: Tables) -> npt.NDArray[np.int32]:
     query = f"SELECT token_id FROM ({read_sql('tokens')}) WHERE is_function ORDER BY token_id"
-    with (
-        open_duckdb(storage, config.duckdb) as connection,
-        explained("the function tokens", config.duckdb, storage),
-    ):
-        create_views(connection, storage, group.inputs)
+    with opened("the function tokens", config.duckdb, storage, group.inputs) as connection:
         parameters = {"share": config.function_tokens.share, "n_documents": shards.n_documents}
         found = connection.execute(query, parameters).fetchnumpy()
     ids: npt.NDArray[np.int32] = found["token_id"].astype(np.int32)

@@ -21,7 +21,7 @@ from infra.storage import Storage
 from schemas.config import Config
 from schemas.errors import ConfigError, CorpusError, StorageError
 from schemas.tables import SHARD_FILES
-from schemas.work import CorpusShards, GraphShard, HeldoutPart, TokenShard
+from schemas.work import CorpusShards, HeldoutPart, TokenShard
 from tasks.corpus.windows import read_shard_tokens
 
 VERSION = 1
@@ -146,8 +146,7 @@ def _is_heldout(hashes: npt.NDArray[np.uint64], share: float) -> npt.NDArray[np.
 
 
 def _hashed(storage: Storage, shard: TokenShard) -> pa.Table:
-    part = GraphShard(shard=shard, n_documents=shard.n_documents, n_tokens=shard.n_tokens)
-    tokens = read_shard_tokens(storage, part)
+    tokens = read_shard_tokens(storage, shard.whole)
     starts = np.searchsorted(tokens.doc, np.arange(shard.n_documents + 1))
     ids = np.ascontiguousarray(tokens.token_id, dtype="<i4")
     hashes = [

@@ -22,7 +22,7 @@ from schemas.config import Corpus
 from schemas.errors import CorpusError, about, whole_message
 from schemas.sections import Csv
 from tasks.corpus.decompression import PlainBytes
-from tasks.corpus.files import CorpusFile
+from tasks.corpus.files import CorpusFile, is_unicode
 from tasks.corpus.json_array import BLANKS, json_elements
 from tasks.corpus.lines import MAX_RECORD_BYTES, Lines
 
@@ -113,19 +113,11 @@ def _checked(line: int, value: object, position: int, n_bytes: int, n_lines: int
         reason = f"text is {type(value).__name__}, not text"
     elif not value:
         reason = EMPTY_TEXT
-    elif not value.isascii() and not _is_unicode(value):
+    elif not value.isascii() and not is_unicode(value):
         reason = "text is not valid Unicode"
     if reason:
         return Record(line, None, reason, position, n_bytes, n_lines)
     return Record(line, str(value), "", position, n_bytes, n_lines)
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _jsonl(lines: Lines, text_field: str, skip: int) -> Iterator[Record]:
@@ -179,7 +171,7 @@ def _json(lines: Lines, text_field: str, skip: int) -> Iterator[Record]:
     for element in islice(json_elements(lines), skip, None):
         line, text, n_lines = element.line, element.text, element.text.count("\n") + 1
         n_bytes = len(text.encode("utf-8", "surrogateescape"))
-        if text.isascii() or _is_unicode(text):
+        if text.isascii() or is_unicode(text):
             yield _from_value(element.value, text, text_field, line, lines.position, n_bytes, n_lines)
         else:
             yield Record(line, None, "not valid UTF-8", lines.position, n_bytes, n_lines)

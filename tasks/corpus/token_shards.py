@@ -8,11 +8,11 @@ kept, and the records that they hold are read over without being tokenized.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, replace
-from functools import lru_cache
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,16 +21,35 @@ import pyarrow as pa
 
 from infra import verified
 from infra.index import read_known, remember_files
-from infra.manifest import Manifest, commit, load, load_all, manifest_files
-from infra.storage import Storage, json_bytes, unsealed
+from infra.manifest import Manifest, load, load_all, manifest_files, manifests_of
+from infra.storage import Storage, StoredFile, json_bytes, unsealed
 from schemas.errors import DamagedError, whole_message
 from schemas.tables import SHARD_FILES
 from tasks.corpus.file_jobs import Budget, FileJob, FileShards, ShardEntry
 from tasks.corpus.records import Record, read_records
-from tasks.engine.shard_checks import TOKEN_TOTALS, ask_of_made, token_unit
+from tasks.engine.checks import ask_of_made
+from tasks.engine.offenders import Views
+from tasks.engine.stage import Made, Unit
+
+TOTALS = {
+    "documents": {
+        "found_documents": "count(*)",
+        "found_document_tokens": "coalesce(sum(n_tokens), 0)::BIGINT",
+    },
+    "rejects": {"found_rejects": "count(*)"},
+    "token_counts": {"found_counted_tokens": "coalesce(sum(count), 0)::BIGINT"},
+}
+"""What is counted in a token shard's folder."""
 
 _BATCH_DOCUMENTS = 1024
 _BATCH_CHARACTERS = 2_000_000
+
+
+def shard_views(folder: str, n_documents: int, rows: Mapping[str, str | pa.Table]) -> Views:
+    """A token shard's views: `documents`, `token_counts` and, where there are any, `rejects` and `occurrences`."""
+    files = {"rejects": SHARD_FILES["rejects"].empty_table(), **rows}
+    columns: dict[str, str | int | None] = {"folder": folder, "n_documents": n_documents}
+    return Views(folder=folder, files=files, columns=columns, small=frozenset(files))
 
 
 def _list_names(job: FileJob, budget: Budget) -> list[str]:
@@ -73,7 +92,7 @@ def _first(job: FileJob) -> str:
 
 def _of_one(folder: str, manifest: Manifest) -> FileShards:
     """The shards of a file that has one: its manifest says all that a list would."""
-    return FileShards(shards=(_entry(folder, manifest),), is_cut=False, manifests={folder: manifest})
+    return FileShards(shards=(_entry(folder, manifest),), is_cut=False)
 
 
 def begun(storage: Storage, jobs: Sequence[FileJob]) -> list[FileJob]:
@@ -94,65 +113,90 @@ def _is_whole(shards: FileShards, sizes: dict[str, int]) -> bool:
     )
 
 
-def tokenize_file(job: FileJob, report: Callable[[int], None] = lambda position: None) -> FileShards:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ShardUnit(Unit):
+    """One shard of a file: a numbered folder below the file's own."""
+
+    place: str
+
+    @cached_property
+    def folder(self) -> str:
+        """The folder below the file's."""
+        return self.place
+
+
+def tokenize_file(job: FileJob) -> Iterator[Made | int]:
     """Make what is missing of a file's shards, and list them.
 
-    Args:
-        job: The file, where its shards go, and how much of it may be taken.
-        report: Called with the bytes of the file read so far.
+    Yields:
+        Each shard, to be written before the next is made, and bytes of the file read between.
     """
     backend, special = _tokenizer(job.storage, job.tokenizer_folder)
-    entries, manifests, ends_file = _finished_shards(job)
+    finished, ends_file = _finished_shards(job)
+    folders, left = list(finished), _left(job.budget, finished.values())
+    position = 0
 
-    def close(shard: _OpenShard, folder: str, *, ends_file: bool) -> None:
-        manifests[folder] = shard.close(folder, ends_file=ends_file)
-        entries.append(_entry(folder, manifests[folder]))
+    def close(shard: _OpenShard, folder: str, *, ends_file: bool) -> Made:
+        nonlocal left
+        folders.append(folder)
+        left = left.without(shard.n_documents, shard.n_tokens)
+        unit = ShardUnit(
+            top="tokens", inputs={"tokenizer": job.tokenizer_folder}, about=folder, size=0, place=folder
+        )
+        return Made(write=lambda: [(unit, *shard.close(folder, ends_file=ends_file))])
 
-    is_cut = not ends_file and _left(job.budget, entries).is_spent
+    is_cut = not ends_file and left.is_spent
     if not ends_file and not is_cut:
-        skip = sum(entry.n_records for entry in entries)
+        skip = sum(entry.n_records for entry in finished.values())
         records = read_records(job.file, job.corpus, skip)
         shard = _OpenShard(job, special)
         for record, ids in _tokenized(records, backend):
-            report(record.position)
+            if record.position > position:
+                yield record.position - position
+                position = record.position
             if ids is None:
                 shard.add_reject(record)
                 continue
-            left = _left(job.budget, entries)
             n_kept = shard.n_kept(ids)
             if not left.allows(shard.n_documents + 1, shard.n_tokens + n_kept):
                 is_cut = True
                 break
             shard.add_document(record, ids, n_kept)
             if shard.n_tokens >= job.corpus.shard_tokens:
-                close(shard, f"{job.folder}/{len(entries):05d}", ends_file=False)
+                yield close(shard, f"{job.folder}/{len(folders):05d}", ends_file=False)
                 shard = _OpenShard(job, special)
-            if _left(job.budget, entries).documents == shard.n_documents:
+            if left.documents == shard.n_documents:
                 is_cut = True
                 break
-        name = f"{job.folder}/{len(entries):05d}"
+        name = f"{job.folder}/{len(folders):05d}"
         if is_cut:
             if shard.n_documents:
-                close(shard, f"{name}-first-{shard.n_documents}", ends_file=False)
+                yield close(shard, f"{name}-first-{shard.n_documents}", ends_file=False)
         else:
             # Also where nothing is left: it says that the file ends here.
-            close(shard, name, ends_file=True)
-    made = FileShards(shards=tuple(entries), is_cut=is_cut, manifests=manifests)
+            yield close(shard, name, ends_file=True)
+    manifests = manifests_of(job.storage, folders)
+    made = FileShards(shards=tuple(_entry(folder, manifests[folder]) for folder in folders), is_cut=is_cut)
     if _is_listed(made):
         job.storage.write_json(_list_name(job, made), _to_json(made))
-    return made
 
 
-def remember_file_shards(storage: Storage, jobs: Sequence[FileJob], made: Sequence[FileShards]) -> None:
-    """Write what was just made of some files into the index, so that nobody needs to read each of its lists."""
-    lists = {
-        _list_name(job, shards): json_bytes(_to_json(shards))
-        for job, shards in zip(jobs, made, strict=True)
-        if _is_listed(shards)
-    }
-    remember_files(
-        storage, lists | manifest_files({k: v for shards in made for k, v in shards.manifests.items()})
-    )
+def remember_shards(storage: Storage, jobs: Sequence[FileJob], manifests: Mapping[str, Manifest]) -> None:
+    """Write what was just made of some files into the index, their lists too, so that nobody needs to read each."""
+    of_job: dict[str, dict[str, Manifest]] = {}
+    for folder, manifest in manifests.items():
+        of_job.setdefault(folder.rsplit("/", 1)[0], {})[folder] = manifest
+    lists: dict[str, bytes] = {}
+    for job in jobs:
+        own = of_job.get(job.folder, {})
+        folders = [f"{job.folder}/{number:05d}" for number in range(len(own))]
+        # A limit may not have reached the file; of one that was begun earlier, not all shards were made now.
+        if own and own.keys() == set(folders) and own[folders[-1]].stats["ends_file"]:
+            shards = tuple(_entry(folder, own[folder]) for folder in folders)
+            made = FileShards(shards=shards, is_cut=False)
+            if _is_listed(made):
+                lists[_list_name(job, made)] = json_bytes(_to_json(made))
+    remember_files(storage, lists | manifest_files(manifests))
 
 
 def _is_listed(shards: FileShards) -> bool:
@@ -168,26 +212,25 @@ def _to_json(shards: FileShards) -> dict[str, Any]:
     return {"shards": [asdict(entry) for entry in shards.shards], "is_cut": shards.is_cut}
 
 
-def _left(budget: Budget, entries: Sequence[ShardEntry]) -> Budget:
+def _left(budget: Budget, entries: Iterable[ShardEntry]) -> Budget:
     return budget.after(FileShards(shards=tuple(entries), is_cut=False))
 
 
-def _finished_shards(job: FileJob) -> tuple[list[ShardEntry], dict[str, Manifest], bool]:
-    entries: list[ShardEntry] = []
-    manifests: dict[str, Manifest] = {}
+def _finished_shards(job: FileJob) -> tuple[dict[str, ShardEntry], bool]:
+    """Shards that are there already, in order by folder, and whether the file ends with them."""
+    entries: dict[str, ShardEntry] = {}
     while job.has_begun:
         folder = f"{job.folder}/{len(entries):05d}"
         manifest = load(job.storage, folder)
         if manifest is None:
             break
         entry = _entry(folder, manifest)
-        if not _left(job.budget, entries).allows(entry.n_documents, entry.n_tokens):
+        if not _left(job.budget, entries.values()).allows(entry.n_documents, entry.n_tokens):
             break
-        entries.append(entry)
-        manifests[folder] = manifest
+        entries[folder] = entry
         if manifest.stats["ends_file"]:
-            return entries, manifests, True
-    return entries, manifests, False
+            return entries, True
+    return entries, False
 
 
 _STATS = ("n_documents", "n_tokens", "n_rejects", "n_records", "n_bytes", "lost_bytes", "ends_early")
@@ -235,8 +278,8 @@ class _OpenShard:
         self._document_bytes += record.n_bytes
         self.n_tokens += n_kept
 
-    def close(self, folder: str, *, ends_file: bool) -> Manifest:
-        """Write and commit the shard."""
+    def close(self, folder: str, *, ends_file: bool) -> tuple[list[StoredFile], dict[str, Any]]:
+        """Write the shard; its files and stats."""
         if ends_file:
             self._rejects += self._waiting
         storage = self._job.storage
@@ -286,16 +329,15 @@ class _OpenShard:
         stats |= ask_of_made(
             storage,
             "tokenize",
-            token_unit(folder, len(lengths), asked),
-            TOKEN_TOTALS,
+            shard_views(folder, len(lengths), asked),
+            TOTALS,
             {"vocabulary": vocabulary},
         )
         written = [
             storage.write_parquet(f"{folder}/{name}.parquet", table, **_WRITE_OPTIONS.get(name, {}))
             for name, table in made.items()
         ]
-        manifest = Manifest(stage="tokenize", inputs={"tokenizer": self._job.tokenizer_folder}, stats=stats)
-        return commit(storage, folder, manifest, written)
+        return written, stats
 
 
 _WHERE_ANY = ("rejects", "specials")

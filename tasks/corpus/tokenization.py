@@ -12,205 +12,281 @@ other: with a limit, files are tokenized one after another.
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 
 from infra import verified
-from infra.addresses import failed_at, without_credentials
+from infra.addresses import without_credentials
 from infra.cluster import tokenization_client
-from infra.hashing import content_hash
-from infra.manifest import Manifest, commit, content_key, load
-from infra.progress import Progress, silent
+from infra.manifest import Manifest, commit, load, load_all
 from infra.storage import Storage
 from schemas.config import Config, Corpus
-from schemas.errors import CorpusError, FunctokError
-from schemas.tables import VOCABULARY
+from schemas.corpus.tables import VOCABULARY
+from schemas.errors import CorpusError
 from schemas.work import CorpusShards, TokenShard
 from tasks.corpus.file_jobs import Budget, FileJob, FileShards, ShardEntry
-from tasks.corpus.files import CorpusFile, corpus_files
-from tasks.corpus.token_shards import begun, find_file_shards, remember_file_shards, tokenize_file
+from tasks.corpus.files import content_of, corpus_files
+from tasks.corpus.token_shards import (
+    TOTALS,
+    begun,
+    find_file_shards,
+    remember_shards,
+    shard_views,
+    tokenize_file,
+)
+from tasks.corpus.tokenizer_training import train_tokenizer, with_tokenizer
+from tasks.engine.offenders import Views
+from tasks.engine.run import Run
+from tasks.engine.stage import Made, Question, Shown, Stage, Unit
 from tasks.models.tokenizers import LoadedTokenizer, load_tokenizer
 
 VERSION = 2
-_TOPIC = "functok-tokenized-bytes"
 
 SMALL_BYTES = 2 << 20
 """Files that have no more bytes in all are tokenized in this process: starting a worker takes longer."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
-    jobs: list[FileJob]
-    tokenizer: LoadedTokenizer
-    limit: Budget
-
-
-def _plan(config: Config, storage: Storage) -> _Plan:
-    tokenizer = load_tokenizer(config.model, storage)
-    corpus = config.corpus
-    reads = {
-        **corpus.reads,
-        "shard_tokens": corpus.shard_tokens,
-        "keep_occurrences": corpus.keep_occurrences,
-    }
-    jobs = []
-    for file in corpus_files(config):
-        try:
-            identity = content_hash(file.url, config.storage.endpoint_url)
-        except OSError as error:
-            raise CorpusError(f"cannot read {failed_at(file.url, error)}", stage="tokenize") from error
-        key = content_key(
-            version=VERSION,
-            content=identity,
-            format=file.format,
-            compression=file.compression,
-            tokenizer=tokenizer.key,
-            reads=reads,
-        )
-        jobs.append(
-            FileJob(
-                file=file,
-                folder=f"tokens/{key}",
-                corpus=corpus,
-                storage=storage,
-                tokenizer_folder=tokenizer.folder,
-            )
-        )
-    return _Plan(
-        jobs=jobs, tokenizer=tokenizer, limit=Budget(documents=corpus.max_documents, tokens=corpus.max_tokens)
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class FoundCorpus:
-    """What is there of a corpus.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FileUnit(Unit):
+    """One corpus file; its shards lie in numbered folders below its own.
 
     Attributes:
-        finished: Files whose shards are there.
-        missing: Files whose are not; under a limit the first one, as the rest depends on it.
-        shards: All shards, where the corpus and its vocabulary are there and current.
+        jobs: The file's; under a limit, those of all files before it too. None: the tokenizer is to be trained first.
     """
 
-    finished: list[CorpusFile]
-    missing: list[CorpusFile]
-    shards: CorpusShards | None
+    jobs: tuple[FileJob, ...]
 
 
-def find_corpus(config: Config, storage: Storage) -> FoundCorpus:
-    """What is there of the corpus.
+class Tokenize(Stage[FileUnit, CorpusShards]):
+    """Each document whole, without special tokens, and every token counted."""
 
-    Raises:
-        CorpusError: if all is there and has no document, or more rejects than `corpus.max_reject_share` allows.
-    """
-    plan = _plan(config, storage)
-    done = _find(plan, storage)
-    return FoundCorpus(
-        finished=[job.file for job, found in zip(plan.jobs, done, strict=False) if found is not None],
-        missing=[job.file for job, found in zip(plan.jobs, done, strict=False) if found is None],
-        shards=_assemble(config, plan, done, storage),
-    )
+    name = "tokenize"
+    measure = "bytes, tokenization"
+    things = "token shards"
+    changed = "files are new or changed, or what tokenization reads of the configuration is"
+    libraries = ("transformers",)
+    tops = ("tokens", "tokenizers", "models", "heldout")
+    alone = False
+    retries = 1
 
+    def subject(self, config: Config) -> str:
+        """The first files' names."""
+        files = [url.rstrip("/").rsplit("/", 1)[-1] for url in config.corpus.urls]
+        return ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
 
-def find_corpus_shards(config: Config, storage: Storage) -> CorpusShards | None:
-    """The tokenized corpus if all of it is finished and current, else None.
+    def units(self, run: Run) -> Sequence[FileUnit]:
+        """A unit a file.
 
-    Raises:
-        CorpusError: if it has no document, more rejects than `corpus.max_reject_share` allows, or more unreadable
-            files than `corpus.max_unreadable_files`.
-    """
-    return find_corpus(config, storage).shards
-
-
-def tokenize_corpus(config: Config, storage: Storage, progress: Progress = silent) -> CorpusShards:
-    """Tokenize what is missing of the corpus.
-
-    Raises:
-        ConfigError: if a URL matches nothing or has no known format.
-        CorpusError: if a file cannot be read, there is no document, or there are too many rejects or unreadable
-            files.
-    """
-    plan = _plan(config, storage)
-    write_tokenizer(storage, plan.tokenizer)
-    if plan.limit.is_open:
-        todo = [job for job, found in zip(plan.jobs, _find(plan, storage), strict=True) if found is None]
-        if todo:
-            todo = begun(storage, todo)
-            with _Watched(config, todo, progress) as watched:
-                remember_file_shards(storage, todo, watched.run(todo))
-    else:
-        _tokenize_in_order(config, storage, plan, progress)
-    shards = _assemble(config, plan, _find(plan, storage), storage)
-    if shards is None:
-        raise FunctokError("token shards vanished while they were made", stage="tokenize", hint="run again")
-    return shards
-
-
-def _find(plan: _Plan, storage: Storage) -> list[FileShards | None]:
-    """What is there of each file, up to where the limit is reached."""
-    if plan.limit.is_open:
-        return find_file_shards(storage, plan.jobs, [plan.limit] * len(plan.jobs))
-    found: list[FileShards | None] = []
-    left = plan.limit
-    for job in plan.jobs:
-        shards = find_file_shards(storage, [job], [left])[0]
-        found.append(shards)
-        if shards is None:
-            break
-        left = left.after(shards)
-        if left.is_spent or shards.is_cut:
-            break
-    return found
-
-
-def _tokenize_in_order(config: Config, storage: Storage, plan: _Plan, progress: Progress) -> None:
-    left = plan.limit
-    for index, job in enumerate(plan.jobs):
-        shards = find_file_shards(storage, [job], [left])[0]
-        if shards is None:
-            with _Watched(config, plan.jobs[: index + 1], progress) as watched:
-                shards = watched.run([job.within(left)])[0]
-        left = left.after(shards)
-        if left.is_spent or shards.is_cut:
-            return
-
-
-def _assemble(
-    config: Config, plan: _Plan, found: list[FileShards | None], storage: Storage
-) -> CorpusShards | None:
-    folder = plan.tokenizer.folder
-    if any(file is None for file in found) or load(storage, folder) is None:
-        return None
-    shards: list[TokenShard] = []
-    offset = 0
-    for job, file in zip(plan.jobs, found, strict=False):
-        assert file is not None
-        for shard in file.shards:
-            shards.append(
-                TokenShard(
-                    folder=shard.folder,
-                    source=job.file.url,
-                    doc_offset=offset,
-                    n_documents=shard.n_documents,
-                    n_tokens=shard.n_tokens,
-                    n_rejects=shard.n_rejects,
-                    has_specials="specials.parquet" in shard.files,
-                )
+        Raises:
+            ConfigError: if a URL matches nothing or has no known format.
+            CorpusError: if a file cannot be read.
+        """
+        config = with_tokenizer(run.config, run.storage)
+        if config is None:
+            about = "the tokenizer is still to be trained on the corpus"
+            return [FileUnit(top="tokens", inputs=None, about=about, jobs=())]
+        tokenizer, corpus = load_tokenizer(config.model, run.storage), config.corpus
+        reads = {
+            **corpus.reads,
+            "shard_tokens": corpus.shard_tokens,
+            "keep_occurrences": corpus.keep_occurrences,
+        }
+        units = []
+        for file in corpus_files(config):
+            unit = FileUnit(
+                top="tokens",
+                inputs={
+                    "version": VERSION,
+                    "content": content_of(file),
+                    "format": file.format,
+                    "compression": file.compression,
+                    "tokenizer": tokenizer.key,
+                    "reads": reads,
+                },
+                about=f"tokenize {without_credentials(file.url)}",
+                size=file.size,
+                together=None if _limit(corpus).is_open else "one after another",
+                jobs=(),
             )
-            offset += shard.n_documents
-    corpus = CorpusShards(
-        shards=tuple(shards),
-        tokenizer_key=plan.tokenizer.key,
-        vocabulary=f"{folder}/vocabulary.parquet",
-        eos_id=plan.tokenizer.tokenizer.eos_token_id,
-    )
-    files = {job.file.url: file for job, file in zip(plan.jobs, found, strict=False) if file is not None}
-    _check_usable(config.corpus, storage, files)
-    return corpus
+            job = FileJob(
+                file=file,
+                folder=unit.folder,
+                corpus=corpus,
+                storage=run.storage,
+                tokenizer_folder=tokenizer.folder,
+            )
+            units.append(replace(unit, jobs=(job,)))
+        return units
+
+    def finished(self, run: Run, units: Sequence[FileUnit]) -> Mapping[str, FileShards]:
+        """The shards of each file, as far as a limit asks for any; a file that it does not reach has none."""
+        if not all(unit.jobs for unit in units):
+            return {}
+        jobs, left = [unit.jobs[0] for unit in units], _limit(run.config.corpus)
+        if load(run.storage, jobs[0].tokenizer_folder) is None:
+            return {}
+        if left.is_open:
+            found = find_file_shards(run.storage, jobs, [left] * len(jobs))
+            return {job.folder: shards for job, shards in zip(jobs, found, strict=True) if shards is not None}
+        done: dict[str, FileShards] = {}
+        for job in jobs:
+            shards = FileShards(shards=(), is_cut=True)
+            if not left.is_spent:
+                there = find_file_shards(run.storage, [job], [left])[0]
+                if there is None:
+                    # What the files after it may hold depends on it.
+                    return done
+                shards = there
+                left = replace(left, documents=0) if shards.is_cut else left.after(shards)
+            done[job.folder] = shards
+        return done
+
+    def prepare(self, run: Run, missing: Sequence[FileUnit]) -> Sequence[FileUnit]:
+        """Put the tokenizer where workers find it, and see what was begun."""
+        if not missing[0].jobs:
+            train_tokenizer(run.config, run.storage, run.tell)
+            return []
+        config = with_tokenizer(run.config, run.storage)
+        assert config is not None
+        write_tokenizer(run.storage, load_tokenizer(config.model, run.storage))
+        if _limit(config.corpus).is_open:
+            jobs = begun(run.storage, [unit.jobs[0] for unit in missing])
+            return [replace(unit, jobs=(job,)) for unit, job in zip(missing, jobs, strict=True)]
+        every = tuple(unit.jobs[0] for unit in run.find(self).units)
+        return [replace(missing[0], size=sum(unit.size for unit in missing), jobs=every)]
+
+    def client(self, run: Run, groups: Sequence[Sequence[FileUnit]]) -> AbstractContextManager[Any]:
+        """The cluster's or this machine's workers, unless starting some takes longer than the work."""
+        dask, total = run.config.dask, sum(unit.size for group in groups for unit in group)
+        if not groups or (not dask.scheduler and total <= SMALL_BYTES):
+            return nullcontext()
+        return tokenization_client(dask, len(groups))
+
+    def make(self, run: Run, group: Sequence[FileUnit]) -> Iterator[Made | int]:
+        """A file's shards; under a limit those of all files, in order, as far as it reaches."""
+        (unit,) = group
+        if len(unit.jobs) == 1 and unit.jobs[0].budget.is_open and _limit(unit.jobs[0].corpus).is_open:
+            yield from tokenize_file(unit.jobs[0])
+            return
+        left = _limit(unit.jobs[0].corpus)
+        for job in unit.jobs:
+            shards = find_file_shards(job.storage, [job], [left])[0]
+            if shards is None:
+                yield from tokenize_file(replace(job, budget=left))
+                shards = find_file_shards(job.storage, [job], [left])[0]
+                assert shards is not None
+            left = left.after(shards)
+            if left.is_spent or shards.is_cut:
+                return
+
+    def remember(
+        self, run: Run, groups: Sequence[Sequence[FileUnit]], manifests: Mapping[str, Manifest]
+    ) -> None:
+        """Shards' manifests and files' lists."""
+        remember_shards(
+            run.storage, [job for group in groups for unit in group for job in unit.jobs], manifests
+        )
+
+    def result(self, run: Run, units: Sequence[FileUnit], done: Mapping[str, FileShards]) -> CorpusShards:
+        """The tokenized corpus.
+
+        Raises:
+            CorpusError: if it has no document, more rejects than `corpus.max_reject_share` allows, or more unreadable
+                files than `corpus.max_unreadable_files`.
+        """
+        config = with_tokenizer(run.config, run.storage)
+        assert config is not None
+        tokenizer = load_tokenizer(config.model, run.storage)
+        shards: list[TokenShard] = []
+        offset = 0
+        for unit in units:
+            for shard in done[unit.folder].shards:
+                shards.append(
+                    TokenShard(
+                        folder=shard.folder,
+                        source=unit.jobs[0].file.url,
+                        doc_offset=offset,
+                        n_documents=shard.n_documents,
+                        n_tokens=shard.n_tokens,
+                        n_rejects=shard.n_rejects,
+                        has_specials="specials.parquet" in shard.files,
+                    )
+                )
+                offset += shard.n_documents
+        files = {unit.jobs[0].file.url: done[unit.folder] for unit in units}
+        _check_usable(config.corpus, run.storage, files)
+        return CorpusShards(
+            shards=tuple(shards),
+            tokenizer_key=tokenizer.key,
+            vocabulary=f"{tokenizer.folder}/vocabulary.parquet",
+            eos_id=tokenizer.tokenizer.eos_token_id,
+        )
+
+    def question(self, run: Run, result: CorpusShards) -> Question:
+        """The token shards, and that they are the whole corpus."""
+        storage = run.storage
+        kept = ["documents", "token_counts", *["occurrences"] * run.config.corpus.keep_occurrences]
+
+        def manifests() -> dict[str, Manifest]:
+            return load_all(storage, [shard.folder for shard in result.shards])
+
+        def views(shard: TokenShard) -> Views:
+            # A shard without rejects has no file of them.
+            names = (*kept, *["rejects"] * bool(shard.n_rejects))
+            files = {name: f"{shard.folder}/{name}.parquet" for name in names}
+            return shard_views(shard.folder, shard.n_documents, files)
+
+        def rows() -> list[dict[str, Any]]:
+            stats = {folder: manifest.stats for folder, manifest in manifests().items()}
+            return [
+                {
+                    **identity(shard),
+                    "place": place,
+                    "n_records": stats.get(shard.folder, {}).get("n_records"),
+                }
+                for place, shard in enumerate(result.shards)
+            ]
+
+        return Question(
+            of={"shards": [identity(shard) for shard in result.shards], "of": result.vocabulary},
+            views=lambda: {"vocabulary": verified.read_table(storage, result.vocabulary)},
+            folders=lambda: {shard.folder: views(shard) for shard in result.shards},
+            totals=TOTALS,
+            rows=rows,
+            manifests=manifests,
+        )
+
+    def shown(self, run: Run, result: CorpusShards) -> Iterable[Shown]:
+        """How much each corpus file gave."""
+        sources: dict[str, list[int]] = {}
+        for shard in result.shards:
+            counts = sources.setdefault(without_credentials(shard.source), [0, 0, 0, 0])
+            for index, more in enumerate((1, shard.n_documents, shard.n_tokens, shard.n_rejects)):
+                counts[index] += more
+        names = ("source", "shards", "documents", "tokens", "rejects")
+        yield Shown(
+            name="corpus",
+            description=f"{result.n_documents:,} documents, {result.n_tokens:,} tokens and {result.n_rejects:,} "
+            "rejects",
+            rows=[dict(zip(names, (source, *counts), strict=True)) for source, counts in sources.items()],
+        )
+
+
+TOKENIZE = Tokenize()
+
+
+def identity(shard: TokenShard) -> dict[str, Any]:
+    """A token shard as columns."""
+    names = ("folder", "source", "doc_offset", "n_documents", "n_tokens", "n_rejects")
+    return {name: getattr(shard, name) for name in names}
+
+
+def _limit(corpus: Corpus) -> Budget:
+    return Budget(documents=corpus.max_documents, tokens=corpus.max_tokens)
 
 
 def _check_usable(corpus: Corpus, storage: Storage, files: Mapping[str, FileShards]) -> None:
@@ -284,70 +360,3 @@ def write_tokenizer(storage: Storage, tokenizer: LoadedTokenizer) -> None:
         storage.write_parquet(f"{folder}/vocabulary.parquet", vocabulary),
     ]
     commit(storage, folder, Manifest(stage="tokenizer", inputs={"key": tokenizer.key}), written)
-
-
-class _Watched:
-    """Runs file jobs and reports the bytes they have read: on a Dask cluster, or here where that is no gain."""
-
-    def __init__(self, config: Config, jobs: list[FileJob], progress: Progress) -> None:
-        self._dask, self._progress = config.dask, progress
-        self._total = sum(job.file.size for job in jobs)
-        self._read: dict[str, int] = {}
-        self._lock, self._n_jobs = threading.Lock(), len(jobs)
-        self._is_small = not config.dask.scheduler and self._total <= SMALL_BYTES
-
-    def __enter__(self) -> _Watched:
-        if self._is_small:
-            return self
-        self._context = tokenization_client(self._dask, self._n_jobs)
-        self._client, _ = self._context.__enter__()
-        self._client.subscribe_topic(_TOPIC, self._heard)
-        return self
-
-    def __exit__(self, *details: Any) -> None:
-        if not self._is_small:
-            self._context.__exit__(*details)
-
-    def run(self, jobs: list[FileJob]) -> list[FileShards]:
-        """Run jobs on the workers; results in the order of `jobs`."""
-        self._progress(0, self._total, "bytes, tokenization")
-        if self._is_small:
-            return [self._run_here(job) for job in jobs]
-        from distributed import as_completed
-
-        futures = self._client.map(_run_job, jobs, pure=False, retries=1)
-        index_of = {future.key: index for index, future in enumerate(futures)}
-        results: dict[int, FileShards] = {}
-        for future in as_completed(futures):
-            index = index_of[future.key]
-            results[index] = future.result()
-            self._report(jobs[index].file.url, jobs[index].file.size)
-        return [results[index] for index in range(len(jobs))]
-
-    def _run_here(self, job: FileJob) -> FileShards:
-        shards = tokenize_file(job, lambda position: self._report(job.file.url, position))
-        self._report(job.file.url, job.file.size)
-        return shards
-
-    def _heard(self, event: tuple[float, dict[str, Any]]) -> None:
-        message = event[1]
-        self._report(str(message["url"]), int(message["bytes"]))
-
-    def _report(self, url: str, position: int) -> None:
-        with self._lock:
-            self._read[url] = max(position, self._read.get(url, 0))
-            done = min(sum(self._read.values()), self._total)
-        self._progress(done, self._total, "bytes, tokenization")
-
-
-def _run_job(job: FileJob) -> FileShards:
-    from distributed import get_worker
-
-    worker, last = get_worker(), [0.0]
-
-    def report(position: int) -> None:
-        if time.monotonic() - last[0] > 1:
-            last[0] = time.monotonic()
-            worker.log_event(_TOPIC, {"url": job.file.url, "bytes": position})
-
-    return tokenize_file(job, report)

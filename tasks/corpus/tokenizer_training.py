@@ -17,14 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from infra.addresses import failed_at
-from infra.hashing import content_hash
 from infra.manifest import Manifest, commit, content_key, load
 from infra.progress import Progress, silent
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.errors import ConfigError, CorpusError
-from tasks.corpus.files import CorpusFile, corpus_files
+from tasks.corpus.files import content_of, corpus_files
 from tasks.corpus.records import read_records
 from tasks.models.files import IN_STORAGE
 
@@ -36,12 +34,7 @@ _DOCUMENTS_A_REPORT = 200
 
 
 def train_tokenizer(config: Config, storage: Storage, progress: Progress = silent) -> str:
-    """Train the tokenizer of `Config.vocabulary_size` tokens unless it is there.
-
-    Args:
-        config: The configuration; `corpus` and the vocabulary size matter here.
-        storage: Where it is saved, as a fast tokenizer of transformers, in `tokenizers-trained/<key>`.
-        progress: Called with bytes of the corpus read.
+    """Train the tokenizer of `Config.vocabulary_size` tokens, a fast one of transformers, unless it is there.
 
     Returns:
         Its name for `model.tokenizer`, `storage:tokenizers-trained/<key>`.
@@ -87,7 +80,7 @@ def _place(config: Config) -> tuple[str, dict[str, Any]]:
     inputs = {
         "version": VERSION,
         "vocabulary_size": _vocabulary_size(config),
-        "files": [_identity(file, config) for file in corpus_files(config)],
+        "files": [[content_of(file), file.format, file.compression] for file in corpus_files(config)],
         "reads": {**config.corpus.reads, "max_documents": config.corpus.max_documents},
     }
     return f"tokenizers-trained/{content_key(**inputs)}", inputs
@@ -100,13 +93,6 @@ def _vocabulary_size(config: Config) -> int:
             hint="give the vocabulary_size of one to train, or model.tokenizer",
         )
     return config.vocabulary_size
-
-
-def _identity(file: CorpusFile, config: Config) -> list[str | None]:
-    try:
-        return [content_hash(file.url, config.storage.endpoint_url), file.format, file.compression]
-    except OSError as error:
-        raise CorpusError(f"cannot read {failed_at(file.url, error)}", stage="tokenize") from error
 
 
 def _train(config: Config, progress: Progress) -> Any:

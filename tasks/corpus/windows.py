@@ -93,15 +93,10 @@ def count_tokens(token_id: Ints) -> pa.Table:
 
 def read_heldout_tokens(storage: Storage, part: HeldoutPart) -> ShardTokens:
     """The tokens of a part's held-out documents, numbered as in their shard."""
-    whole = GraphShard(shard=part.shard, n_documents=part.shard.n_documents, n_tokens=part.shard.n_tokens)
-    tokens = read_shard_tokens(storage, whole)
+    tokens = read_shard_tokens(storage, part.shard.whole)
     kept = np.isin(tokens.doc, np.array(part.documents, dtype=np.int32))
-    return ShardTokens(
-        doc=tokens.doc[kept],
-        position=tokens.position[kept],
-        token_id=tokens.token_id[kept],
-        is_special=tokens.is_special[kept],
-    )
+    arrays = ("doc", "position", "token_id", "is_special")
+    return ShardTokens(**{name: getattr(tokens, name)[kept] for name in arrays})
 
 
 def batches(

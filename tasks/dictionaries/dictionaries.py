@@ -13,24 +13,27 @@ content, so that workers load from one place, the network is asked once, and a c
 from __future__ import annotations
 
 import json
+import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import pyarrow as pa
 import torch
 
 from infra import verified
-from infra.manifest import Manifest, commit, content_key, load, load_all
-from infra.progress import Progress, silent
+from infra.manifest import Manifest, content_key, load, load_all
 from infra.storage import Storage
 from schemas.config import Config, Sae, Train
-from schemas.errors import DictionaryError, whole_message
+from schemas.errors import ConfigError, DictionaryError, FunctokError, whole_message
 from schemas.work import CorpusShards, Dictionary, GraphShard
 from tasks.corpus import heldout
 from tasks.corpus.graph_documents import graph_shards
-from tasks.dictionaries import training as dictionary_training
+from tasks.corpus.tokenization import TOKENIZE
+from tasks.dictionaries import training
 from tasks.dictionaries.facts import (
     Facts,
     check_facts,
@@ -42,7 +45,7 @@ from tasks.dictionaries.facts import (
     source_of,
     warn_of_differences,
 )
-from tasks.dictionaries.residuals import forward_key, residual_folder, write_residuals
+from tasks.dictionaries.residuals import Residuals, ResidualShard, forward_key, place_of
 from tasks.dictionaries.sample import leaves_out
 from tasks.dictionaries.sources import (
     FILES,
@@ -54,6 +57,8 @@ from tasks.dictionaries.sources import (
     saved_facts,
 )
 from tasks.dictionaries.start import load_start, start_content, start_facts
+from tasks.engine.run import Run, make
+from tasks.engine.stage import Made, Question, Shown, Stage, Unit
 from tasks.models.devices import choose_device
 from tasks.models.model import model_dimensions, model_key
 from tasks.models.names import names_of
@@ -61,42 +66,175 @@ from tasks.models.names import names_of
 VERSION = 1
 
 
-def prepare_dictionaries(
-    config: Config, storage: Storage, shards: CorpusShards, progress: Progress = silent
-) -> list[Dictionary]:
-    """Make every dictionary of the configuration ready: fetched, copied or trained, and checked.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DictionaryUnit(Unit):
+    """The dictionary of one layer.
 
-    Work is kept per layer: what a killed run has finished is not made again.
-
-    Returns:
-        One for each `sae` entry, by layer.
-
-    Raises:
-        DictionaryError: naming layer and source, if one cannot be had, does not fit the model's residual
-            stream, or did not pass its gate.
+    Attributes:
+        entry: Its entry of the configuration.
+        parts: What it is trained on; empty where it is not trained here.
     """
-    d_model, n_layers = model_dimensions(config.model, storage)
-    entries = sorted(config.sae, key=lambda entry: entry.layer)
-    for entry in entries:
-        check_layer(entry, n_layers, config.model.name)
-    parts = _training_parts(config, storage, shards, entries)
-    keys = {entry.layer: _key(config, storage, entry, parts) for entry in entries}
-    done = load_all(storage, [_folder(key) for key in keys.values()])
-    missing = [entry for entry in entries if _folder(keys[entry.layer]) not in done]
-    made_elsewhere = [entry for entry in missing if entry.train is None]
-    for position, entry in enumerate(made_elsewhere):
-        _bring(config, storage, entry, keys[entry.layer], d_model, n_layers)
-        progress(position + 1, len(made_elsewhere), "dictionaries fetched")
-    to_train = [entry for entry in missing if entry.train is not None]
-    _train(config, storage, to_train, parts, keys, (d_model, n_layers), progress)
-    done = load_all(storage, [_folder(key) for key in keys.values()])
-    dictionaries = [
-        _checked(config, entry, keys[entry.layer], done[_folder(keys[entry.layer])], (d_model, n_layers))
-        for entry in entries
+
+    entry: Sae
+    parts: tuple[GraphShard, ...] = ()
+
+
+U = TypeVar("U", bound=Unit)
+R = TypeVar("R")
+
+
+class LayersStage(Stage[U, R]):
+    """A stage of the layers that a configuration has `sae` entries for."""
+
+    def applies(self, config: Config) -> bool:
+        """Where there is a graph to make."""
+        return bool(config.sae)
+
+    def refuse(self, config: Config) -> FunctokError:
+        """No layer is asked for."""
+        return ConfigError(
+            "this configuration has no sae entry, so it counts tokens only",
+            stage=self.name,
+            hint="add [[sae]] entries, or run the stages tokenize, tables and report",
+        )
+
+    def subject(self, config: Config) -> str:
+        """The layers."""
+        return f"layer {', '.join(str(entry.layer) for entry in config.sae)}"
+
+
+class Dictionaries(LayersStage[DictionaryUnit, list[Dictionary]]):
+    """Every dictionary of the configuration: fetched, copied or trained, and checked."""
+
+    name = "dictionaries"
+    needs = (TOKENIZE,)
+    measure = ""
+    things = "dictionaries"
+    changed = "a layer's is new, or what makes it changed"
+    libraries = ("torch", "sae_lens")
+    tops = ("dictionaries", "residuals")
+
+    def units(self, run: Run) -> Sequence[DictionaryUnit]:
+        """One for each `sae` entry, by layer. Reads no weights, but the content of saved ones is hashed.
+
+        Raises:
+            DictionaryError: if the model does not have a layer, or the files of a saved one are missing.
+        """
+        shards, n_layers = run.result(TOKENIZE), model_dimensions(run.config.model, run.storage)[1]
+        for entry in run.config.sae:
+            check_layer(entry, n_layers, run.config.model.name)
+        units = []
+        for entry in sorted(run.config.sae, key=lambda entry: entry.layer):
+            train = entry.train
+            parts = () if train is None else training_parts(run.config, run.storage, shards, train)
+            units.append(
+                DictionaryUnit(
+                    top="dictionaries",
+                    inputs=_key_inputs(run.config, run.storage, entry, parts),
+                    about=f"the dictionary of layer {entry.layer} ({source_of(entry)})",
+                    # One forward gives the residuals of all layers that are trained.
+                    together="brought" if train is None else "trained",
+                    entry=entry,
+                    parts=parts,
+                )
+            )
+        return units
+
+    def refused(
+        self, run: Run, units: Sequence[DictionaryUnit], done: Mapping[str, Manifest]
+    ) -> Sequence[FunctokError]:
+        """Dictionaries that did not pass their gate, or do not fit, by layer.
+
+        Their figures stand in their manifests, so that a run which ended at a gate can be asked about later.
+        """
+        dimensions = model_dimensions(run.config.model, run.storage)
+        refused: list[FunctokError] = []
+        for unit in units:
+            if unit.folder in done:
+                try:
+                    _checked(run.config, unit, done[unit.folder], dimensions)
+                except DictionaryError as error:
+                    refused.append(error)
+        return refused
+
+    def prepare(self, run: Run, missing: Sequence[DictionaryUnit]) -> Sequence[DictionaryUnit]:
+        """Those that others have made come first: what is wrong with one is told before hours of training."""
+        return sorted(missing, key=lambda unit: unit.entry.train is not None)
+
+    def make(self, run: Run, group: Sequence[DictionaryUnit]) -> Iterator[Made]:
+        """Those that others have made, or all that are trained here.
+
+        Raises:
+            DictionaryError: naming layer and source, if one cannot be had, or does not fit the model's residual stream.
+        """
+        dimensions = model_dimensions(run.config.model, run.storage)
+        if group[0].entry.train is None:
+            for place, unit in enumerate(group, 1):
+                yield _brought(run, unit, dimensions)
+                run.tell(place, len(group), "dictionaries fetched")
+            return
+        yield from _trained(run, group, dimensions)
+
+    def result(
+        self, run: Run, units: Sequence[DictionaryUnit], done: Mapping[str, Manifest]
+    ) -> list[Dictionary]:
+        """One for each `sae` entry, by layer."""
+        dimensions = model_dimensions(run.config.model, run.storage)
+        for unit in units:
+            warn_of_differences(_facts(done[unit.folder]), unit.entry, run.config)
+        return [_checked(run.config, unit, done[unit.folder], dimensions) for unit in units]
+
+    def question(self, run: Run, result: list[Dictionary]) -> Question:
+        """Every configured layer has one whole dictionary, and those trained here pass their gate."""
+        gates = {entry.layer: entry.train.gate for entry in run.config.sae if entry.train is not None}
+        committed = load_all(run.storage, [dictionary.folder for dictionary in result])
+        rows = []
+        for dictionary in result:
+            quality, gate = dictionary.quality or {}, gates.get(dictionary.layer)
+            rows.append(
+                {
+                    **{
+                        name: getattr(dictionary, name)
+                        for name in ("layer", "folder", "key", "d_sae", "source")
+                    },
+                    **{name: _number(quality.get(name)) for name in _FIGURES},
+                    **{name: _number(getattr(gate, name, None)) for name in _LIMITS},
+                    "trained": gate is not None,
+                    "committed": dictionary.folder in committed,
+                }
+            )
+        wanted = [
+            {"layer": entry.layer, "source": entry.path or entry.release or "trained here"}
+            for entry in run.config.sae
+        ]
+        return Question(
+            of={"rows": rows, "wanted": wanted},
+            views=lambda: {
+                "dictionaries": pa.Table.from_pylist(rows, schema=_DICTIONARIES),
+                "wanted": pa.Table.from_pylist(wanted),
+            },
+        )
+
+    def shown(self, run: Run, result: list[Dictionary]) -> Iterable[Shown]:
+        """The dictionaries, with the gate's figures where they were trained here."""
+        rows = [
+            {"layer": entry.layer, "latents": entry.d_sae, "source": entry.source, **(entry.quality or {})}
+            for entry in result
+        ]
+        yield Shown(name="dictionaries", description="The dictionary of each layer", rows=rows)
+
+
+DICTIONARIES = Dictionaries()
+
+_FIGURES = ("explained_variance", "explained_variance_all", "l0", "k", "alive_share", "heldout_tokens")
+_LIMITS = ("min_explained_variance", "max_l0_deviation", "min_alive_share")
+_DICTIONARIES = pa.schema(
+    [
+        *[("layer", pa.int32()), ("folder", pa.string()), ("key", pa.string()), ("d_sae", pa.int64())],
+        *[("source", pa.string()), ("trained", pa.bool_()), ("committed", pa.bool_())],
+        *[(name, pa.float64()) for name in _FIGURES + _LIMITS],
     ]
-    for entry, dictionary in zip(entries, dictionaries, strict=True):
-        warn_of_differences(_facts(done[dictionary.folder]), entry, config)
-    return dictionaries
+)
 
 
 def known_facts(config: Config, storage: Storage, entry: Sae) -> Facts | None:
@@ -110,65 +248,16 @@ def known_facts(config: Config, storage: Storage, entry: Sae) -> Facts | None:
     Raises:
         DictionaryError: if its files are missing or damaged, the registry does not have it, or it names another model.
     """
-    names = names_of(config.model)
     if entry.train is not None:
         return None if entry.train.start_from is None else start_facts(entry, storage.endpoint_url)
     if entry.path is not None:
-        facts = saved_facts(entry, storage.endpoint_url)
-        check_model_name(facts.model_name, entry, names)
-        return facts
-    manifest = load(storage, _folder(_key(config, storage, entry, {})))
-    if manifest is None:
-        check_model_name(registered_model(entry), entry, names)
-        return None
-    facts = _facts(manifest)
-    check_model_name(facts.model_name, entry, names)
+        facts: Facts | None = saved_facts(entry, storage.endpoint_url)
+    else:
+        manifest = load(storage, f"dictionaries/{content_key(**_key_inputs(config, storage, entry, ()))}")
+        facts = None if manifest is None else _facts(manifest)
+    model_name = registered_model(entry) if facts is None else facts.model_name
+    check_model_name(model_name, entry, names_of(config.model))
     return facts
-
-
-def find_dictionaries(config: Config, storage: Storage, shards: CorpusShards) -> list[Dictionary] | None:
-    """The dictionaries that are ready and fit, by layer; None if any is missing, changed or refused.
-
-    Reads manifests only: no model, no weights.
-    """
-    entries = sorted(config.sae, key=lambda entry: entry.layer)
-    try:
-        parts = _training_parts(config, storage, shards, entries)
-        keys = {entry.layer: _key(config, storage, entry, parts) for entry in entries}
-        done = load_all(storage, [_folder(key) for key in keys.values()])
-        if any(_folder(key) not in done for key in keys.values()):
-            return None
-        dimensions = model_dimensions(config.model, storage)
-        for entry in entries:
-            check_layer(entry, dimensions[1], config.model.name)
-        return [
-            _checked(config, entry, keys[entry.layer], done[_folder(keys[entry.layer])], dimensions)
-            for entry in entries
-        ]
-    except DictionaryError:
-        return None
-
-
-def refused_dictionaries(config: Config, storage: Storage, shards: CorpusShards) -> list[DictionaryError]:
-    """Why dictionaries that are there are not used, by layer: they did not pass their gate, or do not fit.
-
-    Their figures stand in their manifests, so that a run which ended at a gate can be asked about later. Manifests are
-    found by content: a configuration that asks for other dictionaries finds no old failures.
-    """
-    entries = sorted(config.sae, key=lambda entry: entry.layer)
-    parts = _training_parts(config, storage, shards, entries)
-    folders = {entry.layer: _folder(_key(config, storage, entry, parts)) for entry in entries}
-    done = load_all(storage, list(folders.values()))
-    dimensions = model_dimensions(config.model, storage)
-    refused: list[DictionaryError] = []
-    for entry in entries:
-        folder = folders[entry.layer]
-        if folder in done:
-            try:
-                _checked(config, entry, folder.removeprefix("dictionaries/"), done[folder], dimensions)
-            except DictionaryError as error:
-                refused.append(error)
-    return refused
 
 
 def load_dictionary(storage: Storage, dictionary: Dictionary, device: str | torch.device = "cpu") -> Any:
@@ -190,43 +279,31 @@ def load_dictionary(storage: Storage, dictionary: Dictionary, device: str | torc
         ) from error
 
 
-def _folder(key: str) -> str:
-    return f"dictionaries/{key}"
-
-
-def _key(config: Config, storage: Storage, entry: Sae, parts: dict[int, tuple[GraphShard, ...]]) -> str:
+def _key_inputs(
+    config: Config, storage: Storage, entry: Sae, parts: tuple[GraphShard, ...]
+) -> dict[str, Any]:
     if entry.release is not None:
         source: dict[str, Any] = {"release": entry.release, "sae_id": entry.sae_id}
-        return content_key(version=VERSION, sae_lens=version("sae-lens"), registry=source)
+        return {"version": VERSION, "sae_lens": version("sae-lens"), "registry": source}
     if entry.path is not None:
-        return content_key(version=VERSION, disk=saved_content(entry, storage.endpoint_url))
-    return content_key(
-        version=VERSION, sae_lens=version("sae-lens"), trained=_training_inputs(config, storage, entry, parts)
-    )
+        return {"version": VERSION, "disk": saved_content(entry, storage.endpoint_url)}
+    return {
+        "version": VERSION,
+        "sae_lens": version("sae-lens"),
+        "trained": _training_inputs(config, storage, entry, parts),
+    }
 
 
-def _bring(config: Config, storage: Storage, entry: Sae, key: str, d_model: int, n_layers: int) -> None:
-    """Fetch or copy a dictionary that others have made, check it, and keep it."""
+def _brought(run: Run, unit: DictionaryUnit, dimensions: tuple[int, int]) -> Made:
+    """A dictionary that others have made, checked before it is kept."""
+    entry, endpoint_url = unit.entry, run.storage.endpoint_url
     with tempfile.TemporaryDirectory() as aside:
         if entry.path is None:
-            facts = fetch_registered(entry, Path(aside), d_model, n_layers)
-            inputs: dict[str, Any] = {"release": entry.release, "sae_id": entry.sae_id}
+            facts = fetch_registered(entry, Path(aside), *dimensions)
         else:
-            facts = copy_saved(entry, storage.endpoint_url, Path(aside), d_model, n_layers)
-            inputs = {"content": saved_content(entry, storage.endpoint_url)}
-        check_model_name(facts.model_name, entry, names_of(config.model))
-        inputs["sae_lens"] = version("sae-lens")
-        _save(storage, Path(aside), key, inputs, facts)
-
-
-def _training_parts(
-    config: Config, storage: Storage, shards: CorpusShards, entries: Sequence[Sae]
-) -> dict[int, tuple[GraphShard, ...]]:
-    return {
-        entry.layer: training_parts(config, storage, shards, entry.train)
-        for entry in entries
-        if entry.train is not None
-    }
+            facts = copy_saved(entry, endpoint_url, Path(aside), *dimensions)
+        check_model_name(facts.model_name, entry, names_of(run.config.model))
+        return _kept(run, unit, Path(aside), facts)
 
 
 def training_parts(
@@ -242,7 +319,7 @@ def training_parts(
 
 
 def _training_inputs(
-    config: Config, storage: Storage, entry: Sae, parts: dict[int, tuple[GraphShard, ...]]
+    config: Config, storage: Storage, entry: Sae, parts: tuple[GraphShard, ...]
 ) -> dict[str, Any]:
     assert entry.train is not None
     forward = forward_key(config, model_key(config.model, storage))
@@ -250,8 +327,8 @@ def _training_inputs(
     if entry.train.start_from is not None:
         section["start_from"] = start_content(entry, storage.endpoint_url)
     inputs: dict[str, Any] = {
-        "version": dictionary_training.VERSION,
-        "residuals": [residual_folder(part, entry.layer, forward) for part in parts[entry.layer]],
+        "version": training.VERSION,
+        "residuals": [ResidualShard.of(part, entry.layer, forward).folder for part in parts],
         "train": section,
         "layer": entry.layer,
     }
@@ -260,54 +337,37 @@ def _training_inputs(
     return inputs
 
 
-def _train(
-    config: Config,
-    storage: Storage,
-    entries: Sequence[Sae],
-    parts: dict[int, tuple[GraphShard, ...]],
-    keys: dict[int, str],
-    dimensions: tuple[int, int],
-    progress: Progress,
-) -> None:
-    """Train what is missing on residuals of one forward, and keep each layer's result when it is done."""
-    if not entries:
-        return
+def _trained(run: Run, units: Sequence[DictionaryUnit], dimensions: tuple[int, int]) -> Iterator[Made]:
+    """Train dictionaries on residuals of one forward; each layer's is kept as soon as it is done."""
+    config, storage = run.config, run.storage
     starts = {
-        entry.layer: load_start(entry, storage.endpoint_url, *dimensions)
-        for entry in entries
-        if entry.train is not None and entry.train.start_from is not None
+        unit.entry.layer: load_start(unit.entry, storage.endpoint_url, *dimensions)
+        for unit in units
+        if unit.entry.train is not None and unit.entry.train.start_from is not None
     }
-    longest = max((parts[entry.layer] for entry in entries), key=len)
-    residuals = write_residuals(config, storage, longest, [entry.layer for entry in entries], progress)
+    longest = max((unit.parts for unit in units), key=len)
+    residuals = make(run, Residuals(longest, [unit.entry.layer for unit in units]), run.tell)
     device = choose_device(config.model.device)
-    for entry in entries:
+    for unit in units:
+        entry = unit.entry
         assert entry.train is not None
-        n_parts = len(parts[entry.layer])
-        own = [shard for shard in residuals if shard.layer == entry.layer][:n_parts]
+        own = [residuals[place_of(part, entry.layer)] for part in unit.parts]
         with tempfile.TemporaryDirectory() as aside:
             try:
-                quality = dictionary_training.train_dictionary(
-                    config, storage, own, entry.train, Path(aside), device, progress, starts.get(entry.layer)
+                quality = training.train_dictionary(
+                    config, storage, own, entry.train, Path(aside), device, run.tell, starts.get(entry.layer)
                 )
             except DictionaryError as error:
                 raise refusal(entry, f"cannot be trained: {error.message}", error.hint) from error
             facts = facts_of(json.loads((Path(aside) / FILES[0]).read_bytes()))
-            inputs = _training_inputs(config, storage, entry, parts)
-            _save(storage, Path(aside), keys[entry.layer], inputs, facts, quality)
+            yield _kept(run, unit, Path(aside), facts, quality)
 
 
-def _save(
-    storage: Storage,
-    aside: Path,
-    key: str,
-    inputs: dict[str, Any],
-    facts: Facts,
-    quality: dict[str, float] | None = None,
-) -> None:
-    folder = _folder(key)
-    written = storage.upload(aside, folder)
-    stats = {"facts": facts.as_json(), "quality": quality}
-    commit(storage, folder, Manifest(stage="dictionaries", inputs=inputs, stats=stats), written)
+def _kept(
+    run: Run, unit: DictionaryUnit, aside: Path, facts: Facts, quality: dict[str, float] | None = None
+) -> Made:
+    written = run.storage.upload(aside, unit.folder)
+    return Made.of(unit, lambda: written, {"facts": asdict(facts), "quality": quality})
 
 
 def _facts(manifest: Manifest) -> Facts:
@@ -315,9 +375,9 @@ def _facts(manifest: Manifest) -> Facts:
 
 
 def _checked(
-    config: Config, entry: Sae, key: str, manifest: Manifest, dimensions: tuple[int, int]
+    config: Config, unit: DictionaryUnit, manifest: Manifest, dimensions: tuple[int, int]
 ) -> Dictionary:
-    facts = _facts(manifest)
+    facts, entry = _facts(manifest), unit.entry
     check_facts(facts, entry, *dimensions)
     check_model_name(facts.model_name, entry, names_of(config.model))
     quality = manifest.stats.get("quality")
@@ -325,9 +385,14 @@ def _checked(
         check_gate(quality, entry.train.gate, entry)
     return Dictionary(
         layer=entry.layer,
-        folder=_folder(key),
-        key=key,
+        folder=unit.folder,
+        key=unit.folder.removeprefix("dictionaries/"),
         d_sae=facts.d_sae,
         source=source_of(entry),
         quality=quality,
     )
+
+
+def _number(value: Any) -> float | None:
+    # NaN would compare as greater than every gate.
+    return None if value is None or math.isnan(value) else float(value)

@@ -104,8 +104,3 @@ def _top_k(before: torch.Tensor, k: int, scale: torch.Tensor | None) -> _Triple:
     values = values.gather(-1, order)
     row, slot = torch.nonzero(values > 0, as_tuple=True)
     return row, features[row, slot], values[row, slot]
-
-
-def build_encoder(sae: Any, device: torch.device) -> Encoder:
-    """The encoder of a SAELens SAE on a device (see `Encoder`)."""
-    return Encoder(sae, device)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from infra.addresses import without_credentials
@@ -66,10 +67,6 @@ class Facts:
     context_size: int | None = None
     model_name: str | None = None
 
-    def as_json(self) -> dict[str, Any]:
-        """The facts as they are kept in a manifest."""
-        return asdict(self)
-
 
 def facts_of(configuration: Mapping[str, Any]) -> Facts:
     """Facts of a loaded SAELens SAE's `cfg.to_dict()`, or of a `cfg.json` of any release of SAELens.
@@ -115,12 +112,6 @@ def check_layer(entry: Sae, n_layers: int, model_name: str) -> None:
 def check_facts(facts: Facts, entry: Sae, d_model: int, n_layers: int) -> None:
     """Refuse a dictionary that our residuals do not meet.
 
-    Args:
-        facts: What it says of itself.
-        entry: The configuration that names it.
-        d_model: Width of the model's residual stream.
-        n_layers: Number of decoder blocks.
-
     Raises:
         DictionaryError: naming layer, source, the reason and the way out.
     """
@@ -129,12 +120,7 @@ def check_facts(facts: Facts, entry: Sae, d_model: int, n_layers: int) -> None:
 
 
 def check_model_name(model_name: str | None, entry: Sae, names: Sequence[str]) -> None:
-    """Refuse a dictionary that says it was trained on another model, unless `entry.allow_other_model`.
-
-    Args:
-        model_name: What it says; None where it says nothing.
-        entry: The configuration that names it.
-        names: Of the run's model (`tasks.models.names.names_of`).
+    """Refuse a dictionary that says it was trained on a model of none of these names, unless `entry.allow_other_model`.
 
     Raises:
         DictionaryError: naming both models.
@@ -158,10 +144,16 @@ def warn_of_differences(facts: Facts, entry: Sae, config: Config) -> None:
         ("context_size", facts.context_size, windows.context_size),
     ):
         if theirs is not None and theirs != ours:
-            logger.warning(
-                "sae layer %d (%s) was trained with %s = %s, but windows.%s = %s",
-                *(entry.layer, source_of(entry), name, theirs, name, ours),
+            _warn_once(
+                f"sae layer {entry.layer} ({source_of(entry)}) was trained with {name} = {theirs}, "
+                f"but windows.{name} = {ours}"
             )
+
+
+@cache
+def _warn_once(text: str) -> None:
+    # Every stage after the dictionaries asks for them again.
+    logger.warning("%s", text)
 
 
 def check_gate(quality: Mapping[str, float], gate: Gate, entry: Sae) -> None:
@@ -208,63 +200,35 @@ def refusal(entry: Sae, reason: str, hint: str) -> DictionaryError:
     return DictionaryError(f"sae layer {entry.layer} ({source_of(entry)}) {reason}", hint=hint)
 
 
-def _objections(facts: Facts, layer: int, d_model: int, n_layers: int) -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
+def _objections(facts: Facts, layer: int, d_model: int, n_layers: int) -> Iterator[tuple[str, str]]:
+    """Reasons against a dictionary, each with the way out."""
+    another = "choose a residual-stream SAE"
     if "transcoder" in facts.architecture or facts.hook_name_out not in (None, facts.hook_name):
-        found.append(
-            (
-                f"is a transcoder ({facts.architecture}, predicts {facts.hook_name_out}), not an autoencoder "
-                "of the residual stream",
-                "choose a residual-stream SAE",
-            )
-        )
+        predicts = f"({facts.architecture}, predicts {facts.hook_name_out})"
+        yield f"is a transcoder {predicts}, not an autoencoder of the residual stream", another
     if facts.architecture == "temporal":
-        found.append(
-            ("is a temporal SAE, which reads whole sequences, not tokens", "choose another architecture")
-        )
+        yield "is a temporal SAE, which reads whole sequences, not tokens", "choose another architecture"
     if facts.d_in != d_model:
-        found.append(
-            (
-                f"reads vectors of width {facts.d_in}, but the model's residual stream has {d_model}",
-                "it belongs to another model, or to another place in this one",
-            )
-        )
+        reason = f"reads vectors of width {facts.d_in}, but the model's residual stream has {d_model}"
+        yield reason, "it belongs to another model, or to another place in this one"
     if facts.normalize_activations not in _RUN_TIME_NORMALIZATIONS:
-        found.append(
-            (
-                f"has normalize_activations = {facts.normalize_activations}, which SAELens does not apply when "
-                "encoding",
-                "fold it into the weights first (SAELens: fold_activation_norm_scaling_factor or "
-                "fold_activation_whitening, then save_model)",
-            )
+        normalization = f"normalize_activations = {facts.normalize_activations}"
+        yield (
+            f"has {normalization}, which SAELens does not apply when encoding",
+            "fold it into the weights first (SAELens: fold_activation_norm_scaling_factor or "
+            "fold_activation_whitening, then save_model)",
         )
     if facts.reshape_activations != "none":
-        found.append(
-            (
-                f"reshapes its input ({facts.reshape_activations}): it reads attention heads",
-                "choose a residual-stream SAE",
-            )
-        )
+        yield f"reshapes its input ({facts.reshape_activations}): it reads attention heads", another
     if facts.model_kwargs:
-        found.append(
-            (
-                f"was trained on a changed model (model_from_pretrained_kwargs = {facts.model_kwargs}), "
-                "whose residuals are not the raw ones",
-                "choose an SAE trained without weight processing",
-            )
-        )
+        changed = f"a changed model (model_from_pretrained_kwargs = {facts.model_kwargs})"
+        reason = f"was trained on {changed}, whose residuals are not the raw ones"
+        yield reason, "choose an SAE trained without weight processing"
     if facts.hook_head_index is not None:
-        found.append((f"reads attention head {facts.hook_head_index} alone", "choose a residual-stream SAE"))
-    place = _misplaced(facts, layer)
-    if place is not None:
-        found.append(
-            (
-                f"was trained on {place}, not on the residual stream after block {layer} "
-                f"(blocks.{layer}.hook_resid_post)",
-                _right_layer(place, n_layers),
-            )
-        )
-    return found
+        yield f"reads attention head {facts.hook_head_index} alone", another
+    if place := _misplaced(facts, layer):
+        ours = f"the residual stream after block {layer} (blocks.{layer}.hook_resid_post)"
+        yield f"was trained on {place}, not on {ours}", _right_layer(place, n_layers)
 
 
 def _misplaced(facts: Facts, layer: int) -> str | None:

@@ -7,46 +7,26 @@ bfloat16 residual of gemma-2-9b is 7 KB a token and layer, its features about 0.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 
-from infra.manifest import Manifest, commit, content_key, load_all
-from infra.progress import Progress, silent
-from infra.storage import Storage
+from infra.manifest import Manifest
+from infra.storage import Storage, StoredFile
 from schemas.config import Config
 from schemas.work import GraphShard
 from tasks.corpus.windows import Batch, ShardTokens, batches, read_shard_tokens
+from tasks.engine.run import Run
+from tasks.engine.stage import Made, Stage, Unit
 from tasks.models.model import LoadedModel, load_model, model_key
 from tasks.models.tokenizers import LoadedTokenizer, load_tokenizer
 
 VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class ResidualShard:
-    """One layer's residual stream over one part.
-
-    Its folder holds `layer-<L>.safetensors` with `residuals` (n_tokens, d_model; the model's dtype; rows in
-    (doc, position) order, special tokens left out) and `doc` (n_tokens, int32; inside the shard).
-    """
-
-    layer: int
-    folder: str
-    part: GraphShard
-
-    @property
-    def n_tokens(self) -> int:
-        """Rows."""
-        return self.part.n_tokens
-
-    @property
-    def file(self) -> str:
-        """File name in the storage."""
-        return f"{self.folder}/layer-{self.layer}.safetensors"
 
 
 def forward_key(config: Config, key_of_model: str) -> dict[str, object]:
@@ -63,82 +43,117 @@ def part_key(part: GraphShard) -> dict[str, object]:
     return {"shard": part.shard.folder, "documents": part.n_documents}
 
 
-def residual_folder(part: GraphShard, layer: int, forward: dict[str, object]) -> str:
-    """The folder of one layer's residuals of one part."""
-    return f"residuals/{content_key(version=VERSION, part=part_key(part), layer=layer, forward=forward)}"
-
-
 Place = tuple[str, int, int]
 """What tells residuals of one forward apart: folder of the token shard, documents of it that count, layer."""
 
 
 def place_of(part: GraphShard, layer: int) -> Place:
-    """Where a layer's residuals of a part stand in the answer of `find_residuals`."""
+    """Where a layer's residuals of a part stand in the result of `Residuals`."""
     return part.shard.folder, part.n_documents, layer
 
 
-def find_residuals(
-    config: Config, storage: Storage, parts: Sequence[GraphShard], layers: Sequence[int]
-) -> dict[Place, ResidualShard]:
-    """Finished residuals by `place_of` their part and layer."""
-    forward = forward_key(config, model_key(config.model, storage))
-    wanted = {residual_folder(part, layer, forward): (part, layer) for part in parts for layer in layers}
-    done = load_all(storage, wanted)
-    return {
-        place_of(part, layer): ResidualShard(layer=layer, folder=folder, part=part)
-        for folder, (part, layer) in wanted.items()
-        if folder in done
-    }
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ResidualShard(Unit):
+    """One layer's residual stream over one part.
 
-
-def write_residuals(
-    config: Config,
-    storage: Storage,
-    parts: Sequence[GraphShard],
-    layers: Sequence[int],
-    progress: Progress = silent,
-) -> list[ResidualShard]:
-    """Make what is missing of the residuals of `parts` at `layers`, one forward for all missing layers.
-
-    Returns:
-        All of them, parts in order, layers ascending within a part.
+    Its folder holds `layer-<L>.safetensors` with `residuals` (n_tokens, d_model; the model's dtype; rows in
+    (doc, position) order, special tokens left out) and `doc` (n_tokens, int32; inside the shard).
     """
-    wanted = sorted(set(layers))
-    done = find_residuals(config, storage, parts, wanted)
-    # Files of equal content share parts: each is made once, however often it stands in the corpus.
-    missing: dict[tuple[str, int], tuple[GraphShard, list[int]]] = {}
-    for part in parts:
-        absent = [layer for layer in wanted if place_of(part, layer) not in done]
-        if absent:
-            missing[part.shard.folder, part.n_documents] = part, absent
-    total = sum(part.n_tokens for part, _ in missing.values())
-    seen = 0
-    if missing:
-        model, tokenizer = load_model(config.model, storage), load_tokenizer(config.model, storage)
-        forward = forward_key(config, model.key)
-        tokenizer = with_padding_for(model.vocabulary, tokenizer)
-        for part, absent in missing.values():
-            _write_part(config, storage, part, absent, model, tokenizer, forward)
-            seen += part.n_tokens
-            progress(seen, total, "tokens, residuals")
-        done = find_residuals(config, storage, parts, wanted)
-    return [replace(done[place_of(part, layer)], part=part) for part in parts for layer in wanted]
+
+    part: GraphShard
+    layer: int
+
+    @classmethod
+    def of(cls, part: GraphShard, layer: int, forward: dict[str, object]) -> ResidualShard:
+        """Those of a forward (`forward_key`)."""
+        return cls(
+            top="residuals",
+            inputs={"version": VERSION, "part": part_key(part), "layer": layer, "forward": forward},
+            about=f"layer {layer}, {part.shard.folder}",
+            size=part.n_tokens,
+            together=(part.shard.folder, part.n_documents),
+            part=part,
+            layer=layer,
+        )
+
+    @property
+    def file_name(self) -> str:
+        """Name of its one file."""
+        return f"layer-{self.layer}.safetensors"
 
 
-def _write_part(
-    config: Config,
-    storage: Storage,
-    part: GraphShard,
-    layers: list[int],
-    model: LoadedModel,
-    tokenizer: LoadedTokenizer,
-    forward: dict[str, object],
-) -> None:
-    from safetensors.torch import save_file
+class Residuals(Stage[ResidualShard, dict[Place, ResidualShard]]):
+    """The residuals of some parts at some layers, one forward for all layers that a part lacks.
 
-    tokens = read_shard_tokens(storage, part)
-    row_of_token = rows_of_tokens(tokens)
-    n_rows = len(tokens.rows)
+    No stage of its own: whoever needs residuals makes them by the way.
+    """
+
+    name = "residuals"
+    measure = "tokens, residuals"
+    things = "residuals"
+
+    def __init__(self, parts: Sequence[GraphShard], layers: Sequence[int]) -> None:
+        self.parts, self.layers = tuple(parts), sorted(set(layers))
+        self._loaded: tuple[LoadedModel, LoadedTokenizer] | None = None
+
+    def units(self, run: Run) -> Sequence[ResidualShard]:
+        """A unit a part and layer."""
+        forward = forward_key(run.config, model_key(run.config.model, run.storage))
+        return [ResidualShard.of(part, layer, forward) for part in self.parts for layer in self.layers]
+
+    def prepare(self, run: Run, missing: Sequence[ResidualShard]) -> Sequence[ResidualShard]:
+        """One forward gives all layers that a part lacks."""
+        return counted_once(missing)
+
+    def make(self, run: Run, group: Sequence[ResidualShard]) -> Iterator[Made]:
+        """The residuals of one part."""
+        if self._loaded is None:
+            model, tokenizer = (
+                load_model(run.config.model, run.storage),
+                load_tokenizer(run.config.model, run.storage),
+            )
+            self._loaded = model, with_padding_for(model.vocabulary, tokenizer)
+        model, tokenizer = self._loaded
+        tokens = read_shard_tokens(run.storage, group[0].part)
+        layers = [unit.layer for unit in group]
+        dense = _dense(run.config, tokens, layers, model, tokenizer)
+        doc = torch.from_numpy(tokens.doc[tokens.rows].astype(np.int32))
+        for unit in group:
+            residuals = dense.pop(unit.layer)
+            yield Made.of(
+                unit, partial(_write, run.storage, unit, residuals, doc), {"n_tokens": len(residuals)}
+            )
+
+    def close(self) -> None:
+        """Free the model."""
+        self._loaded = None
+
+    def result(
+        self, run: Run, units: Sequence[ResidualShard], done: Mapping[str, Manifest]
+    ) -> dict[Place, ResidualShard]:
+        """All of them, by `place_of` their part and layer."""
+        return self.there(run)
+
+    def there(self, run: Run) -> dict[Place, ResidualShard]:
+        """Those that are finished, by `place_of` their part and layer."""
+        found = run.find(self)
+        return {place_of(unit.part, unit.layer): unit for unit in found.units if unit.folder in found.done}
+
+
+U = TypeVar("U", bound=Unit)
+
+
+def counted_once(units: Sequence[U]) -> list[U]:
+    """The same units; of those that are made together, the first has the whole size and the others none."""
+    first = {unit.together: unit for unit in reversed(units)}
+    return [unit if first[unit.together] is unit else replace(unit, size=0) for unit in units]
+
+
+def _dense(
+    config: Config, tokens: ShardTokens, layers: list[int], model: LoadedModel, tokenizer: LoadedTokenizer
+) -> dict[int, torch.Tensor]:
+    """By layer, (n_rows, d_model) residuals in the model's dtype, special tokens left out."""
+    row_of_token, n_rows = rows_of_tokens(tokens), len(tokens.rows)
     dense = {layer: torch.empty((n_rows, model.d_model), dtype=model.dtype) for layer in layers}
     for batch in shard_batches(config, tokens, tokenizer):
         kept = torch.from_numpy(batch.token >= 0)
@@ -150,16 +165,17 @@ def _write_part(
             dense[layer][rows] = hidden[kept.to(hidden.device)].cpu()
 
         model.forward(torch.from_numpy(batch.input_ids), layers, receive)
-    doc = torch.from_numpy(tokens.doc[tokens.rows].astype(np.int32))
-    for layer in layers:
-        folder = residual_folder(part, layer, forward)
-        with tempfile.TemporaryDirectory() as aside:
-            local = Path(aside) / f"layer-{layer}.safetensors"
-            save_file({"residuals": dense.pop(layer), "doc": doc}, local)
-            written = storage.upload(local.parent, folder)
-        inputs = {"part": part_key(part), "layer": layer, "forward": forward, "version": VERSION}
-        manifest = Manifest(stage="residuals", inputs=inputs, stats={"n_tokens": n_rows})
-        commit(storage, folder, manifest, written)
+    return dense
+
+
+def _write(
+    storage: Storage, unit: ResidualShard, residuals: torch.Tensor, doc: torch.Tensor
+) -> list[StoredFile]:
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory() as aside:
+        save_file({"residuals": residuals, "doc": doc}, Path(aside) / unit.file_name)
+        return storage.upload(Path(aside), unit.folder)
 
 
 def rows_of_tokens(tokens: ShardTokens) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

@@ -45,9 +45,7 @@ class ResidualSample:
         train: Train,
         left_out: Sequence[npt.NDArray[np.bool_]] | None = None,
     ) -> None:
-        self.files = [
-            verified.local_folder(storage, shard.folder) / Path(shard.file).name for shard in shards
-        ]
+        self.files = [verified.local_folder(storage, shard.folder) / shard.file_name for shard in shards]
         docs = [_read_docs(file) for file in self.files]
         counted = [torch.unique_consecutive(doc, return_counts=True) for doc in docs]
         taken = n_documents_within([lengths.tolist() for _, lengths in counted], train.max_tokens)

@@ -109,14 +109,11 @@ def saved_content(entry: Sae, endpoint_url: str | None) -> dict[str, str]:
     hashes: dict[str, str] = {}
     for name in FILES:
         try:
-            hashes[name] = content_hash(f"{path}/{name}", endpoint_url)
+            with _refusing(entry, "cannot be read", but=(FileNotFoundError, NotADirectoryError)):
+                hashes[name] = content_hash(f"{path}/{name}", endpoint_url)
         except (FileNotFoundError, NotADirectoryError) as error:
             place = without_credentials(path)
             raise refusal(entry, f"cannot be read: there is no {name} in {place}", _HOW_TO_SAVE) from error
-        except Exception as error:
-            raise refusal(
-                entry, f"cannot be read: {whole_message(error, with_type=True)}", _HOW_TO_SAVE
-            ) from error
     return hashes
 
 
@@ -127,27 +124,15 @@ def saved_facts(entry: Sae, endpoint_url: str | None) -> Facts:
         DictionaryError: if a file is missing, damaged, or not what the other one says.
     """
     path = str(entry.path).rstrip("/")
-    try:
+    with _refusing(entry, "cannot be read"):
         filesystem, folder = fsspec.core.url_to_fs(path, **storage_options(path, endpoint_url))
         _require_files(entry, filesystem, folder)
         configuration = filesystem.cat_file(f"{folder}/{FILES[0]}")
         shapes = _shapes(filesystem, f"{folder}/{FILES[1]}")
-    except DictionaryError:
-        raise
-    except Exception as error:
-        raise refusal(
-            entry, f"cannot be read: {whole_message(error, with_type=True)}", _HOW_TO_SAVE
-        ) from error
     values = _configuration(entry, configuration)
     _check_architecture(entry, values.get("architecture", "standard"))
-    try:
+    with _refusing(entry, f"has a {FILES[0]} that does not say d_in and d_sae"):
         facts = facts_of(values)
-    except (KeyError, TypeError, ValueError) as error:
-        raise refusal(
-            entry,
-            f"has a {FILES[0]} that does not say d_in and d_sae: {whole_message(error, with_type=True)}",
-            _HOW_TO_SAVE,
-        ) from error
     if shapes is None:
         raise refusal(entry, f"does not load; {FILES[1]} is damaged or half copied", _HOW_TO_SAVE)
     expected = [facts.d_in, facts.d_sae]
@@ -202,26 +187,14 @@ def copy_saved(entry: Sae, endpoint_url: str | None, folder: Path, d_model: int,
     path = str(entry.path).rstrip("/")
     for name in FILES:
         address = f"{path}/{name}"
-        try:
+        with _refusing(entry, "cannot be copied"):
             filesystem, inside = fsspec.core.url_to_fs(address, **storage_options(address, endpoint_url))
             filesystem.get_file(inside, str(folder / name))
-        except Exception as error:
-            raise refusal(
-                entry, f"cannot be copied: {whole_message(error, with_type=True)}", _HOW_TO_SAVE
-            ) from error
     _check_architecture(
         entry, _configuration(entry, (folder / FILES[0]).read_bytes()).get("architecture", "standard")
     )
-    try:
-        with quiet():
-            sae: Any = SAE.load_from_disk(folder, device="cpu")
-    except Exception as error:
-        raise refusal(
-            entry,
-            f"does not load; {FILES[1]} is damaged, or not what {FILES[0]} says: "
-            f"{whole_message(error, with_type=True)}",
-            _HOW_TO_SAVE,
-        ) from error
+    with quiet(), _refusing(entry, f"does not load; {FILES[1]} is damaged, or not what {FILES[0]} says"):
+        sae: Any = SAE.load_from_disk(folder, device="cpu")
     if not all(bool(torch.isfinite(tensor).all()) for tensor in sae.state_dict().values()):
         raise refusal(
             entry, "has weights that are not finite numbers", "save it again from a sound checkpoint"
@@ -232,14 +205,8 @@ def copy_saved(entry: Sae, endpoint_url: str | None, folder: Path, d_model: int,
 
 
 def _configuration(entry: Sae, content: bytes) -> dict[str, Any]:
-    try:
+    with _refusing(entry, f"has a {FILES[0]} that is no JSON object"):
         values = json.loads(content)
-    except ValueError as error:
-        raise refusal(
-            entry,
-            f"has a {FILES[0]} that is no JSON object: {whole_message(error, with_type=True)}",
-            _HOW_TO_SAVE,
-        ) from error
     if not isinstance(values, dict):
         raise refusal(entry, f"has a {FILES[0]} that is no JSON object", _HOW_TO_SAVE)
     return values
@@ -266,8 +233,19 @@ def _check_architecture(entry: Sae, architecture: Any) -> None:
 
 
 @contextmanager
+def _refusing(entry: Sae, reason: str, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Refuse the dictionary where the block fails, with what the library said; `but` and refusals come through."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (DictionaryError, *but)):
+            raise
+        raise refusal(entry, f"{reason}: {whole_message(error, with_type=True)}", _HOW_TO_SAVE) from error
+
+
+@contextmanager
 def quiet() -> Iterator[None]:
-    """Without SAELens' warnings: what they are about is refused by `dictionary_checks`."""
+    """Without SAELens' warnings: what they are about is refused by `facts`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -86,7 +86,7 @@ def train_dictionary(
         start: Weights that training starts from, where `train.start_from` names some.
 
     Returns:
-        Figures on held-out tokens (see `measure`), to be judged by `dictionary_checks.check_gate`.
+        Figures on held-out tokens (see `measure`), to be judged by `facts.check_gate`.
 
     Raises:
         DictionaryError: if there is nothing to train or judge on.

@@ -21,15 +21,10 @@ STORAGE_VERSION = "v1.5.0"
 
 
 def write_catalog_file(storage: Storage, path: str, resources: DuckDb) -> None:
-    """Write a DuckDB file whose views in `main` are the published tables.
+    """Write a DuckDB file, replaced whole if it is there, whose views in `main` are the published tables.
 
-    Small tables are copied into the schema `data`; those of `LEFT_IN_PLACE` are views over absolute paths (or
-    URLs: a client needs its own access to those).
-
-    Args:
-        storage: The root whose tables are published.
-        path: The file to write; replaced whole if it is there.
-        resources: Limits of DuckDB.
+    Small tables are copied into the schema `data`; the large ones (`LEFT_IN_PLACE`) are views over absolute
+    paths (or URLs: a client needs its own access to those).
 
     Raises:
         ConfigError: if nothing is published, or `path` is a folder or a file that is no DuckDB database.

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from infra.manifest import MANIFEST, Manifest, commit, forget, manifests_of
 from infra.storage import Storage, StoredFile
 from schemas.errors import DamagedError
 from schemas.expectation import Expectation
-from schemas.work import Stage
 
 DATA_DOCS = "data_docs"
 RESULTS_FOLDER = "validation/results"
@@ -48,7 +48,7 @@ def rows_text(rows: Sequence[dict[str, Any]]) -> str:
     return "; ".join("{" + ", ".join(f"{key}: {value}" for key, value in row.items()) + "}" for row in rows)
 
 
-def judge(storage: Storage, stage: Stage, findings: Sequence[Finding]) -> dict[str, bool]:
+def judge(storage: Storage, stage: str, findings: Sequence[Finding]) -> dict[str, bool]:
     """Validate a stage's findings and show them in Data Docs.
 
     Returns:
@@ -106,12 +106,13 @@ def _hashes(storage: Storage, *folders: str) -> dict[str, str]:
     return found
 
 
-def _run_checkpoint(folder: Path, stage: Stage, findings: Sequence[Finding]) -> dict[str, bool]:
+def _run_checkpoint(folder: Path, stage: str, findings: Sequence[Finding]) -> dict[str, bool]:
     os.environ["GX_ANALYTICS_ENABLED"] = "false"
     import great_expectations as gx
     import pandas as pd
     from great_expectations.data_context.types.base import ProgressBarsConfig
 
+    _compile_once()
     context = gx.get_context(mode="file", project_root_dir=folder)
     context.enable_analytics(False)
     context.variables.progress_bars = ProgressBarsConfig(globally=False)
@@ -160,6 +161,27 @@ def _run_checkpoint(folder: Path, stage: Stage, findings: Sequence[Finding]) -> 
         for result in validation.results
     }
     return {finding.expectation.name: met[_column(finding)] for finding in findings}
+
+
+@cache
+def _compile_once() -> None:
+    """Keep compiled templates: Data Docs make an environment for each page, which compiles the same ones again."""
+    from great_expectations.render.view import view
+    from jinja2 import BytecodeCache
+    from jinja2.bccache import Bucket
+
+    class Compiled(BytecodeCache):
+        def __init__(self) -> None:
+            self._code: dict[str, bytes] = {}
+
+        def load_bytecode(self, bucket: Bucket) -> None:
+            if bucket.key in self._code:
+                bucket.bytecode_from_string(self._code[bucket.key])
+
+        def dump_bytecode(self, bucket: Bucket) -> None:
+            self._code[bucket.key] = bucket.bytecode_to_string()
+
+    view.Environment = partial(view.Environment, bytecode_cache=Compiled())
 
 
 def _column(finding: Finding) -> str:

@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unit:
+class Views:
     """One folder's views.
 
     Attributes:
@@ -59,13 +59,7 @@ def applying(expectations: Sequence[Expectation], views: set[str]) -> list[Expec
 def find_in_views(
     connection: Any, expectations: Sequence[Expectation], views: set[str], place: str
 ) -> list[Finding]:
-    """Ask what applies to these views, whole.
-
-    Args:
-        connection: A DuckDB connection that has the views.
-        expectations: What is asked; one whose views are not all there is left out.
-        views: Names of the views that are there.
-        place: Where the data lies, for messages.
+    """Ask what applies to the views that a connection has, whole; messages say at which place the data lies.
 
     Raises:
         ExpectationError: if a view lacks a column.
@@ -83,7 +77,7 @@ def find_in_units(
     connection: Any,
     storage: Storage,
     expectations: Sequence[Expectation],
-    units: Sequence[Unit],
+    units: Sequence[Views],
     totals: Mapping[str, Mapping[str, str]],
     views: set[str],
     threads: int = 0,
@@ -108,7 +102,7 @@ def find_in_units(
         StorageError: if a file cannot be read.
     """
 
-    def ask(unit: Unit) -> Answer:
+    def ask(unit: Views) -> Answer:
         asked = applying(expectations, views | set(unit.files))
 
         def run() -> Answer:

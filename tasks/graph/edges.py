@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from infra.duck import Catalog, ShardFile, create_views, memory_bytes, open_duckdb
+from infra.duck import Catalog, ShardFile, memory_bytes
 from infra.manifest import Manifest, commit, content_key, load, load_all
 from infra.storage import Storage
 from schemas.config import DuckDb
 from schemas.errors import ExpectationError
 from schemas.work import FeatureShard
-from tasks.engine.table_sql import explained, write_table
+from tasks.engine.tables import opened, write_table
 
 VERSION = 1
 """Raise when what is in an edges file changes."""
@@ -108,7 +107,7 @@ def _largest(
         # NaN is the largest of all to SQL, and would be nothing to max().
         found = [feature.max_activation for feature in features if feature.max_activation is not None]
         return float(np.max(found)) if found else None
-    with _opened(resources, storage, layer, inputs) as connection:
+    with opened(f"the edges of layer {layer}", resources, storage, inputs) as connection:
         (largest,) = connection.execute("SELECT max(activation) FROM activations").fetchone()
     return cast("float | None", largest)
 
@@ -116,19 +115,11 @@ def _largest(
 def _rows_by_token(
     resources: DuckDb, storage: Storage, layer: int, inputs: Catalog
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    with _opened(resources, storage, layer, inputs) as connection:
+    with opened(f"the edges of layer {layer}", resources, storage, inputs) as connection:
         rows = connection.execute(
             "SELECT token_id, count(*) AS n FROM shard_edges GROUP BY token_id ORDER BY token_id"
         ).fetchnumpy()
     return rows["token_id"], rows["n"]
-
-
-@contextmanager
-def _opened(resources: DuckDb, storage: Storage, layer: int, inputs: Catalog) -> Iterator[Any]:
-    what = f"the edges of layer {layer}"
-    with open_duckdb(storage, resources) as connection, explained(what, resources, storage):
-        create_views(connection, storage, inputs)
-        yield connection
 
 
 def token_ranges(

@@ -24,16 +24,8 @@ from schemas.errors import ModelError
 from schemas.work import Dictionary, GraphShard
 from tasks.corpus.windows import Batch, ShardTokens, read_shard_tokens
 from tasks.dictionaries.dictionaries import load_dictionary
-from tasks.dictionaries.encoding import Encoder, build_encoder
-from tasks.dictionaries.residuals import (
-    Place,
-    ResidualShard,
-    find_residuals,
-    place_of,
-    rows_of_tokens,
-    shard_batches,
-    with_padding_for,
-)
+from tasks.dictionaries.encoding import Encoder
+from tasks.dictionaries.residuals import ResidualShard, rows_of_tokens, shard_batches, with_padding_for
 from tasks.models.devices import choose_device
 from tasks.models.model import LoadedModel, check_windows, load_model, require_key
 from tasks.models.tokenizers import LoadedTokenizer, load_tokenizer
@@ -60,7 +52,7 @@ def compute_features(
     part: GraphShard,
     dictionaries: Sequence[Dictionary],
     key_of_model: str,
-    on_disk: Mapping[Place, ResidualShard] | None = None,
+    on_disk: Mapping[int, ResidualShard],
 ) -> tuple[ShardTokens, dict[int, LayerFeatures]]:
     """The features of one part for the layers of `dictionaries`, with one forward for all of them.
 
@@ -72,7 +64,7 @@ def compute_features(
         part: Which tokens.
         dictionaries: Of the layers that are wanted.
         key_of_model: `model_key` where the work was planned.
-        on_disk: Finished residuals by their place (`find_residuals`); None to look for them.
+        on_disk: The part's finished residuals, by layer.
 
     Raises:
         ModelError: if the model here is another one, a layer, window or token id does not fit it, or a residual is
@@ -109,15 +101,10 @@ def compute_features(
             )
         )
 
-    if on_disk is None:
-        on_disk = find_residuals(config, storage, [part], layers)
-    for layer in layers:
-        shard = on_disk.get(place_of(part, layer))
-        if shard is None:
-            continue
+    for layer, shard in on_disk.items():
         for residuals, kept in _from_disk(storage, shard, tokens, plan):
             encode(layer, residuals.to(device), kept)
-    to_run = [layer for layer in layers if place_of(part, layer) not in on_disk]
+    to_run = [layer for layer in layers if layer not in on_disk]
     if to_run:
         model = loaded_model(config.model, storage)
         require_key(config.model, model.key, key_of_model)
@@ -146,9 +133,8 @@ def _from_disk(
     from safetensors import safe_open
 
     row_of_token = rows_of_tokens(tokens)
-    with safe_open(
-        verified.local_folder(storage, shard.folder) / f"layer-{shard.layer}.safetensors", framework="pt"
-    ) as file:
+    path = verified.local_folder(storage, shard.folder) / shard.file_name
+    with safe_open(path, framework="pt") as file:
         residuals = file.get_tensor("residuals")
     for batch in plan:
         kept = batch.token[batch.token >= 0]
@@ -188,7 +174,7 @@ def loaded_tokenizer(model: Model, storage: Storage) -> LoadedTokenizer:
 
 @lru_cache(maxsize=8)
 def _encoder(dictionary: Dictionary, storage: Storage, device: torch.device) -> Encoder:
-    return build_encoder(load_dictionary(storage, dictionary, device), device)
+    return Encoder(load_dictionary(storage, dictionary, device), device)
 
 
 def keep_for(key_of_model: str) -> None:

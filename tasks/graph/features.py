@@ -6,38 +6,38 @@ that layer alone, while one forward serves every layer that a part still misses.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from infra.cluster import extraction_client, one_at_a_time
-from infra.manifest import Manifest, commit, content_key, load_all, remember
-from infra.progress import Progress, silent
-from infra.storage import Storage
-from schemas.config import Config
-from schemas.errors import FunctokError
+from infra.addresses import without_credentials
+from infra.manifest import Manifest, load_all
+from infra.storage import StoredFile
 from schemas.tables import SHARD_FILES
-from schemas.work import CorpusShards, Dictionary, FeatureShard, GraphShard
+from schemas.work import Dictionary, FeatureShard, GraphShard
 from tasks.corpus.graph_documents import graph_shards
+from tasks.corpus.tokenization import TOKENIZE, identity
 from tasks.corpus.windows import ShardTokens, count_tokens
+from tasks.dictionaries.dictionaries import DICTIONARIES, LayersStage
 from tasks.dictionaries.residuals import (
-    Place,
+    Residuals,
     ResidualShard,
-    find_residuals,
+    counted_once,
     forward_key,
     part_key,
     place_of,
-    write_residuals,
 )
-from tasks.engine.shard_checks import FEATURE_TOTALS, ask_of_made, feature_unit
+from tasks.engine.checks import ask_of_made
+from tasks.engine.offenders import Views
+from tasks.engine.run import Run, make
+from tasks.engine.stage import Made, Question, Shown, Unit, Written
 from tasks.graph.extraction import LayerFeatures, compute_features, forget_loaded
-from tasks.models.devices import settle, usable_devices
+from tasks.models.devices import device_client, settle
 from tasks.models.model import model_key
 
 VERSION = 1
@@ -46,81 +46,195 @@ _ROWS_PER_GROUP = 1 << 20
 # feature_id delta-packed, which Parquet readers before 2025 know too, it is 3.87 and 1.66.
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Unit:
-    """One layer of one part: a feature folder to make or to find."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FeatureUnit(Unit):
+    """One layer of one part.
+
+    Attributes:
+        part: The part.
+        dictionary: The layer's.
+        model_key: Key of the model that the work was planned for.
+        residuals: The part's, where they are on disk.
+    """
 
     part: GraphShard
     dictionary: Dictionary
     model_key: str
-    inputs: dict[str, Any]
-
-    @property
-    def folder(self) -> str:
-        return f"features/{content_key(**self.inputs)}"
+    residuals: ResidualShard | None = None
 
 
-def _units(
-    config: Config, storage: Storage, shards: CorpusShards, dictionaries: Sequence[Dictionary]
-) -> list[_Unit]:
-    key_of_model = model_key(config.model, storage)
-    forward = forward_key(config, key_of_model)
-    return [
-        _Unit(
-            part=part,
-            dictionary=dictionary,
-            model_key=key_of_model,
-            inputs={
-                "version": VERSION,
-                "part": part_key(part),
-                "layer": dictionary.layer,
-                "dictionary": dictionary.key,
-                "forward": forward,
-                "mantissa_bits": config.activations.mantissa_bits,
-            },
+class Features(LayersStage[FeatureUnit, list[FeatureShard]]):
+    """Which feature is active at which token of the graph's documents, layer by layer."""
+
+    name = "features"
+    needs = (TOKENIZE, DICTIONARIES)
+    measure = "tokens, features"
+    things = "feature shards"
+    changed = "they are new or damaged, or their model, windows or dictionary changed"
+    overlaps = True
+    tops = ("features",)
+
+    def units(self, run: Run) -> Sequence[FeatureUnit]:
+        """A unit a part and layer: parts in corpus order, layers ascending."""
+        config, storage = run.config, run.storage
+        key_of_model = model_key(config.model, storage)
+        forward = forward_key(config, key_of_model)
+        dictionaries = run.result(DICTIONARIES)
+        return [
+            FeatureUnit(
+                top="features",
+                inputs={
+                    "version": VERSION,
+                    "part": part_key(part),
+                    "layer": dictionary.layer,
+                    "dictionary": dictionary.key,
+                    "forward": forward,
+                    "mantissa_bits": config.activations.mantissa_bits,
+                },
+                about=f"{part.shard.folder} ({part.n_tokens:,} tokens of {without_credentials(part.shard.source)})",
+                size=part.n_tokens,
+                together=(part.shard.folder, part.n_documents),
+                part=part,
+                dictionary=dictionary,
+                model_key=key_of_model,
+            )
+            for part in graph_shards(config, run.result(TOKENIZE), storage)
+            for dictionary in dictionaries
+        ]
+
+    def lines(self, missing: Sequence[FeatureUnit]) -> Sequence[str]:
+        """A line a part, with the layers that it lacks."""
+        layers: dict[str, list[str]] = {}
+        for unit in missing:
+            layers.setdefault(unit.about, []).append(str(unit.dictionary.layer))
+        return [f"{about}: layers {', '.join(of)}" for about, of in layers.items()]
+
+    def prepare(self, run: Run, missing: Sequence[FeatureUnit]) -> Sequence[FeatureUnit]:
+        """Decide the number format, and find or make residuals on disk: one by one they would cost requests each."""
+        settle(run.config.model, run.storage)
+        layers = [dictionary.layer for dictionary in run.result(DICTIONARIES)]
+        every = [unit.part for unit in run.find(self).units if unit.dictionary.layer == layers[0]]
+        if run.config.activations.keep_dense:
+            make(run, Residuals(every, layers), run.tell)
+        parts = list({unit.together: unit.part for unit in missing}.values())
+        there = Residuals(parts, [unit.dictionary.layer for unit in missing]).there(run)
+        return [
+            replace(unit, residuals=there.get(place_of(unit.part, unit.dictionary.layer)))
+            for unit in counted_once(missing)
+        ]
+
+    def client(self, run: Run, groups: Sequence[Sequence[FeatureUnit]]) -> AbstractContextManager[Any]:
+        """Several GPUs or a cluster: each worker makes whole parts."""
+        return device_client(run.config, len(groups))
+
+    def make(self, run: Run, group: Sequence[FeatureUnit]) -> Iterator[Made]:
+        """The layers that one part lacks, by one forward.
+
+        Raises:
+            ModelError: if a layer or window does not fit the model, or a residual is not finite.
+        """
+        first = group[0]
+        tokens, features = compute_features(
+            run.config,
+            run.storage,
+            first.part,
+            [unit.dictionary for unit in group],
+            first.model_key,
+            {unit.dictionary.layer: unit.residuals for unit in group if unit.residuals is not None},
         )
-        for part in graph_shards(config, shards, storage)
-        for dictionary in sorted(dictionaries, key=lambda entry: entry.layer)
-    ]
+
+        def write() -> Iterator[Written]:
+            for unit in group:
+                written, stats = _write_layer(run, unit, tokens, features.pop(unit.dictionary.layer))
+                yield unit, written, stats
+
+        yield Made(size=sum(unit.size for unit in group), write=write)
+
+    def close(self) -> None:
+        """Free model, tokenizer and dictionaries."""
+        forget_loaded()
+
+    def result(
+        self, run: Run, units: Sequence[FeatureUnit], done: Mapping[str, Manifest]
+    ) -> list[FeatureShard]:
+        """All feature shards, parts in corpus order."""
+        return [_feature_shard(unit, done[unit.folder]) for unit in units]
+
+    def question(self, run: Run, result: list[FeatureShard]) -> Question:
+        """The feature shards against their dictionaries and the token shards they were made from."""
+        dictionaries = run.result(DICTIONARIES)
+        sizes = [{"layer": entry.layer, "key": entry.key, "d_sae": entry.d_sae} for entry in dictionaries]
+        d_sae = {entry.layer: entry.d_sae for entry in dictionaries}
+        rows = [feature_row(feature) for feature in result]
+        return Question(
+            of={"shards": rows, "dictionaries": sizes},
+            views=lambda: {"dictionaries": pa.Table.from_pylist(sizes)},
+            folders=lambda: {
+                feature.folder: stored_feature_views(feature, d_sae.get(feature.layer)) for feature in result
+            },
+            totals=FEATURE_TOTALS,
+            rows=lambda: rows,
+            manifests=lambda: load_all(run.storage, [feature.folder for feature in result]),
+        )
+
+    def shown(self, run: Run, result: list[FeatureShard]) -> Iterable[Shown]:
+        """How much was extracted per layer."""
+        rows: dict[int, dict[str, Any]] = {}
+        for shard in result:
+            row = rows.setdefault(
+                shard.layer, {"layer": shard.layer, "shards": 0, "tokens": 0, "activations": 0}
+            )
+            row["shards"] += 1
+            row["tokens"] += shard.part.n_tokens
+            row["activations"] += shard.n_activations
+        yield Shown(
+            name="features", description="Activated features", rows=[rows[layer] for layer in sorted(rows)]
+        )
 
 
-@dataclass(frozen=True, kw_only=True)
-class FoundFeatures:
-    """What is there of a graph's features.
+FEATURES = Features()
 
-    Attributes:
-        done: How many feature shards.
-        missing: The layers that each part still misses.
-        shards: All of them, parts in corpus order; None where any is missing.
-    """
-
-    done: int
-    missing: dict[GraphShard, list[int]]
-    shards: list[FeatureShard] | None
+FEATURE_TOTALS = {
+    "activations": {"found_activations": "count(*)"},
+    "counts": {"found_tokens": "coalesce(sum(count), 0)::BIGINT"},
+}
+"""What is counted in a feature shard's folder."""
 
 
-def find_features(
-    config: Config, storage: Storage, shards: CorpusShards, dictionaries: Sequence[Dictionary]
-) -> FoundFeatures:
-    """What is there of the graph's features."""
-    units = _units(config, storage, shards, dictionaries)
-    done = load_all(storage, [unit.folder for unit in units])
-    missing: dict[GraphShard, list[int]] = {}
-    for unit in units:
-        if unit.folder not in done:
-            missing.setdefault(unit.part, []).append(unit.dictionary.layer)
-    found = None if missing else [_feature_shard(unit, done[unit.folder]) for unit in units]
-    return FoundFeatures(done=len(done), missing=missing, shards=found)
+def feature_views(
+    folder: str, layer: int, part: GraphShard, d_sae: int | None, rows: Mapping[str, str | pa.Table]
+) -> Views:
+    """A feature shard's views: `activations`, `edges`, `counts`, and the `token_counts` of its token shard."""
+    return Views(
+        folder=folder,
+        files=rows,
+        columns={"folder": folder, "layer": layer, "n_documents": part.n_documents, "d_sae": d_sae},
+        small=frozenset({"counts", "token_counts"}),
+    )
 
 
-def find_feature_shards(
-    config: Config, storage: Storage, shards: CorpusShards, dictionaries: Sequence[Dictionary]
-) -> list[FeatureShard] | None:
-    """All feature shards of the graph, parts in corpus order, or None if any is missing."""
-    return find_features(config, storage, shards, dictionaries).shards
+def stored_feature_views(feature: FeatureShard, d_sae: int | None) -> Views:
+    """The same of a feature shard's files."""
+    rows = {file: f"{feature.folder}/{file}.parquet" for file in ("activations", "edges")}
+    rows["counts"] = feature.counts_file
+    rows["token_counts"] = f"{feature.part.shard.folder}/token_counts.parquet"
+    return feature_views(feature.folder, feature.layer, feature.part, d_sae, rows)
 
 
-def _feature_shard(unit: _Unit, manifest: Manifest) -> FeatureShard:
+def feature_row(feature: FeatureShard) -> dict[str, Any]:
+    """A feature shard as columns."""
+    return {
+        **identity(feature.part.shard),
+        "token_folder": feature.part.shard.folder,
+        "n_documents": feature.part.n_documents,
+        "n_tokens": feature.part.n_tokens,
+        "folder": feature.folder,
+        "layer": feature.layer,
+        "n_activations": feature.n_activations,
+    }
+
+
+def _feature_shard(unit: FeatureUnit, manifest: Manifest) -> FeatureShard:
     stats = manifest.stats
     has_extent = "max_activation" in stats
     return FeatureShard(
@@ -134,134 +248,10 @@ def _feature_shard(unit: _Unit, manifest: Manifest) -> FeatureShard:
     )
 
 
-def extract_features(
-    config: Config,
-    storage: Storage,
-    shards: CorpusShards,
-    dictionaries: Sequence[Dictionary],
-    progress: Progress = silent,
-) -> list[FeatureShard]:
-    """Make what is missing of the graph's features.
-
-    On one device the parts are made here, one after another; with several GPUs or a Dask scheduler
-    (`dask.scheduler`), each worker makes whole parts.
-
-    Raises:
-        ModelError: if a layer or window does not fit the model, or a residual is not finite.
-    """
-    settle(config.model, storage)
-    if config.activations.keep_dense:
-        layers = [dictionary.layer for dictionary in dictionaries]
-        write_residuals(config, storage, graph_shards(config, shards, storage), layers, progress)
-    units = _units(config, storage, shards, dictionaries)
-    done = load_all(storage, [unit.folder for unit in units])
-    # Files of equal content share shards: each folder is made once, however often it stands in the corpus.
-    missing: dict[tuple[str, int], list[_Unit]] = {}
-    for folder, unit in {unit.folder: unit for unit in units}.items():
-        if folder not in done:
-            missing.setdefault((unit.part.shard.folder, unit.part.n_documents), []).append(unit)
-    total = sum(group[0].part.n_tokens for group in missing.values())
-    seen = 0
-    if missing:
-        progress(0, total, "tokens, features")
-        with extraction_client(config.dask, partial(usable_devices, config.model), len(missing)) as client:
-            jobs = _jobs(config, storage, list(missing.values()))
-            made = (
-                _make_here(config, storage, jobs)
-                if client is None
-                else _make_on(client, config, storage, jobs)
-            )
-            manifests: dict[str, Manifest] = {}
-            for part, of_part in made:
-                manifests |= of_part
-                seen += part.n_tokens
-                progress(seen, total, "tokens, features")
-        forget_loaded()
-        remember(storage, manifests)
-    found = find_feature_shards(config, storage, shards, dictionaries)
-    if found is None:
-        raise FunctokError("feature shards vanished while they were made", stage="features", hint="run again")
-    return found
-
-
-Made = tuple[GraphShard, dict[str, Manifest]]
-"""A part whose layers are made, and the manifests of their folders."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """What one part still misses."""
-
-    units: list[_Unit]
-    on_disk: dict[Place, ResidualShard]
-
-    @property
-    def part(self) -> GraphShard:
-        return self.units[0].part
-
-
-def _jobs(config: Config, storage: Storage, groups: Sequence[list[_Unit]]) -> list[_Job]:
-    parts = [group[0].part for group in groups]
-    layers = sorted({unit.dictionary.layer for group in groups for unit in group})
-    # Asked for all parts together: each would cost requests of its own.
-    found = find_residuals(config, storage, parts, layers)
-    return [
-        _Job(
-            units=group,
-            on_disk={
-                place: found[place]
-                for place in (place_of(unit.part, unit.dictionary.layer) for unit in group)
-                if place in found
-            },
-        )
-        for group in groups
-    ]
-
-
-def _make_here(config: Config, storage: Storage, jobs: Sequence[_Job]) -> Iterator[Made]:
-    # Writing a part overlaps the next part's forward; at most one part waits to be written.
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="functok-write") as writer:
-        pending: tuple[GraphShard, Future[dict[str, Manifest]]] | None = None
-        for job in jobs:
-            tokens, features = _compute(config, storage, job)
-            if pending is not None:
-                yield pending[0], pending[1].result()
-            pending = job.part, writer.submit(_write_part, config, storage, job, tokens, features)
-        if pending is not None:
-            yield pending[0], pending[1].result()
-
-
-@one_at_a_time
-def _make_part(config: Config, storage: Storage, job: _Job) -> Made:
-    tokens, features = _compute(config, storage, job)
-    return job.part, _write_part(config, storage, job, tokens, features)
-
-
-def _compute(config: Config, storage: Storage, job: _Job) -> tuple[ShardTokens, dict[int, LayerFeatures]]:
-    dictionaries = [unit.dictionary for unit in job.units]
-    key_of_model = job.units[0].model_key
-    return compute_features(config, storage, job.part, dictionaries, key_of_model, job.on_disk)
-
-
-def _make_on(client: Any, config: Config, storage: Storage, jobs: Sequence[_Job]) -> Iterator[Made]:
-    from distributed import as_completed
-
-    for future in as_completed([client.submit(_make_part, config, storage, job, pure=False) for job in jobs]):
-        yield future.result()
-
-
-def _write_part(
-    config: Config, storage: Storage, job: _Job, tokens: ShardTokens, features: dict[int, LayerFeatures]
-) -> dict[str, Manifest]:
-    return {
-        unit.folder: _write_layer(config, storage, unit, tokens, features.pop(unit.dictionary.layer))
-        for unit in job.units
-    }
-
-
 def _write_layer(
-    config: Config, storage: Storage, unit: _Unit, tokens: ShardTokens, features: LayerFeatures
-) -> Manifest:
+    run: Run, unit: FeatureUnit, tokens: ShardTokens, features: LayerFeatures
+) -> tuple[list[StoredFile], dict[str, Any]]:
+    config, storage = run.config, run.storage
     token_id = tokens.token_id[features.token]
     values = round_mantissa(features.value, config.activations.mantissa_bits)
     activations = pa.table(
@@ -281,7 +271,7 @@ def _write_layer(
     asked = ask_of_made(
         storage,
         "features",
-        feature_unit(
+        feature_views(
             unit.folder,
             unit.dictionary.layer,
             unit.part,
@@ -320,8 +310,7 @@ def _write_layer(
         "max_activation": float(values.max()) if len(values) else None,
         **asked,
     }
-    manifest = Manifest(stage="features", inputs=unit.inputs, stats=stats)
-    return commit(storage, unit.folder, manifest, written)
+    return written, stats
 
 
 def count_edges(token_id: npt.NDArray[np.int32], feature_id: npt.NDArray[np.int32], d_sae: int) -> pa.Table:

@@ -8,12 +8,15 @@ that asks for the status, a flow of the CPU pool that makes the tables) follows 
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
 
 import torch
 
-from infra.cluster import available_cores
+from infra.cluster import available_cores, extraction_client
 from infra.storage import Storage
-from schemas.config import Model
+from schemas.config import Config, Model
 from schemas.errors import ModelError
 from tasks.models.files import IN_STORAGE, load_config_of
 
@@ -126,3 +129,8 @@ def _own_kind(model: Model) -> str:
     # A client without a GPU may ask its workers for one.
     is_cuda = model.device.startswith("cuda") or choose_device(model.device).type == "cuda"
     return "cuda" if is_cuda else "cpu"
+
+
+def device_client(config: Config, n_groups: int) -> AbstractContextManager[Any]:
+    """A Dask client whose workers have a device each, or None where this process works as well (`infra.cluster`)."""
+    return extraction_client(config.dask, partial(usable_devices, config.model), n_groups)

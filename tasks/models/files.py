@@ -17,7 +17,7 @@ from infra.manifest import Manifest, commit, content_key, load
 from infra.storage import Storage
 from schemas.config import Model
 from schemas.errors import FunctokError, ModelError, whole_message
-from tasks.models.tokenizer_files import read_as_gguf_says
+from tasks.models.tokenizer_files import find_file, read_as_gguf_says
 
 CONVERSION_VERSION = 2
 IN_STORAGE = "storage:"
@@ -85,10 +85,6 @@ def load_config_of(model: Model, storage: Storage) -> Any:
 def refuse_adapters(model: Model, place: str) -> None:
     """Whether nothing lies beside the weights that would change the model and is not read.
 
-    Args:
-        model: Which.
-        place: Its local folder or hub id.
-
     Raises:
         ModelError: naming the adapter, and how it is merged.
     """
@@ -115,18 +111,9 @@ def _adapter(model: Model, place: str) -> tuple[str, str] | None:
         name = next((name for name in _ADAPTER_FILES if (folder / name).is_file()), None)
         configuration = folder / _ADAPTER_FILES[0]
     else:
-        from transformers.utils import cached_file
-
         with explained(model):
-            cached = cached_file(
-                place,
-                _ADAPTER_FILES[0],
-                **revision(model),
-                _raise_exceptions_for_gated_repo=False,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-            )
-        name, configuration = (None, Path()) if cached is None else (_ADAPTER_FILES[0], Path(cached))
+            cached = find_file(place, _ADAPTER_FILES[0], model.revision)
+        name, configuration = (None, Path()) if cached is None else (_ADAPTER_FILES[0], cached)
     if name is None:
         return None
     try:

@@ -38,10 +38,8 @@ class LanguageModel:
         positions: Positions that it was built for; None where it says nothing.
 
     Attributes:
-        module: The same.
         blocks: Its decoder blocks.
         device: Where it is.
-        context_length: The same as `positions`.
         vocabulary: Rows of its embedding: token ids are below it.
         is_chunked: Whether the head runs over chunks of tokens; else the whole model runs on a few windows.
 

@@ -40,12 +40,7 @@ _SHOWN = 3
 
 
 def load_module(model: Model, storage: Storage, *, with_head: bool) -> Any:
-    """A transformers model on its device, in evaluation mode, every weight of it from its files.
-
-    Args:
-        model: Which.
-        storage: Where converted and trained models are.
-        with_head: Whether logits are wanted, or the residual stream alone.
+    """A transformers model, with its head or without, on its device, in evaluation mode, all weights from its files.
 
     Raises:
         ModelError: if it cannot be loaded, its files hold other weights than it has, or an adapter lies beside them.

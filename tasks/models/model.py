@@ -19,15 +19,7 @@ from infra.storage import Storage
 from schemas.config import Config, Model
 from schemas.errors import ModelError, whole_message
 from tasks.models.devices import resolve_dtype, settle_dtype
-from tasks.models.files import (
-    IN_STORAGE,
-    converted_gguf,
-    is_gguf,
-    load_config_of,
-    local_model_folder,
-    refuse_missing_folder,
-    weights_identity,
-)
+from tasks.models.files import load_config_of, weights_identity
 from tasks.models.loading import find_blocks, load_module, residual_of
 
 _PROBE = (4, 12)
@@ -117,11 +109,6 @@ def _hooks(blocks: torch.nn.ModuleList, layers: list[int], receive: Residuals) -
 
 def require_known(ids: torch.Tensor, vocabulary: int, whose: str) -> None:
     """Whether token ids are below a model's vocabulary: on CUDA the embedding itself would bring the process down.
-
-    Args:
-        ids: Any shape and device.
-        vocabulary: Rows of the embedding.
-        whose: What errors call it.
 
     Raises:
         ModelError: naming the highest id, if not.
@@ -244,25 +231,3 @@ def require_causal(module: Any, name: str) -> None:
 def text_config(config: Any) -> Any:
     """The configuration of a model's text decoder, which may be the whole."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-__all__ = [
-    "IN_STORAGE",
-    "LoadedModel",
-    "Residuals",
-    "check_windows",
-    "context_length",
-    "converted_gguf",
-    "is_gguf",
-    "load_config_of",
-    "load_model",
-    "local_model_folder",
-    "model_dimensions",
-    "model_key",
-    "refuse_missing_folder",
-    "require_causal",
-    "require_key",
-    "require_known",
-    "text_config",
-    "vocabulary_rows",
-]

@@ -1,4 +1,4 @@
-"""Continuations with transformers' own `generate`, free of what a checkpoint would like its texts to be (PAPER 1.4)."""
+"""Prompts, and their continuations by transformers' own `generate`, free of what a checkpoint would like them to be."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from schemas.errors import ModelError
+from tasks.models.tokenizers import LoadedTokenizer
 
 
 def continuations(
@@ -25,17 +26,11 @@ def continuations(
     """Continue batches, one after another; each batch's sampling starts from `seed`.
 
     Keys and values of earlier tokens are cached: after the prompt, a forward sees one token of each row. A row that
-    has ended is filled up until all rows of its batch have.
+    has ended is filled up until all rows of its batch have. The rest is as in `LanguageModel.generate`.
 
     Args:
-        module: The transformers model with its head.
-        name: What errors call it.
+        module: The transformers model with its head; errors call it `name`.
         batches: (rows, n) ids each, on the model's device, rows of equal length: nothing is padded.
-        max_new_tokens: New tokens at most.
-        temperature: Of sampling; None: greedy.
-        top_p: Nucleus of sampling.
-        seed: Of sampling; the random state of the process is left as it was.
-        stop_ids: Ids that end a text; not in the result. The model's own end-of-text ids count as well.
 
     Returns:
         The new ids of each row of each batch, in order.
@@ -76,6 +71,39 @@ def continuations(
             )
             texts += [_cut(row, stops) for row in made[:, ids.shape[1] :].tolist()]
     return texts
+
+
+def prompt_ids(prompt: str, tokenizer: LoadedTokenizer, *, prepend_bos: bool) -> list[int]:
+    """A prompt's ids as the corpus has them, after BOS where windows begin with it.
+
+    An empty prompt is BOS alone, wherever the tokenizer has one.
+
+    Raises:
+        ModelError: if the prompt is empty and there is no BOS token.
+    """
+    ids: list[int] = tokenizer.backend.encode(prompt, add_special_tokens=False).ids
+    if ids and not prepend_bos:
+        return ids
+    if tokenizer.bos_id is None:
+        raise ModelError("an empty prompt needs a BOS token, and the tokenizer has none", hint="give it text")
+    return [tokenizer.bos_id, *ids]
+
+
+def continuation(prompt: Sequence[int], new: Sequence[int], tokenizer: LoadedTokenizer) -> str:
+    """The text of the new tokens, without special tokens, as it goes on from the prompt's.
+
+    Some decoders drop a space at the start of what they decode: the prompt stands before it and is cut off.
+    """
+
+    def decoded(ids: Sequence[int]) -> str:
+        return str(
+            tokenizer.tokenizer.decode(
+                list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+
+    start, whole = decoded(prompt), decoded([*prompt, *new])
+    return whole.removeprefix(start) if whole.startswith(start) else decoded(new)
 
 
 def _cut(new: list[int], stops: Sequence[int]) -> list[int]:

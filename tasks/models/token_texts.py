@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from typing import Any
 
 _REPLACEMENT = "\ufffd"
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _ANCHORS_TRIED = 20_000
+
+OPEN_BOX = "␣"
+NAMED = {"\n": r"\n", "\r": r"\r", "\t": r"\t", " ": OPEN_BOX}
+DOTTED_CIRCLE = "◌"
+LONGEST_TOKEN = 60
 
 
 def token_texts(backend: Any) -> dict[int, str]:
@@ -95,3 +101,39 @@ def _byte_of_character() -> dict[str, int]:
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     return {character: byte for byte, character in bytes_to_unicode().items()}
+
+
+def visible(token: str | None, longest: int = LONGEST_TOKEN) -> str:
+    r"""A decoded token with nothing hidden in it: one line, every character printable.
+
+    Spaces become ␣, line ends and tabs `\n`, `\r`, `\t`; other control, format, private, surrogate and
+    unassigned characters become `\u{hex}`, so that no direction mark or XML-forbidden character survives.
+    A leading combining mark is put on a dotted circle. Longer tokens than `longest` end in `…`;
+    an id that the vocabulary has no text for is a dash.
+    """
+    if token is None:
+        return "–"
+    shown = token if len(token) <= longest else token[:longest]
+    text = "".join(_visible_character(character) for character in shown)
+    if text and unicodedata.combining(text[0]):
+        text = DOTTED_CIRCLE + text
+    return text + ("…" if len(token) > longest else "")
+
+
+def _visible_character(character: str) -> str:
+    if character in NAMED:
+        return NAMED[character]
+    if unicodedata.category(character) in {"Cc", "Cf", "Cn", "Co", "Cs", "Zs", "Zl", "Zp"}:
+        return f"\\u{{{ord(character):x}}}"
+    return character
+
+
+def shared_texts(connection: Any) -> frozenset[str]:
+    """The texts that several tokens of the corpus have: different ids for the same bytes."""
+    found = connection.execute("SELECT token FROM tokens GROUP BY token HAVING count(*) > 1").fetchall()
+    return frozenset(token for (token,) in found)
+
+
+def label(token: str | None, token_id: int, shared: Collection[str]) -> str:
+    """A visible token, with its id where others have its text (`shared_texts`)."""
+    return f"{visible(token)} (id {token_id})" if token in shared else visible(token)

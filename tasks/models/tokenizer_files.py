@@ -41,6 +41,7 @@ def find_file(name: str, file: str, revision: str | None) -> Path | None:
         name,
         file,
         revision=revision,
+        _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
@@ -122,11 +123,7 @@ def require_ids(backend: Any, stated: dict[str, dict[str, Any]], place: Path | s
 
 
 def read_as_gguf_says(backend: Any, file: Path) -> None:
-    """Let a tokenizer that transformers made of a GGUF file cut text as the file says, where transformers does not.
-
-    Args:
-        backend: The `tokenizers.Tokenizer`; changed in place.
-        file: The GGUF file.
+    """Let a `tokenizers.Tokenizer` that transformers made of a GGUF file cut text as the file says.
 
     Raises:
         ModelError: if the file names a way of cutting that is unknown here.

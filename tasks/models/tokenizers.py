@@ -131,11 +131,6 @@ def require_rows(tokenizer: LoadedTokenizer, rows: int | None, config: Config) -
     Ids need not be without holes, and a token that was added behind the model's own may lie beyond its embedding, as
     `[PAD]` often does: that only matters in a text that holds it.
 
-    Args:
-        tokenizer: The corpus'.
-        rows: Of the model's embedding; None where they are unknown.
-        config: Names the model and the tokenizer, and says whether windows begin with BOS.
-
     Raises:
         ModelError: naming the highest id that it does not have.
     """

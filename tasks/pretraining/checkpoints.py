@@ -1,252 +1,223 @@
 """Checkpoint series: one notion with two sources, trained here or public (PAPER 1.4).
 
-What this module returns names each checkpoint by series and step and says how `tasks.models.model` loads it; nothing
+What this stage returns names each checkpoint by series and step and says how `tasks.models.model` loads it; nothing
 after it can tell the sources apart.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
 
 from infra.addresses import without_credentials
-from infra.progress import Progress, silent
+from infra.manifest import Manifest, load_all
 from infra.storage import Storage
-from schemas.config import Config, Model
-from schemas.errors import ConfigError, FunctokError, ModelError
-from schemas.pretraining.section import Revision, Series, Subfolder, consolidation_of
+from schemas.config import Config
+from schemas.errors import ModelError
+from schemas.pretraining.section import consolidation_of
 from schemas.pretraining.work import Checkpoint
-from schemas.work import CorpusShards
-from tasks.models.model import is_gguf, model_key
-from tasks.pretraining.checkpoint_steps import differing, step_of
+from schemas.sections import Model
+from schemas.tables import TABLES
+from tasks.corpus.tokenization import TOKENIZE
+from tasks.engine.run import Run
+from tasks.engine.stage import Made, Question, Shown, Stage, Unit, table_of
+from tasks.models.files import IN_STORAGE
+from tasks.models.model import model_key
+from tasks.models.text_generation import prompt_ids
+from tasks.models.tokenizers import load_tokenizer
+from tasks.pretraining.plan import TrainingPlan, plan_training
+from tasks.pretraining.public_series import count_parameters, public_checkpoints
+from tasks.pretraining.state import finished_checkpoints, is_trained, newest_state
+from tasks.pretraining.training import train_series
 
-_SHOWN_NAMES = 12
-_WEIGHTS = re.compile(r".*\.safetensors|pytorch_model.*\.bin")
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CheckpointUnit(Unit):
+    """What a training leaves: one of its checkpoints, or its loss curve.
 
-def find_checkpoints(config: Config, storage: Storage, shards: CorpusShards) -> list[Checkpoint] | None:
-    """All checkpoints, series in the configuration's order, steps ascending; None if one is still to be trained.
-
-    Args:
-        config: The configuration, its tokenizer resolved (`tasks.corpus.tokenizer_training.with_tokenizer`).
-        storage: Where trained ones are.
-        shards: The tokenized corpus.
-
-    Raises:
-        ConfigError: if a series has no checkpoint, two at one step, or one whose step is unknown.
-        ModelError: if a public checkpoint cannot be found.
+    Attributes:
+        plan: The training.
+        step: Of the checkpoint; None: the loss curve, with which it is at its end.
     """
-    found = find_series(config, storage, shards)
-    if None in found.values():
-        return None
-    return [checkpoint for series in found.values() for checkpoint in series or ()]
+
+    plan: TrainingPlan
+    step: int | None = None
 
 
-def find_series(config: Config, storage: Storage, shards: CorpusShards) -> dict[str, list[Checkpoint] | None]:
-    """The checkpoints of each series by its name, or None for one that is still to be trained; raises as above."""
-    return {
-        series.name: _find_series(config, storage, shards, series)
-        for series in consolidation_of(config).series
-    }
+class Checkpoints(Stage[CheckpointUnit, list[Checkpoint]]):
+    """The checkpoints of all series: trained here, or found."""
 
+    name = "checkpoints"
+    section = "consolidation"
+    needs = (TOKENIZE,)
+    measure = ""
+    things = "checkpoints"
+    changed = "series are new, or what trains them changed"
+    libraries = ("torch", "transformers")
+    tops = ("checkpoints", "training")
 
-def prepare_checkpoints(
-    config: Config, storage: Storage, shards: CorpusShards, progress: Progress = silent
-) -> list[Checkpoint]:
-    """Train what is missing of the series that are trained here, and find all others.
+    def units(self, run: Run) -> Sequence[CheckpointUnit]:
+        """What each series that is trained here leaves; a public one is only looked for (`result`)."""
+        units: list[CheckpointUnit] = []
+        for series in consolidation_of(run.config).series:
+            if series.shape is None:
+                continue
+            plan = plan_training(run.config, run.result(TOKENIZE), series)
+            about = _still_to_do(run.storage, plan)
+            leaves = [("checkpoints", plan.checkpoint_inputs(step), step) for step in plan.checkpoint_steps]
+            units += [
+                CheckpointUnit(
+                    top=top, inputs=inputs, about=about, together=series.name, plan=plan, step=step
+                )
+                for top, inputs, step in [*leaves, ("training", plan.inputs, None)]
+            ]
+        return units
 
-    Raises:
-        ConfigError: as `find_checkpoints`.
-        FunctokError: if a training fails.
-        ModelError: if a public checkpoint cannot be found, does not fit tokenizer or windows, or a prompt is too long
-            for what is trained.
-    """
-    from tasks.pretraining.checkpoint_jobs import check_checkpoint, named
+    def lines(self, missing: Sequence[CheckpointUnit]) -> Sequence[str]:
+        """A line a series."""
+        return list(dict.fromkeys(unit.about for unit in missing))
 
-    section = consolidation_of(config)
-    if section.generations is not None and section.trains_here and section.train is not None:
-        from tasks.pretraining.generations import check_prompts
+    def prepare(self, run: Run, missing: Sequence[CheckpointUnit]) -> Sequence[CheckpointUnit]:
+        """Refuse prompts that the models will have no room for: before days of training, not after them."""
+        if consolidation_of(run.config).generations is not None:
+            check_prompts(run.config, run.storage, missing[0].plan.context_size)
+        return missing
 
-        # Before days of training, not after them.
-        check_prompts(config, storage, section.train.context_size or config.windows.context_size)
-    for series in section.series:
-        if _find_series(config, storage, shards, series) is None:
-            from tasks.pretraining.training import train_series
+    def make(self, run: Run, group: Sequence[CheckpointUnit]) -> Iterator[Made]:
+        """Train a series; checkpoints are committed as they come, by the processes that train."""
+        train_series(run.config, run.storage, run.result(TOKENIZE), group[0].plan, run.tell)
+        yield Made()
 
-            train_series(config, storage, shards, series, progress)
-    found = find_checkpoints(config, storage, shards)
-    if found is None:
-        raise FunctokError("checkpoints vanished while they were made", stage="checkpoints", hint="run again")
-    for checkpoint in found:
-        # Before the forwards of those that come first; of a hub's, each would cost requests.
-        if Path(checkpoint.model.name).is_dir():
-            with named(checkpoint, "checkpoints"):
-                check_checkpoint(config, storage, checkpoint)
-    return found
+    def result(
+        self, run: Run, units: Sequence[CheckpointUnit], done: Mapping[str, Manifest]
+    ) -> list[Checkpoint]:
+        """All checkpoints, series in the configuration's order, steps ascending."""
+        config = run.config
+        section = consolidation_of(config)
+        checkpoints: list[Checkpoint] = []
+        for series in section.series:
+            found: list[tuple[int, Model, int | None, int | None]]
+            if series.shape is None:
+                public = public_checkpoints(config, series)
+                found = [(step, model, None, count_parameters(model.name)) for step, model in public]
+            else:
+                own = [unit for unit in units if unit.plan.series == series.name and unit.step is not None]
+                found = [
+                    (
+                        unit.step or 0,
+                        _model(config, unit.folder),
+                        int(stats["tokens"]),
+                        int(stats["parameters"]),
+                    )
+                    for unit in own
+                    for stats in [done[unit.folder].stats]
+                ]
+            checkpoints += [
+                Checkpoint(
+                    series=series.name,
+                    step=step,
+                    model=model,
+                    key=model_key(model, run.storage),
+                    layer=section.layer_of(series),
+                    tokens=tokens,
+                    parameters=parameters,
+                )
+                for step, model, tokens, parameters in found
+            ]
+        return checkpoints
 
-
-def config_of(config: Config, checkpoint: Checkpoint) -> Config:
-    """The configuration under which the spine's functions read a checkpoint: its model, and no dictionary."""
-    return config.model_copy(update={"model": checkpoint.model, "sae": []})
-
-
-def _find_series(
-    config: Config, storage: Storage, shards: CorpusShards, series: Series
-) -> list[Checkpoint] | None:
-    if series.shape is not None:
-        from tasks.pretraining.training import find_trained
-
-        return find_trained(config, storage, shards, series)
-    found = _in_folder(config, series) if series.folder is not None else _revisions(config, series)
-    steps = [step for step, _ in found]
-    twice = sorted({step for step in steps if steps.count(step) > 1})
-    if twice:
-        names = [model.revision or model.name for step, model in found if step == twice[0]]
-        raise ConfigError(
-            f"series {series.name}: two checkpoints are at step {twice[0]}: {', '.join(names)}",
-            hint="rename or leave out one, or give their steps: the step is the number behind 'step', or else at a "
-            "name's end",
-            stage="checkpoints",
-        )
-    return [
-        Checkpoint(
-            series=series.name,
-            step=step,
-            model=model,
-            key=model_key(model, storage),
-            layer=layer_of(config, series),
-            parameters=_count_parameters(model.name),
-        )
-        for step, model in sorted(found, key=lambda pair: pair[0])
-    ]
-
-
-def layer_of(config: Config, series: Series) -> int | None:
-    """The block that the SAEs of a series read; None where no SAE series is asked for."""
-    growth = consolidation_of(config).growth
-    if growth is None:
-        return None
-    return growth.layer if series.layer is None else series.layer
-
-
-def _revisions(config: Config, series: Series) -> list[tuple[int, Model]]:
-    name = series.model or config.model.name
-    given = [
-        (entry.revision, entry.step) if isinstance(entry, Revision) else (entry, None)
-        for entry in series.revisions or ()
-    ]
-    return [
-        (step, _model(config, name, revision)) for revision, step in _with_steps(given, series, "revision")
-    ]
-
-
-def _with_steps(
-    given: Sequence[tuple[str, int | None]], series: Series, key: Literal["revision", "subfolder"]
-) -> list[tuple[str, int]]:
-    """Names of checkpoints, and their steps: as given, or else as the names say them.
-
-    Raises:
-        ConfigError: if a name does not say its step, or several differ in more than it.
-    """
-    read = [name for name, step in given if step is None]
-    for name in read:
-        if step_of(name) is None:
-            raise ConfigError(
-                f"series {series.name}: the {key} {name!r} does not say its step",
-                hint=_how_to_give(name, key),
-                stage="checkpoints",
-            )
-    if differing(read):
-        listed = sorted(read, key=lambda name: (step_of(name) or 0, name))
-        shown = ", ".join(f"{name} = step {step_of(name)}" for name in listed[:_SHOWN_NAMES])
-        raise ConfigError(
-            f"series {series.name}: its names differ in more than the step, so their steps cannot be told from them "
-            f"(several stages, runs or seeds?); as read: {shown}{' …' * (len(listed) > _SHOWN_NAMES)}",
-            hint=f"{_how_to_give(listed[0], key)}, or make a series of each stage or run",
-            stage="checkpoints",
-        )
-    return [(name, (step_of(name) or 0) if step is None else step) for name, step in given]
-
-
-def _how_to_give(name: str, key: str) -> str:
-    return f'give {key}s = [{{ {key} = "{name}", step = … }}, …], steps counted from the start of training'
-
-
-def _in_folder(config: Config, series: Series) -> list[tuple[int, Model]]:
-    if "://" in str(series.folder):
-        raise ConfigError(
-            f"series {series.name}: {without_credentials(str(series.folder))} is no local folder",
-            hint="copy the checkpoints to a disk, or mount it: models are read from local folders and from hubs",
-            stage="checkpoints",
-        )
-    folder = Path(str(series.folder))
-    if not folder.is_dir():
-        raise ConfigError(
-            f"series {series.name}: there is no local folder {folder}",
-            hint="give the folder above its checkpoints' own",
-            stage="checkpoints",
-        )
-    children = [child for child in sorted(folder.iterdir()) if (child / "config.json").is_file()]
-    given: list[tuple[str, int | None]] = [(child.name, None) for child in children]
-    if series.subfolders is not None:
-        given = [
-            (entry.subfolder, entry.step) if isinstance(entry, Subfolder) else (entry, None)
-            for entry in series.subfolders
+    def question(self, run: Run, result: list[Checkpoint]) -> Question:
+        """Every configured series has its checkpoints, in order, and those made here are whole."""
+        folders = {
+            checkpoint.model.name: checkpoint.model.name.removeprefix(IN_STORAGE)
+            for checkpoint in result
+            if checkpoint.model.name.startswith(IN_STORAGE)
+        }
+        committed = load_all(run.storage, folders.values())
+        rows = [
+            {
+                **row,
+                "place": place,
+                "key": checkpoint.key,
+                "committed": folders.get(checkpoint.model.name) in {None, *committed},
+            }
+            for place, (checkpoint, row) in enumerate(zip(result, checkpoint_rows(result), strict=True))
         ]
-        if missing := sorted({name for name, _ in given} - {child.name for child in children}):
-            raise ConfigError(
-                f"series {series.name}: {folder / missing[0]} has no config.json",
-                hint=f"the subfolders that have one: {', '.join(child.name for child in children) or 'none'}",
-                stage="checkpoints",
-            )
-    found = []
-    for name, step in _with_steps(given, series, "subfolder"):
-        child = folder / name
-        if not any(_WEIGHTS.fullmatch(path.name) for path in child.iterdir()):
-            raise ConfigError(
-                f"series {series.name}: {child} has a config.json, but no weights",
-                hint="finish copying it, or move it out of the series' folder",
-                stage="checkpoints",
-            )
-        found.append((step, _model(config, str(child), None)))
-    if not found:
-        is_one = (folder / "config.json").is_file()
-        raise ConfigError(
-            f"series {series.name}: no subfolder of {folder} has a config.json"
-            + (", but itself has one" if is_one else ""),
-            hint=f"give the folder above it, {folder.parent}"
-            if is_one
-            else "for example step-1000/config.json and step-1000/model.safetensors",
-            stage="checkpoints",
+        return Question(
+            small={
+                "checkpoints": pa.Table.from_pylist(rows, schema=_CHECKPOINTS),
+                "wanted": wanted_series(run.config),
+            }
         )
-    return found
+
+    def shown(self, run: Run, result: list[Checkpoint]) -> Iterable[Shown]:
+        """The checkpoints of every series."""
+        yield Shown(
+            name="checkpoints", description="The checkpoints of every series", rows=checkpoint_rows(result)
+        )
 
 
-def _model(config: Config, name: str, revision: str | None) -> Model:
-    own = config.model
-    # The corpus' own tokenizer, so that a checkpoint without one can be read; of a GGUF or a revision, its own.
-    shared = own.tokenizer or (own.name if own.name and not is_gguf(own) and not own.revision else None)
-    return own.model_copy(update={"name": name, "revision": revision, "tokenizer": shared})
+CHECKPOINTS = Checkpoints()
+
+_CHECKPOINTS = pa.schema(
+    [*TABLES["checkpoints"], ("place", pa.int64()), ("key", pa.string()), ("committed", pa.bool_())]
+)
 
 
-def _count_parameters(name: str) -> int | None:
-    """Numbers in the safetensors of a local folder, from their headers alone; None of any other place."""
-    from safetensors import SafetensorError, safe_open
+def wanted_series(config: Config) -> pa.Table:
+    """The configured series, as expectations read them."""
+    return table_of("model VARCHAR", [(series.name,) for series in consolidation_of(config).series])
 
-    files: Sequence[Path] = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
-    total = 0
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 - safe_open has no iterator
-                    total += math.prod(file.get_slice(key).get_shape())
-        except (SafetensorError, OSError) as error:
+
+def checkpoint_rows(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
+    """The rows of the table `checkpoints`."""
+    return [
+        {
+            **key_columns(checkpoint),
+            "source": " ".join(
+                filter(None, (without_credentials(checkpoint.model.name), checkpoint.model.revision))
+            ),
+            "tokens": checkpoint.tokens,
+            "parameters": checkpoint.parameters,
+        }
+        for checkpoint in checkpoints
+    ]
+
+
+def key_columns(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The columns that tell checkpoints apart in every table: `model`, `step`."""
+    return {"model": checkpoint.series, "step": checkpoint.step}
+
+
+def check_prompts(config: Config, storage: Storage, context_length: int) -> None:
+    """Whether every prompt leaves room for its continuation in models of that many positions.
+
+    Raises:
+        ModelError: naming the first prompt that does not, or one that is empty without a BOS token.
+    """
+    tokenizer, section = load_tokenizer(config.model, storage), consolidation_of(config).generations
+    assert section is not None
+    for prompt in section.prompts:
+        length = len(prompt_ids(prompt, tokenizer, prepend_bos=config.windows.prepend_bos))
+        if length + section.max_new_tokens > context_length:
             raise ModelError(
-                f"{path} is damaged or half copied: {error}",
-                hint="copy it again, or move its folder out of the series'",
-                stage="checkpoints",
-            ) from error
-    return total or None
+                f"consolidation.generations: the prompt {prompt[:60]!r} has {length} tokens, and with max_new_tokens = "
+                f"{section.max_new_tokens} that is more than the models have positions ({context_length})",
+                hint="shorten the prompt, lower max_new_tokens, or raise consolidation.train.context_size",
+                stage="generations",
+            )
+
+
+def _still_to_do(storage: Storage, plan: TrainingPlan) -> str:
+    if is_trained(storage, plan):
+        return f"train {plan.series}"
+    step = newest_state(storage, plan, finished_checkpoints(storage, plan))
+    return f"train {plan.series}" + (f": goes on after step {step:,} of {plan.steps:,}" if step else "")
+
+
+def _model(config: Config, folder: str) -> Model:
+    # Its folder holds the tokenizer too, unless another is named.
+    return config.model.model_copy(update={"name": f"{IN_STORAGE}{folder}", "revision": None})

@@ -78,23 +78,19 @@ class Hardest:
     """How far function→content is above the other three groups.
 
     Attributes:
-        model: The series.
-        step: Its last checkpoint.
-        loss: Mean loss of function→content there.
+        series: The series.
+        loss: Mean loss of function→content at its last checkpoint.
         next_bucket: The highest of the other three there.
         gap: function→content minus the highest of the other three.
         highest_at: Checkpoints at which it is the highest.
-        checkpoints: All checkpoints.
         since: The step from which it is the highest at every checkpoint; None if it is not at the last.
     """
 
-    model: str
-    step: int
+    series: SeriesRow
     loss: float
     next_bucket: str
     gap: Estimate
     highest_at: int
-    checkpoints: int
     since: int | None
 
 
@@ -103,18 +99,14 @@ class Halfway:
     """When each group has made half of its fall from the first to the last checkpoint.
 
     Attributes:
-        model: The series.
-        first: First checkpoint.
-        last: Last checkpoint.
+        series: The series.
         steps: Step by group, interpolated linearly in log step; infinite for a group that did not fall, which
             counts as the last step in what follows.
         lead: log2 of the step of →content, pooled, minus that of →function, pooled: in doublings of the step.
         order: The earlier of the two →content groups minus the later of the two →function groups, likewise.
     """
 
-    model: str
-    first: int
-    last: int
+    series: SeriesRow
     steps: dict[str, float]
     lead: Estimate
     order: Estimate
@@ -169,11 +161,7 @@ class Measured:
 
 
 def findings(connection: Any) -> list[Finding]:
-    """All four, in the paper's order; none where no losses are published.
-
-    Args:
-        connection: Of `infra.duck.connect`.
-    """
+    """All four, in the paper's order; none where no losses are published."""
     return findings_of(measure(connection)) if has_losses(connection) else []
 
 
@@ -202,30 +190,24 @@ def series_of(connection: Any) -> list[SeriesRow]:
 
     Where the size of any is not known, they stand as in the table `checkpoints`.
     """
-    found: dict[str, list[Row]] = {}
-    for row in rows(connection, "SELECT model, step, source, tokens, parameters FROM checkpoints"):
-        found.setdefault(row["model"], []).append(row)
-    scored = {
-        (row["model"], row["step"])
-        for row in rows(connection, "SELECT DISTINCT model, step FROM loss_buckets")
+    found: dict[str, list[Row]] = {
+        row["model"]: [] for row in rows(connection, "SELECT model FROM checkpoints")
     }
-    series = []
-    for model, checkpoints in found.items():
-        kept = sorted(
-            (row for row in checkpoints if (model, row["step"]) in scored), key=lambda row: row["step"]
+    for row in rows(
+        connection, "SELECT * FROM checkpoints SEMI JOIN loss_buckets USING (model, step) ORDER BY step"
+    ):
+        found[row["model"]].append(row)
+    series = [
+        SeriesRow(
+            name=model,
+            parameters=next((row["parameters"] for row in kept if row["parameters"] is not None), None),
+            source=kept[-1]["source"],
+            steps=tuple(row["step"] for row in kept),
+            tokens=tuple(row["tokens"] for row in kept),
         )
-        if kept:
-            series.append(
-                SeriesRow(
-                    name=model,
-                    parameters=next(
-                        (row["parameters"] for row in kept if row["parameters"] is not None), None
-                    ),
-                    source=kept[-1]["source"],
-                    steps=tuple(row["step"] for row in kept),
-                    tokens=tuple(row["tokens"] for row in kept),
-                )
-            )
+        for model, kept in found.items()
+        if kept
+    ]
     if all(one.parameters is not None for one in series):
         series.sort(key=lambda one: one.parameters or 0)
     return series
@@ -259,12 +241,7 @@ def graph_rows(connection: Any) -> list[dict[str, Any]]:
 
 
 def measure(connection: Any, resamples: int | None = None) -> Measured:
-    """Everything that the findings are tested by, from a connection of `infra.duck.connect` that has losses.
-
-    Args:
-        connection: The connection.
-        resamples: Of the documents; None: as many as the run's own intervals have.
-    """
+    """Everything that the findings are tested by, where there are losses; resamples are the run's own, or as given."""
     resamples = resamples or resamples_of(connection, "loss")
     series = series_of(connection)
     return Measured(
@@ -288,13 +265,11 @@ def hardest(connection: Any, series: SeriesRow, resamples: int) -> Hardest | Non
     since = 0 if not len(not_highest) else int(not_highest[-1]) + 1
     others = np.delete(means[-1], _HARDEST)
     return Hardest(
-        model=series.name,
-        step=series.steps[-1],
+        series=series,
         loss=float(means[-1, _HARDEST]),
         next_bucket=[bucket for bucket in BUCKETS if bucket != HARDEST][int(others.argmax())],
         gap=estimates(sums[:, -1:], lambda of: _gap(_means(of)[:, 0]), resamples)[0],
         highest_at=int(is_highest.sum()),
-        checkpoints=len(series.steps),
         since=series.steps[since] if since < len(series.steps) else None,
     )
 
@@ -321,9 +296,7 @@ def halfway(connection: Any, series: SeriesRow, resamples: int) -> Halfway | Non
     lead, order = estimates(sums, measured, resamples)
     steps = 2 ** half_step(x, _means(sums.sum(axis=0))[None])[0]
     return Halfway(
-        model=series.name,
-        first=series.steps[0],
-        last=series.steps[-1],
+        series=series,
         steps=dict(zip(BUCKETS, steps.tolist(), strict=True)),
         lead=lead,
         order=order,
@@ -468,12 +441,12 @@ def is_hardest(names: Sequence[str], rows: Sequence[Hardest | None]) -> Finding:
     left_out = _left_out(names, rows, why)
     verdict = every([row.gap.sign for row in tested] + ["unclear"] * bool(left_out))
     told = [
-        f"In {row.model}, function→content ends at {signed(row.loss)} nats (step {row.step:,}), "
+        f"In {row.series.name}, function→content ends at {signed(row.loss)} nats (step {row.series.steps[-1]:,}), "
         f"{beyond(row.gap)} the highest of the others, {row.next_bucket}, and is the highest at {row.highest_at} of "
-        f"{plural(row.checkpoints, 'checkpoint')}{_since(row)}."
+        f"{plural(len(row.series.steps), 'checkpoint')}{_since(row)}."
         for row in tested
     ]
-    throughout = all(row.highest_at == row.checkpoints for row in tested)
+    throughout = all(row.highest_at == len(row.series.steps) for row in tested)
     also = ", though not throughout" if verdict == "holds" and not throughout else ""
     return _finding(
         0,
@@ -493,7 +466,8 @@ def falls_first(names: Sequence[str], rows: Sequence[Halfway | None]) -> Finding
     signs: list[Sign] = [sign for row in tested for sign in (row.lead.sign, row.order.sign)]
     verdict = every(signs + ["unclear"] * bool(left_out))
     told = [
-        f"In {row.model}, half of the fall from step {row.first:,} to step {row.last:,} is made by step "
+        f"In {row.series.name}, half of the fall from step {row.series.steps[0]:,} to step {row.series.steps[-1]:,} is "
+        f"made by step "
         f"{_half_steps(row, TO_FUNCTION)} for →function and {_half_steps(row, TO_CONTENT)} for →content "
         f"(function→ and content→). Pooled, →function is {beyond(row.lead, _DOUBLINGS, 2)} →content; its later "
         f"group is {beyond(row.order, _DOUBLINGS, 2)} the earlier →content group."
@@ -635,7 +609,7 @@ def _half_steps(row: Halfway, buckets: Sequence[str]) -> str:
 
 
 def _since(row: Hardest) -> str:
-    if row.since is None or row.highest_at == row.checkpoints:
+    if row.since is None or row.highest_at == len(row.series.steps):
         return ""
     return f" (at all from step {row.since:,} on)"
 

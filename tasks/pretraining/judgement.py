@@ -1,29 +1,50 @@
-"""One SAE before held-out text: how often each feature is active, and what the model loses by the SAE (PAPER 1.4)."""
+"""What an SAE has learned, judged on held-out text (PAPER 1.4): how many features, and how good the SAE is.
+
+A feature is learned if its density, the share of held-out tokens that activate it, lies between two named bounds:
+below are features that are dead or fired by accident, above those that say nothing about a token. A worse SAE may
+well have more of them, so the count never stands alone: beside it stand L0, explained variance, and the cross-entropy
+that the model keeps when the SAE's reconstruction takes the place of its residual stream,
+
+    ce_recovered = (ce_zero - ce_sae) / (ce_zero - ce),
+
+with zeros in its place for ce_zero. How often each feature was active is kept apart from the bounds, so that other
+bounds need no forward.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 
-from infra.progress import Progress, silent
-from infra.storage import Storage
-from schemas.config import Config
+from infra import verified
+from infra.manifest import Manifest
 from schemas.errors import CorpusError, ModelError
+from schemas.pretraining.section import Growth
 from schemas.pretraining.work import Checkpoint
+from schemas.tables import SHARD_FILES
 from schemas.work import Dictionary, HeldoutPart
+from tasks.corpus.heldout import heldout_key
 from tasks.corpus.windows import Batch, read_heldout_tokens
 from tasks.dictionaries.dictionaries import load_dictionary
-from tasks.dictionaries.encoding import Encoder, build_encoder
+from tasks.dictionaries.encoding import Encoder
 from tasks.dictionaries.quality import DENSE_ENTRIES, Variance
-from tasks.dictionaries.residuals import shard_batches
+from tasks.dictionaries.residuals import forward_key, shard_batches
+from tasks.engine.run import Run
+from tasks.engine.stage import Made, Stage, Unit
 from tasks.models.language_model import LanguageModel
-from tasks.pretraining.checkpoint_jobs import open_checkpoint
-from tasks.pretraining.predictions import loss_units
+from tasks.pretraining.loading import open_checkpoint
+from tasks.pretraining.predictions import UNITS_PER_NAT, loss_units
+
+VERSION = 1
+
+_LEAST_TO_RECOVER = 1e-3
+"""Nats by which zeros must be worse than the residual stream before a share of that says anything."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,42 +67,88 @@ class Judgement:
     loss_units: tuple[int, int, int]
 
 
+class Judging(Stage[Unit, Judgement]):
+    """One checkpoint's SAE before held-out text, the parts.
+
+    No stage of its own: growth makes it by the way. Its folder holds `densities.parquet`, how many tokens activated
+    each feature that any did.
+    """
+
+    name = "growth"
+    measure = "tokens, held-out text"
+    things = "densities"
+    loads = True
+
+    def __init__(self, checkpoint: Checkpoint, dictionary: Dictionary, parts: Sequence[HeldoutPart]) -> None:
+        self.checkpoint, self.dictionary, self.parts = checkpoint, dictionary, tuple(parts)
+
+    def units(self, run: Run) -> Sequence[Unit]:
+        """The one."""
+        inputs = {
+            "version": VERSION,
+            "dictionary": self.dictionary.key,
+            "layer": self.dictionary.layer,
+            "forward": forward_key(run.config, self.checkpoint.key),
+            "parts": [heldout_key(part) for part in self.parts],
+        }
+        size = sum(part.n_tokens for part in self.parts)
+        return [Unit(top="growth", inputs=inputs, about="how often each feature is active", size=size)]
+
+    def make(self, run: Run, group: Sequence[Unit]) -> Iterator[Made | int]:
+        """Read the held-out text."""
+        (unit,) = group
+        judged = yield from judge(run, self.checkpoint, self.dictionary, self.parts)
+        active = np.flatnonzero(judged.counts)
+        table = pa.table([active, judged.counts[active]], schema=SHARD_FILES["densities"])
+        stats = {
+            "n_tokens": judged.n_tokens,
+            "explained_variance": judged.explained_variance,
+            "n_predictions": judged.n_predictions,
+            "loss_units": list(judged.loss_units),
+        }
+        file = f"{unit.folder}/densities.parquet"
+        yield Made(write=lambda: [(unit, [run.storage.write_parquet(file, table)], stats)])
+
+    def result(self, run: Run, units: Sequence[Unit], done: Mapping[str, Manifest]) -> Judgement:
+        """What was found."""
+        (unit,) = units
+        table = verified.read_table(run.storage, f"{unit.folder}/densities.parquet")
+        counts = np.zeros(self.dictionary.d_sae, dtype=np.int64)
+        counts[table["feature_id"].to_numpy()] = table["n"].to_numpy()
+        stats = done[unit.folder].stats
+        clean, reconstructed, zero = stats["loss_units"]
+        return Judgement(
+            counts=counts,
+            n_tokens=int(stats["n_tokens"]),
+            explained_variance=float(stats["explained_variance"]),
+            n_predictions=int(stats["n_predictions"]),
+            loss_units=(clean, reconstructed, zero),
+        )
+
+
 def judge(
-    config: Config,
-    storage: Storage,
-    checkpoint: Checkpoint,
-    dictionary: Dictionary,
-    parts: Sequence[HeldoutPart],
-    progress: Progress = silent,
-) -> Judgement:
+    run: Run, checkpoint: Checkpoint, dictionary: Dictionary, parts: Sequence[HeldoutPart]
+) -> Generator[int, None, Judgement]:
     """Read held-out text three times: as it is, through the SAE, and with zeros in its place.
 
     BOS, padding and special tokens keep their residuals: nothing here is about them, but what follows reads them.
 
-    Args:
-        config: The run's configuration, its tokenizer resolved; says windows and batches.
-        storage: Where everything is.
-        checkpoint: The checkpoint.
-        dictionary: Its SAE.
-        parts: The documents that judge it.
-        progress: Called after each part with tokens judged.
+    Yields:
+        Tokens judged, a part at a time.
 
     Raises:
-        ModelError: if tokens, windows or layer do not fit the model, or residuals or losses are not finite.
         CorpusError: if no held-out window has two tokens.
     """
+    config, storage = run.config, run.storage
     model, tokenizer = open_checkpoint(config, storage, checkpoint)
     sums = _Sums(model, load_dictionary(storage, dictionary, model.device), dictionary.layer)
-    total = sum(part.n_tokens for part in parts)
-    seen = 0
     for part in parts:
         for batch in shard_batches(config, read_heldout_tokens(storage, part), tokenizer):
             sums.add(batch)
-        seen += part.n_tokens
-        progress(seen, total, "tokens, held-out text")
+        yield part.n_tokens
     if sums.n_predictions == 0:
         raise CorpusError(
-            f"no window of the {total:,} held-out tokens has two of them",
+            f"no window of the {sum(part.n_tokens for part in parts):,} held-out tokens has two of them",
             hint="raise consolidation.growth.max_tokens or windows.context_size",
         )
     return Judgement(
@@ -93,12 +160,36 @@ def judge(
     )
 
 
+def learned_row(growth: Growth, dictionary: Dictionary, judged: Judgement) -> dict[str, Any]:
+    """A row of `learned.parquet`: of the table `learned_features`, without model and step."""
+    density = judged.counts / judged.n_tokens
+    is_alive, is_dense = judged.counts > 0, density > growth.max_density
+    ce, ce_sae, ce_zero = (units / UNITS_PER_NAT / judged.n_predictions for units in judged.loss_units)
+    to_recover = ce_zero - ce
+    return {
+        "layer": dictionary.layer,
+        "dictionary_size": dictionary.d_sae,
+        "learned_features": int((is_alive & ~is_dense & (density >= growth.min_density)).sum()),
+        "l0": int(judged.counts.sum()) / judged.n_tokens,
+        "explained_variance": judged.explained_variance,
+        "ce_recovered": (ce_zero - ce_sae) / to_recover if to_recover >= _LEAST_TO_RECOVER else None,
+        "alive_features": int(is_alive.sum()),
+        "dense_features": int(is_dense.sum()),
+        "ce": ce,
+        "ce_sae": ce_sae,
+        "ce_zero": ce_zero,
+        "heldout_tokens": judged.n_tokens,
+        "min_density": growth.min_density,
+        "max_density": growth.max_density,
+    }
+
+
 class _Sums:
     """What `judge` adds up, batch by batch."""
 
     def __init__(self, model: LanguageModel, sae: Any, layer: int) -> None:
         self.model, self.layer = model, layer
-        self.encoder: Encoder = build_encoder(sae, model.device)
+        self.encoder: Encoder = Encoder(sae, model.device)
         self.counts = torch.zeros(self.encoder.d_sae, dtype=torch.int64, device=model.device)
         self.variance = Variance()
         self.n_predictions = 0
@@ -106,15 +197,7 @@ class _Sums:
 
     @torch.inference_mode()
     def add(self, batch: Batch) -> None:
-        """Read a batch as it is, through the SAE and with zeros, and add what is found of its ordinary tokens.
-
-        Args:
-            batch: Windows whose `input_ids` and `token` are (windows, padded length); ordinary tokens stand where
-                `token` is not -1. One without any adds nothing.
-
-        Raises:
-            ModelError: if residuals or losses are not finite.
-        """
+        """Read a batch as it is, through the SAE and with zeros, and add what is found of its ordinary tokens."""
         input_ids = torch.from_numpy(batch.input_ids)
         is_ordinary = torch.from_numpy(batch.token >= 0)
         wanted = is_ordinary[:, :-1] & is_ordinary[:, 1:]

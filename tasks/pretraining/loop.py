@@ -46,14 +46,7 @@ _STEPS_A_REPORT = {"cpu": 1, "cuda": 10}
 def run_training(
     config: Config, storage: Storage, shards: CorpusShards, plan: TrainingPlan, progress: Progress = silent
 ) -> None:
-    """Train from the newest state, or from the start, to the end; every process of a launch calls it.
-
-    Raises:
-        ConfigError: if a step has fewer rows than there are processes.
-        CorpusError: if the training text is shorter than a row.
-        ModelError: if the tokenizer has neither BOS nor EOS.
-        TrainingError: if the loss or the gradient is no longer finite.
-    """
+    """Train from the newest state, or from the start, to the end; every process of a launch calls it."""
     device = prepared_device(config.model)
     tokenizer = load_tokenizer(config.model, storage)
     rows = packed_rows(config, storage, shards, plan, tokenizer)

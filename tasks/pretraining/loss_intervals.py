@@ -29,10 +29,7 @@ INTERVALS = pa.schema(
 def bucket_intervals(document_losses: pa.Table, resamples: int, seed: int = 0) -> pa.Table:
     """Intervals of one checkpoint's buckets: of the mean loss, and of the share of the total loss.
 
-    Args:
-        document_losses: Columns `doc_id`, `bucket`, `n`, `loss` of one checkpoint.
-        resamples: How many.
-        seed: Of the draws.
+    Of columns `doc_id`, `bucket`, `n`, `loss` of one checkpoint.
 
     Returns:
         `INTERVALS`, one row a bucket. A mean over fewer than 2 documents has no interval.

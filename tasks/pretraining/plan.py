@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from infra.manifest import content_key
-from schemas.config import Config, Model
+from schemas.config import Config
 from schemas.errors import ConfigError
 from schemas.pretraining.section import Pretraining, Series, Shape, consolidation_of
+from schemas.sections import Model
 from schemas.work import CorpusShards
 from tasks.corpus import heldout
 from tasks.models.devices import choose_device, usable_devices
@@ -102,7 +103,11 @@ class TrainingPlan:
 
     def checkpoint_folder(self, step: int) -> str:
         """Folder of one checkpoint, in Hugging Face format."""
-        return f"checkpoints/{content_key(version=VERSION, training=self.key, step=step)}"
+        return f"checkpoints/{content_key(**self.checkpoint_inputs(step))}"
+
+    def checkpoint_inputs(self, step: int) -> dict[str, Any]:
+        """What the key of a checkpoint's folder is made of."""
+        return {"version": VERSION, "training": self.key, "step": step}
 
     def learning_rate(self, step: int) -> float:
         """The rate of a step, counted from 1: a linear rise, then a cosine down to its final share."""
@@ -138,11 +143,10 @@ def plan_training(config: Config, shards: CorpusShards, series: Series) -> Train
     Raises:
         ConfigError: if rows are shorter than the windows that the model is judged on, or a step shorter than a row.
     """
+    section, windows = consolidation_of(config), config.windows
     assert series.shape is not None
-    section = consolidation_of(config)
     assert section.train is not None
     train = section.train
-    windows = config.windows
     context_size = train.context_size or windows.context_size
     if context_size < windows.context_size:
         raise ConfigError(

@@ -40,17 +40,7 @@ class Predictions:
 def predict(
     model: LanguageModel, tokens: ShardTokens, config: Config, tokenizer: LoadedTokenizer
 ) -> Predictions:
-    """Every prediction of ordinary tokens by ordinary tokens.
-
-    Args:
-        model: The checkpoint.
-        tokens: A part's tokens.
-        config: Says windows and batches.
-        tokenizer: The corpus' tokenizer, its padding id one of the model's.
-
-    Raises:
-        ModelError: if a token is outside the model's vocabulary.
-    """
+    """Every prediction of ordinary tokens by ordinary tokens; the tokenizer's padding id is one of the model's."""
     indices, losses = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
     for batch in shard_batches(config, tokens, tokenizer):
         wanted = (batch.token[:, :-1] >= 0) & (batch.token[:, 1:] >= 0)

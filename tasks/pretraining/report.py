@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from tasks.models.token_texts import visible
 from tasks.pretraining.findings import (
     Gains,
     Halfway,
@@ -27,7 +28,7 @@ from tasks.pretraining.findings import (
 from tasks.pretraining.loss_intervals import BUCKETS, HARDEST, TO_FUNCTION
 from tasks.report import charts
 from tasks.report.queries import DEGREE_BINS, percentiles, rank_bin, resamples_of, rows, tables_of, value
-from tasks.report.text import integer, listed, number, percent, plural, signed, visible, visible_text
+from tasks.report.text import integer, listed, number, percent, plural, signed, visible_text
 from tasks.report.vocabulary import Chart, Column, Finding, Row, Section, Table
 
 __all__ = ["HAS_OWN_GRAPHS", "facts", "final_losses", "findings", "sections"]
@@ -39,10 +40,13 @@ LONGEST_CAPTION = 80
 
 GROUPS = charts.Key(
     field="bucket",
-    names=BUCKETS,
-    colours=[charts.FUNCTION if bucket in TO_FUNCTION else charts.CONTENT for bucket in BUCKETS],
-    shapes=["circle" if bucket.startswith("function") else "triangle-up" for bucket in BUCKETS],
-    dashes=[charts.SOLID if bucket.startswith("function") else charts.DASHED for bucket in BUCKETS],
+    looks={
+        bucket: charts.Look(
+            charts.FUNCTION if bucket in TO_FUNCTION else charts.CONTENT,
+            *(("circle", charts.SOLID) if bucket.startswith("function") else ("triangle-up", charts.DASHED)),
+        )
+        for bucket in BUCKETS
+    },
 )
 """Colour tells the next token's kind; line and marker the current one's."""
 
@@ -53,10 +57,11 @@ REACHED = {
 }
 REACHING = charts.Key(
     field="tokens",
-    names=list(REACHED.values()),
-    colours=(charts.FUNCTION, charts.CONTENT, charts.GREEN),
-    shapes=("circle", "triangle-up", "square"),
-    dashes=(charts.SOLID, charts.DASHED, charts.DASHDOT),
+    looks={
+        REACHED["function_coverage"]: charts.Look(charts.FUNCTION, "circle"),
+        REACHED["content_coverage"]: charts.Look(charts.CONTENT, "triangle-up", charts.DASHED),
+        REACHED["top10_coverage"]: charts.Look(charts.GREEN, "square", charts.DASHDOT),
+    },
 )
 
 
@@ -130,7 +135,24 @@ def _training(connection: Any) -> Section:
                 f"{listed(ends)} nats.",
             )
         ],
-        tables=[training_table(trained)],
+        tables=[
+            Table(
+                caption="Trainings",
+                columns=[
+                    Column("model", heading="series"),
+                    Column("parameters", "integer"),
+                    Column("steps", "integer"),
+                    Column("tokens", "integer", "tokens shown"),
+                    Column("epochs", "decimal"),
+                    Column("first_loss", "signed"),
+                    Column("last_loss", "signed"),
+                ],
+                rows=trained,
+                note="Losses in nats; the last is the median of the last hundredth of the steps. Epochs: tokens "
+                "shown over the corpus’ tokens without those of the documents that losses are of; too low where "
+                "losses.max_tokens left some held-out documents out.",
+            )
+        ],
     )
 
 
@@ -152,7 +174,23 @@ def _losses(connection: Any) -> Section:
             )
         ],
         findings=[_weight(last)],
-        tables=[last_losses_table(last)],
+        tables=[
+            Table(
+                caption="Losses at the last checkpoint",
+                columns=[
+                    Column("model", heading="series"),
+                    Column("step", "integer"),
+                    Column("bucket", heading="group"),
+                    Column("n", "integer", "predictions"),
+                    Column("mean_loss", "signed", digits=3),
+                    Column("mean_loss", "signed", "95 %", digits=3, shows="interval"),
+                    Column("loss_share", "percent", "share of the loss", digits=1),
+                    Column("loss_share", "percent", "95 %", digits=1, shows="interval"),
+                ],
+                rows=last,
+                note="Current → next token. Intervals by bootstrap over documents.",
+            )
+        ],
     )
 
 
@@ -174,6 +212,8 @@ def _weight(last: Sequence[Row]) -> Finding:
 
 def _learned(connection: Any) -> Section:
     saes = learned_rows(connection)
+    bounds = {(row["min_density"], row["max_density"]) for row in saes}
+    between = " or ".join(f"{number(low)} and {number(high)}" for low, high in sorted(bounds, key=str))
     told = [f"{row['model']} step {row['step']:,} {integer(row['learned_features'])}" for row in saes]
     return Section(
         key="learned",
@@ -189,7 +229,28 @@ def _learned(connection: Any) -> Section:
                 f"{'; '.join(told)}.",
             )
         ],
-        tables=[learned_table(saes)],
+        tables=[
+            Table(
+                caption="Learned features, and the quality of the SAEs",
+                columns=[
+                    Column("model", heading="series"),
+                    Column("step", "integer"),
+                    Column("layer", "plain"),
+                    Column("dictionary_size", "integer", "features"),
+                    Column("learned_features", "integer", "learned"),
+                    Column("alive_features", "integer", "alive"),
+                    Column("dense_features", "integer", "too dense"),
+                    Column("explained_variance", "signed", digits=3),
+                    Column("l0", "number", "L0"),
+                    Column("ce_recovered", "signed", "CE recovered", digits=3),
+                    Column("ce", "signed", "CE", digits=3),
+                    Column("ce_zero", "signed", "CE with zeros", digits=3),
+                ],
+                rows=saes,
+                note=f"Learned: active on a share of held-out tokens between {between}. CE recovered is a ratio of "
+                "two numbers near zero, and says nothing, where CE with zeros is hardly above CE.",
+            )
+        ],
     )
 
 
@@ -228,7 +289,23 @@ def _coverage(connection: Any) -> Section:
                 alt=f"One panel a series: coverage against step. Function tokens reach {listed(reached)}.",
             )
         ],
-        tables=[graphs_table(graphs)],
+        tables=[
+            Table(
+                caption="The checkpoints’ graphs",
+                columns=[
+                    Column("model", heading="series"),
+                    Column("step", "integer"),
+                    Column("layer", "plain"),
+                    Column("activated_features", "integer"),
+                    Column("mean_l0", "number", "mean L0"),
+                    Column("function_coverage", "percent", "by function tokens", digits=1),
+                    Column("content_coverage", "percent", "by content tokens", digits=1),
+                    Column("top10_coverage", "percent", "by the ten most frequent", digits=1),
+                ],
+                rows=graphs,
+                note="Shares of the activated features. A feature that both kinds activate counts for both.",
+            )
+        ],
     )
 
 
@@ -398,7 +475,7 @@ def halfway_table(found: Sequence[Halfway]) -> Table:
             Column("order", "signed", "later ahead of earlier group", shows="both"),
         ],
         rows=[
-            {"series": row.model, **row.lead.row("lead"), **row.order.row("order")}
+            {"series": row.series.name, **row.lead.row("lead"), **row.order.row("order")}
             | {bucket: at if math.isfinite(at) else "no fall" for bucket, at in row.steps.items()}
             for row in found
         ],
@@ -422,90 +499,6 @@ def gains_table(compared: Gains) -> Table:
             {"group": bucket, "relative": compared.relative[bucket], **gain.row("gain")}
             for bucket, gain in compared.by_bucket.items()
         ],
-    )
-
-
-def training_table(trained: Sequence[Row]) -> Table:
-    """Each training in numbers."""
-    return Table(
-        caption="Trainings",
-        columns=[
-            Column("model", heading="series"),
-            Column("parameters", "integer"),
-            Column("steps", "integer"),
-            Column("tokens", "integer", "tokens shown"),
-            Column("epochs", "decimal"),
-            Column("first_loss", "signed"),
-            Column("last_loss", "signed"),
-        ],
-        rows=trained,
-        note="Losses in nats; the last is the median of the last hundredth of the steps. Epochs: tokens shown over "
-        "the corpus’ tokens without those of the documents that losses are of; too low where losses.max_tokens left "
-        "some held-out documents out.",
-    )
-
-
-def last_losses_table(last: Sequence[Row]) -> Table:
-    """The four groups at each series' last checkpoint."""
-    return Table(
-        caption="Losses at the last checkpoint",
-        columns=[
-            Column("model", heading="series"),
-            Column("step", "integer"),
-            Column("bucket", heading="group"),
-            Column("n", "integer", "predictions"),
-            Column("mean_loss", "signed", digits=3),
-            Column("mean_loss", "signed", "95 %", digits=3, shows="interval"),
-            Column("loss_share", "percent", "share of the loss", digits=1),
-            Column("loss_share", "percent", "95 %", digits=1, shows="interval"),
-        ],
-        rows=last,
-        note="Current → next token. Intervals by bootstrap over documents.",
-    )
-
-
-def learned_table(saes: Sequence[Row]) -> Table:
-    """Learned features and, beside them, how good each SAE is."""
-    bounds = {(row["min_density"], row["max_density"]) for row in saes}
-    between = " or ".join(f"{number(low)} and {number(high)}" for low, high in sorted(bounds, key=str))
-    return Table(
-        caption="Learned features, and the quality of the SAEs",
-        columns=[
-            Column("model", heading="series"),
-            Column("step", "integer"),
-            Column("layer", "plain"),
-            Column("dictionary_size", "integer", "features"),
-            Column("learned_features", "integer", "learned"),
-            Column("alive_features", "integer", "alive"),
-            Column("dense_features", "integer", "too dense"),
-            Column("explained_variance", "signed", digits=3),
-            Column("l0", "number", "L0"),
-            Column("ce_recovered", "signed", "CE recovered", digits=3),
-            Column("ce", "signed", "CE", digits=3),
-            Column("ce_zero", "signed", "CE with zeros", digits=3),
-        ],
-        rows=saes,
-        note=f"Learned: active on a share of held-out tokens between {between}. CE recovered is a ratio of two numbers "
-        "near zero, and says nothing, where CE with zeros is hardly above CE.",
-    )
-
-
-def graphs_table(graphs: Sequence[Row]) -> Table:
-    """What tokens reach at each checkpoint."""
-    return Table(
-        caption="The checkpoints’ graphs",
-        columns=[
-            Column("model", heading="series"),
-            Column("step", "integer"),
-            Column("layer", "plain"),
-            Column("activated_features", "integer"),
-            Column("mean_l0", "number", "mean L0"),
-            Column("function_coverage", "percent", "by function tokens", digits=1),
-            Column("content_coverage", "percent", "by content tokens", digits=1),
-            Column("top10_coverage", "percent", "by the ten most frequent", digits=1),
-        ],
-        rows=graphs,
-        note="Shares of the activated features. A feature that both kinds activate counts for both.",
     )
 
 

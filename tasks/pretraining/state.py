@@ -67,6 +67,12 @@ def finished_checkpoints(storage: Storage, plan: TrainingPlan) -> dict[int, Mani
     return {step: done[folder] for step, folder in folders.items() if folder in done}
 
 
+def is_trained(storage: Storage, plan: TrainingPlan) -> bool:
+    """Whether a training is at its end and all of its wanted checkpoints are there."""
+    folders = {plan.folder, *map(plan.checkpoint_folder, plan.checkpoint_steps)}
+    return folders == set(load_all(storage, sorted(folders)))
+
+
 def newest_state(storage: Storage, plan: TrainingPlan, finished: Collection[int]) -> int:
     """The step to go on from: that of the newest state before which no checkpoint is missing; 0 for none."""
     missing = [step for step in plan.checkpoint_steps if step not in finished]
@@ -80,13 +86,7 @@ def save_state(
 ) -> None:
     """Save the state after a step, and then delete all others.
 
-    Args:
-        storage: Where.
-        plan: What is trained.
-        step: The last finished step.
-        model: Full weights by name.
-        optimizer: Full optimizer state, as `torch.distributed.checkpoint.state_dict` gives it.
-        curve: The loss curve up to the step.
+    Full weights by name, and the full optimizer state as `torch.distributed.checkpoint.state_dict` gives it.
     """
     from safetensors.torch import save_file
 
@@ -166,16 +166,10 @@ def save_checkpoint(
     tokenizer: LoadedTokenizer,
     stats: dict[str, Any],
 ) -> None:
-    """Save a checkpoint in Hugging Face format, with its tokenizer: the folder loads by itself.
+    """Save a checkpoint in Hugging Face format, with the corpus' tokenizer: the folder loads by itself.
 
-    Args:
-        storage: Where.
-        plan: What is trained.
-        step: The last finished step.
-        causal: The transformers model, for its configurations; its own weights may be sharded.
-        model: Full weights by name.
-        tokenizer: What the corpus was tokenized with.
-        stats: `tokens`, `parameters`, the `loss` of the step, and what the weights were `made_with`.
+    Full weights are given by name, as those of the transformers model, which gives its configurations, may be sharded.
+    `stats` are `tokens`, `parameters`, the `loss` of the step, and what the weights were `made_with`.
     """
     weights = {
         name.removeprefix("causal."): tensor for name, tensor in _without_tied_head(plan, model).items()

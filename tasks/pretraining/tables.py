@@ -7,118 +7,227 @@ of integers, as in `tasks.graph.tables`; intervals are of exact sums too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
 
 from infra import verified
-from infra.duck import Catalog, ShardFile, read_catalog
+from infra.duck import Catalog, ShardFile
+from infra.manifest import MANIFEST, content_key
 from infra.progress import Progress, one_by_one, silent
 from infra.storage import Storage, StoredFile
+from schemas.arrow import declared
 from schemas.config import Config
 from schemas.errors import StorageError
-from schemas.pretraining.section import losses_of
-from schemas.pretraining.work import GrownSae
-from schemas.tables import TABLES
-from schemas.work import CorpusShards
-from tasks.engine.table_plan import Group, corpus_group, graph_inputs, merged
-from tasks.engine.table_sql import ensure_folder, write_table
-from tasks.graph.edges import edge_files, ensure_edges
-from tasks.graph.tables import build_corpus
+from schemas.pretraining.section import consolidation_of, losses_of
+from schemas.pretraining.work import Checkpoint, GrownSae
+from schemas.tables import MEMBERS, TABLES
+from tasks.corpus.tables import build_tokens, corpus_group
+from tasks.corpus.tokenization import TOKENIZE
+from tasks.engine.run import Run
+from tasks.engine.tables import VERSION, TableGroup, Tables, ensure_folder, write_table
+from tasks.graph.edges import edge_files, edge_folder, ensure_edges
+from tasks.graph.tables import graph_inputs
+from tasks.pretraining.checkpoints import CHECKPOINTS, checkpoint_rows
+from tasks.pretraining.generations import GENERATIONS
+from tasks.pretraining.growth import GROWTH
 from tasks.pretraining.loss_intervals import INTERVALS, bucket_intervals
-from tasks.pretraining.table_plan import (
-    ConsolidationResults,
-    checkpoint_rows,
-    consolidation_group,
-    document_losses_folder,
-    graph_folder,
-    loss_files,
-)
-
-__all__ = ["ConsolidationResults", "build_consolidation_tables"]
+from tasks.pretraining.losses import LOSSES, file_of, window_of
+from tasks.pretraining.plan import plan_training
+from tasks.pretraining.state import LOSSES as TRAINING_LOSSES
 
 _EMPTY = {
-    "token_losses": pa.schema(
-        [
-            *(("doc_id", pa.int64()), ("current_token_id", pa.int32())),
-            *(("token_id", pa.int32()), ("loss", pa.float32())),
-        ]
-    ),
-    "shard_document_losses": pa.schema(
-        [
-            *(("doc_id", pa.int64()), ("current_is_function", pa.bool_())),
-            *(("next_is_function", pa.bool_()), ("n", pa.int64()), ("loss_units", pa.int64())),
-        ]
-    ),
+    "token_losses": "doc_id BIGINT, current_token_id INTEGER, token_id INTEGER, loss FLOAT",
+    "shard_document_losses": "doc_id BIGINT, current_is_function BOOLEAN, next_is_function BOOLEAN, n BIGINT, "
+    "loss_units BIGINT",
 }
 """Inputs of `sql/pretraining/document_losses.sql`, of which a run has one."""
 
-
-def build_consolidation_tables(
-    config: Config,
-    storage: Storage,
-    shards: CorpusShards,
-    results: ConsolidationResults,
-    progress: Progress = silent,
-    onto: Catalog | None = None,
-) -> Catalog:
-    """Make the consolidation group (and the corpus group, where it is missing).
-
-    Args:
-        config: The configuration.
-        storage: Where everything is.
-        shards: The tokenized corpus.
-        results: What the checkpoint stages have made.
-        progress: Told of each checkpoint.
-        onto: A candidate that holds what else was just made (a graph); none: what is published.
-
-    Returns:
-        The candidate catalogue: `onto` with both groups.
-
-    Raises:
-        ConfigError: if DuckDB cannot work within its limits.
-        ExpectationError: if an activation is not a finite number.
-        StorageError: if a file cannot be read or written.
-    """
-    corpus = corpus_group(config, shards)
-    group = consolidation_group(config, shards, results)
-    by_checkpoint = loss_files(config, results)
-    total = len(by_checkpoint) + len(results.growth) + 1
-    advance = one_by_one(progress, total)
-    progress(0, total, "consolidation tables")
-    build_corpus(config, storage, shards, corpus)
-    for (model, step), files in by_checkpoint.items():
-        _ensure_document_losses(config, storage, corpus, files)
-        advance(f"losses of {model}, step {step}")
-    for grown in results.growth:
-        _ensure_graph(config, storage, corpus, grown)
-        advance(f"graph of {grown.checkpoint.series}, step {grown.checkpoint.step}")
-    ensure_folder(
-        storage, list(group.tables.values()), group.key_parts, _whole(config, storage, group, results)
-    )
-    advance("consolidation tables")
-    return merged(read_catalog(storage) if onto is None else onto, corpus, group)
+_MADE_WITH = declared("window BIGINT, resamples BIGINT, m BIGINT")
 
 
-def _ensure_document_losses(
-    config: Config, storage: Storage, corpus: Group, files: Sequence[ShardFile]
-) -> None:
-    folder, parts = document_losses_folder(corpus.key, files)
+class ConsolidationTables(TableGroup):
+    """The tables of the checkpoint series."""
+
+    name = section = "consolidation"
+    needs = (TOKENIZE, CHECKPOINTS, LOSSES, GROWTH, GENERATIONS)
+
+    def planned(self, run: Run) -> Tables:
+        """The group as it would be published."""
+        config, checkpoints = run.config, run.result(CHECKPOINTS)
+        growth, texts = run.result(GROWTH), run.result(GENERATIONS)
+        corpus = corpus_group(config, run.result(TOKENIZE))
+        by_checkpoint = _loss_files(run)
+        losses = [file for files in by_checkpoint.values() for file in files]
+        sharded = {
+            "document_losses": [
+                ShardFile(
+                    name=f"{_document_losses_folder(corpus.key, files)[0]}/document_losses.parquet",
+                    model=model,
+                    step=step,
+                )
+                for (model, step), files in by_checkpoint.items()
+            ]
+        }
+        inputs: dict[str, list[ShardFile]] = {}
+        if losses_of(config).keep_tokens:
+            sharded["token_losses"] = losses
+        else:
+            inputs["shard_document_losses"] = losses
+        if growth:
+            graphs = [(one.checkpoint, _graph_folder(config, corpus.key, one)[0]) for one in growth]
+            for table in ("checkpoint_degree", "checkpoint_graph"):
+                sharded[table] = [_file_of(one, f"{folder}/{table}.parquet") for one, folder in graphs]
+            inputs["learned_features"] = [
+                _file_of(one.checkpoint, f"{one.folder}/learned.parquet") for one in growth
+            ]
+        if texts:
+            inputs["generations"] = [
+                _file_of(one.checkpoint, f"{one.folder}/generations.parquet") for one in texts
+            ]
+        if curves := training_losses(run):
+            inputs["training_losses"] = [
+                ShardFile(name=name, model=series) for series, name in curves.items()
+            ]
+        parts: dict[str, Any] = {
+            "group": self.name,
+            "version": VERSION,
+            "corpus": corpus.key,
+            "checkpoints": checkpoint_rows(checkpoints),
+            "resamples": losses_of(config).resamples,
+            "window": window_of(config),
+            "m": config.graph.rarefaction_m,
+            "files": {
+                table: [[file.model, file.step, file.name, file.doc_offset] for file in files]
+                for table, files in (inputs | sharded).items()
+            },
+        }
+        key = content_key(**parts)
+        gathered = [table for table in MEMBERS[self.name] if table in inputs]
+        return Tables(
+            name=self.name,
+            key_parts=parts,
+            tables={
+                table: f"tables/consolidation-{key}/{table}.parquet"
+                for table in ("checkpoints", "loss_buckets", *gathered)
+            },
+            sharded=sharded,
+            made_by_shard=tuple(table for table in sharded if table != "token_losses"),
+            inputs=Catalog(sharded=inputs),
+            # Checkpoints have dictionaries of their own.
+            about=corpus.about[:1],
+        )
+
+    def build(self, run: Run, progress: Progress = silent) -> Tables:
+        """Make what is missing of the tables."""
+        corpus, group = corpus_group(run.config, run.result(TOKENIZE)), self.planned(run)
+        by_checkpoint, growth = _loss_files(run), run.result(GROWTH)
+        total = len(by_checkpoint) + len(growth) + 1
+        advance = one_by_one(progress, total)
+        progress(0, total, "consolidation tables")
+        build_tokens(run, corpus)
+        for (model, step), files in by_checkpoint.items():
+            _ensure_document_losses(run, corpus, files)
+            advance(f"losses of {model}, step {step}")
+        for grown in growth:
+            _ensure_graph(run, corpus, grown)
+            advance(f"graph of {grown.checkpoint.series}, step {grown.checkpoint.step}")
+        ensure_folder(
+            run.storage, list(group.tables.values()), group.key_parts, lambda: _write_small(run, group)
+        )
+        advance("consolidation tables")
+        return group
+
+    def beside(self, storage: Storage, catalog: Catalog) -> Mapping[str, pa.Table]:
+        """What the tables were made with: those kept from an earlier run may be of another configuration."""
+        if "loss_buckets" not in catalog.tables:
+            return {}
+        manifest = storage.read_json(f"{catalog.tables['loss_buckets'].rsplit('/', 1)[0]}/{MANIFEST}")
+        if manifest is None:
+            return {}
+        row = {name: manifest["inputs"].get(name) for name in _MADE_WITH.names}
+        return {"made_with": pa.Table.from_pylist([row], schema=_MADE_WITH)}
+
+
+CONSOLIDATION = ConsolidationTables()
+
+
+def training_losses(run: Run) -> dict[str, str]:
+    """The series that are trained here, and the file of each one's loss curve in the storage."""
+    shards = run.result(TOKENIZE)
+    return {
+        series.name: f"{plan_training(run.config, shards, series).folder}/{TRAINING_LOSSES}"
+        for series in consolidation_of(run.config).series
+        if series.shape is not None
+    }
+
+
+def _loss_files(run: Run) -> dict[tuple[str, int], list[ShardFile]]:
+    """Each checkpoint's files of losses, in corpus order: of single ones where these are kept, else of sums."""
+    checkpoints, losses = run.result(CHECKPOINTS), run.result(LOSSES)
+    files: dict[tuple[str, int], list[ShardFile]] = {
+        (checkpoint.series, checkpoint.step): [] for checkpoint in checkpoints
+    }
+    for loss in sorted(losses, key=lambda loss: loss.part.shard.doc_offset):
+        model, step = loss.checkpoint.series, loss.checkpoint.step
+        files[model, step].append(
+            ShardFile(
+                name=f"{loss.folder}/{file_of(run.config)}.parquet",
+                doc_offset=loss.part.shard.doc_offset,
+                model=model,
+                step=step,
+            )
+        )
+    return files
+
+
+def _document_losses_folder(corpus: str, files: Sequence[ShardFile]) -> tuple[str, dict[str, Any]]:
+    """The folder of one checkpoint's losses by document, and what its key is made of."""
+    parts: dict[str, Any] = {
+        "group": "document_losses",
+        "version": VERSION,
+        "corpus": corpus,
+        "losses": [[file.name, file.doc_offset] for file in files],
+    }
+    return f"tables/document_losses-{content_key(**parts)}", parts
+
+
+def _graph_folder(config: Config, corpus: str, grown: GrownSae) -> tuple[str, dict[str, Any]]:
+    """The folder of one checkpoint's degrees and graph, and what its key is made of."""
+    parts: dict[str, Any] = {
+        "group": "checkpoint_graph",
+        "version": VERSION,
+        "corpus": corpus,
+        "edges": edge_folder(grown.dictionary.layer, grown.features)[0],
+        "dictionary_size": grown.dictionary.d_sae,
+        "m": config.graph.rarefaction_m,
+    }
+    return f"tables/checkpoint_graph-{content_key(**parts)}", parts
+
+
+def _file_of(checkpoint: Checkpoint, name: str) -> ShardFile:
+    return ShardFile(name=name, model=checkpoint.series, step=checkpoint.step)
+
+
+def _ensure_document_losses(run: Run, corpus: Tables, files: Sequence[ShardFile]) -> None:
+    folder, parts = _document_losses_folder(corpus.key, files)
     name = f"{folder}/document_losses.parquet"
     given, missing = "token_losses", "shard_document_losses"
-    if not losses_of(config).keep_tokens:
+    if not losses_of(run.config).keep_tokens:
         given, missing = missing, given
 
     def make() -> Iterator[StoredFile]:
         inputs = Catalog(tables={"tokens": corpus.tables["tokens"]}, sharded={given: list(files)})
-        nothing = {missing: _EMPTY[missing].empty_table()}
-        yield write_table(config.duckdb, storage, "document_losses", name, inputs, nothing)
+        nothing = {missing: declared(_EMPTY[missing]).empty_table()}
+        yield write_table(run.config.duckdb, run.storage, "document_losses", name, inputs, nothing)
 
-    ensure_folder(storage, [name], parts, make)
+    ensure_folder(run.storage, [name], parts, make)
 
 
-def _ensure_graph(config: Config, storage: Storage, corpus: Group, grown: GrownSae) -> None:
-    folder, parts = graph_folder(config, corpus.key, grown)
+def _ensure_graph(run: Run, corpus: Tables, grown: GrownSae) -> None:
+    config, storage = run.config, run.storage
+    folder, parts = _graph_folder(config, corpus.key, grown)
     degree, graph = f"{folder}/checkpoint_degree.parquet", f"{folder}/checkpoint_graph.parquet"
 
     def make() -> Iterator[StoredFile]:
@@ -142,30 +251,24 @@ def _ensure_graph(config: Config, storage: Storage, corpus: Group, grown: GrownS
     ensure_folder(storage, [degree, graph], parts, make)
 
 
-def _whole(
-    config: Config, storage: Storage, group: Group, results: ConsolidationResults
-) -> Callable[[], Iterator[StoredFile]]:
-    def make() -> Iterator[StoredFile]:
-        rows = checkpoint_rows(results.checkpoints)
-        checkpoints = pa.Table.from_pylist(rows, schema=TABLES["checkpoints"])
-        yield storage.write_parquet(group.tables["checkpoints"], checkpoints)
-        losses = group.sharded["document_losses"]
-        yield write_table(
-            config.duckdb,
-            storage,
-            "loss_buckets",
-            group.tables["loss_buckets"],
-            Catalog(sharded={"document_losses": losses}),
-            {
-                "checkpoints": checkpoints,
-                "intervals": _intervals(storage, losses, losses_of(config).resamples),
-            },
-        )
-        for table in group.tables.keys() & group.inputs.sharded.keys():
-            gathered = _gathered(storage, table, group.inputs.sharded[table])
-            yield storage.write_parquet(group.tables[table], gathered)
-
-    return make
+def _write_small(run: Run, group: Tables) -> Iterator[StoredFile]:
+    """The tables that span all checkpoints."""
+    storage, found = run.storage, run.result(CHECKPOINTS)
+    checkpoints = pa.Table.from_pylist(checkpoint_rows(found), schema=TABLES["checkpoints"])
+    yield storage.write_parquet(group.tables["checkpoints"], checkpoints)
+    losses = group.sharded["document_losses"]
+    intervals = _intervals(storage, losses, losses_of(run.config).resamples)
+    yield write_table(
+        run.config.duckdb,
+        storage,
+        "loss_buckets",
+        group.tables["loss_buckets"],
+        Catalog(sharded={"document_losses": losses}),
+        {"checkpoints": checkpoints, "intervals": intervals},
+    )
+    for table in group.tables.keys() & group.inputs.sharded.keys():
+        gathered = _gathered(storage, table, group.inputs.sharded[table])
+        yield storage.write_parquet(group.tables[table], gathered)
 
 
 def _intervals(storage: Storage, losses: Sequence[ShardFile], resamples: int) -> pa.Table:

@@ -15,37 +15,35 @@ from infra.progress import Progress, silent
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.errors import ConfigError, FunctokError
-from schemas.pretraining.section import Consolidation
-from tasks.pretraining.launch import FAILURE, REPORT, write_whole
+from schemas.pretraining.section import consolidation_of
+from tasks.corpus.tokenization import TOKENIZE
+from tasks.corpus.tokenizer_training import with_tokenizer
+from tasks.engine.run import Run
+from tasks.pretraining.plan import plan_training
+from tasks.pretraining.state import is_trained
+from tasks.pretraining.training import FAILURE, REPORT, train_series, write_whole
 
 _WATCH_SECONDS = 2.0
 
 
 def work(config: Config, name: str, progress: Progress = silent) -> None:
-    """Train a series of a configuration whose corpus is tokenized, as one process of a launch.
-
-    Raises:
-        ConfigError: if there is no such series with a shape.
-        FunctokError: if the corpus is not tokenized, or the training fails.
-    """
-    from tasks.corpus.tokenization import find_corpus_shards
-    from tasks.corpus.tokenizer_training import with_tokenizer
-    from tasks.pretraining.training import train_series
-
-    section = config.section(Consolidation)
-    series = [
-        entry
-        for entry in ([] if section is None else section.series)
-        if entry.name == name and entry.shape is not None
+    """Train a series of a configuration whose corpus is tokenized, as one process of a launch."""
+    found = [
+        series
+        for series in consolidation_of(config).series
+        if series.name == name and series.shape is not None
     ]
-    if not series:
+    if not found:
         raise ConfigError(f"there is no series {name} with a shape", hint="see consolidation.series")
     storage = Storage(config.storage.root, config.storage.endpoint_url)
     resolved = with_tokenizer(config, storage)
-    shards = None if resolved is None else find_corpus_shards(resolved, storage)
-    if resolved is None or shards is None:
+    run = None if resolved is None else Run(resolved, storage)
+    if run is None or not run.is_finished(TOKENIZE):
         raise FunctokError("the corpus is not tokenized yet", hint="functok run --only tokenize comes first")
-    train_series(resolved, storage, shards, series[0], progress)
+    shards = run.result(TOKENIZE)
+    plan = plan_training(run.config, shards, found[0])
+    if not is_trained(storage, plan):
+        train_series(run.config, storage, shards, plan, progress)
 
 
 def main() -> None:

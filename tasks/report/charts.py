@@ -16,7 +16,8 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from itertools import cycle
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import altair as alt
 
@@ -60,6 +61,8 @@ CONFIG: dict[str, Any] = {
     "aria": False,
     "font": "sans-serif",
     "background": None,
+    # A reader's sans-serif may be wider than the one that Vega measures with.
+    "padding": {"left": 5, "right": 32, "top": 5, "bottom": 5},
     "view": {"stroke": None},
     "axis": {
         **{f"{part}Color": INK for part in ("label", "title", "domain", "tick", "grid")},
@@ -77,6 +80,7 @@ CONFIG: dict[str, Any] = {
         "titleFontSize": 11,
         "titleFontWeight": "normal",
         "labelLimit": 0,
+        "columnPadding": 30,
         "symbolOpacity": 1,
         "symbolSize": 70,
     },
@@ -204,91 +208,74 @@ def _grid(emphasised: float | None) -> Any:
     return {"condition": {"test": f"datum.value === {emphasised:g}", "value": 0.6}, "value": FAINT}
 
 
+class Look(NamedTuple):
+    """How a series looks: its colour, its marker and its line."""
+
+    colour: str
+    shape: str
+    dash: Sequence[int] = SOLID
+
+
 @dataclass(frozen=True, kw_only=True)
 class Key:
     """A chart's series, and how each one looks.
 
     Attributes:
         field: Of the rows: the series' name.
-        names: The series in order.
-        colours: One a series.
-        shapes: Markers, one a series.
-        dashes: Lines, one a series.
+        looks: Series' name to its look, in order.
         is_shown: Whether the chart has a legend; not where its titles say it already.
     """
 
     field: str
-    names: Sequence[str]
-    colours: Sequence[str]
-    shapes: Sequence[str]
-    dashes: Sequence[Sequence[int]]
+    looks: Mapping[str, Look]
     is_shown: bool = True
 
     @classmethod
     def cycled(cls, field: str, names: Sequence[str], *, is_shown: bool = True) -> Key:
         """A key of series that have no look of their own."""
-        looks = [
-            [among[place % len(among)] for place in range(len(names))] for among in (COLOURS, SHAPES, DASHES)
-        ]
-        return cls(
-            field=field,
-            names=names,
-            colours=looks[0],  # type: ignore[arg-type]
-            shapes=looks[1],  # type: ignore[arg-type]
-            dashes=looks[2],  # type: ignore[arg-type]
-            is_shown=is_shown,
-        )
+        looks = map(Look, cycle(COLOURS), cycle(SHAPES), cycle(DASHES))
+        return cls(field=field, looks=dict(zip(names, looks, strict=False)), is_shown=is_shown)
 
     @classmethod
     def graded(cls, field: str, names: Sequence[str]) -> Key:
         """A key of series that follow each other: later ones are lighter."""
         last = max(1, len(names) - 1)
-        colours = [PLASMA[round(place / last * (len(PLASMA) - 1))] for place in range(len(names))]
-        shapes = [SHAPES[place % len(SHAPES)] for place in range(len(names))]
-        return cls(field=field, names=names, colours=colours, shapes=shapes, dashes=[SOLID] * len(names))
+        colours = (PLASMA[round(place / last * (len(PLASMA) - 1))] for place in range(len(names)))
+        return cls(field=field, looks=dict(zip(names, map(Look, colours, cycle(SHAPES)), strict=True)))
 
     def only(self, names: Collection[str]) -> Key:
         """The key of those series that a chart has."""
-        kept = [place for place, name in enumerate(self.names) if name in names]
-        return dataclasses.replace(
-            self,
-            names=[self.names[place] for place in kept],
-            colours=[self.colours[place] for place in kept],
-            shapes=[self.shapes[place] for place in kept],
-            dashes=[self.dashes[place] for place in kept],
-        )
+        kept = {name: look for name, look in self.looks.items() if name in names}
+        return dataclasses.replace(self, looks=kept)
 
     def color(self) -> alt.Color:
         """Colours by series."""
-        return alt.Color(**self._encoded(self.colours))
+        return alt.Color(**self._encoded([look.colour for look in self.looks.values()]))
 
     def shape(self) -> alt.Shape:
         """Markers by series."""
-        return alt.Shape(**self._encoded(self.shapes))
+        return alt.Shape(**self._encoded([look.shape for look in self.looks.values()]))
 
     def dash(self, *, is_told: bool) -> alt.StrokeDash:
         """Lines by series; told by the legend where no markers tell the series apart."""
-        encoded = self._encoded([list(dash) for dash in self.dashes])
+        encoded = self._encoded([list(look.dash) for look in self.looks.values()])
         return alt.StrokeDash(**(encoded if is_told else encoded | {"legend": None}))
 
-    def _encoded(self, looks: Sequence[Any]) -> dict[str, Any]:
-        longest = max((len(name) for name in self.names), default=0)
+    def _encoded(self, range_: Sequence[Any]) -> dict[str, Any]:
+        longest = max((len(name) for name in self.looks), default=0)
         columns = max(1, int(LEGEND_WIDTH / (PIXELS_PER_CHARACTER * longest + 28)))
         return {
             "field": self.field,
             "type": "nominal",
             "title": None,
-            "scale": alt.Scale(domain=list(self.names), range=list(looks)),
+            "scale": alt.Scale(domain=list(self.looks), range=range_),
             "legend": alt.Legend(columns=columns) if self.is_shown else None,
         }
 
 
 KINDS = Key(
     field="kind",
-    names=("function tokens", "content tokens"),
-    colours=(FUNCTION, CONTENT),
-    shapes=("circle", "triangle-up"),
-    dashes=(SOLID, SOLID),
+    looks={"function tokens": Look(FUNCTION, "circle"), "content tokens": Look(CONTENT, "triangle-up")},
 )
 """Function and content tokens."""
 
@@ -374,7 +361,7 @@ def intervals(rows: Sequence[Row], x: Axis, y: Axis, key: Key, band: tuple[str, 
         band: Fields of the interval's lower and upper end.
     """
     across = dataclasses.replace(x, scale={"type": "band", "padding": 0.35})
-    offset = alt.XOffset(field=key.field, type="nominal", sort=list(key.names))
+    offset = alt.XOffset(field=key.field, type="nominal", sort=list(key.looks))
     base = alt.Chart().encode(x=across.x(), xOffset=offset, color=key.color())
     low, high = band
     return alt.layer(

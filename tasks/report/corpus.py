@@ -9,7 +9,7 @@ from typing import Any
 from tasks.report import charts
 from tasks.report.charts import KINDS, Spec
 from tasks.report.queries import (
-    cut_note,
+    first_rows,
     line_fit,
     line_sums,
     one,
@@ -31,10 +31,10 @@ KIND = "if(is_function, 'function tokens', 'content tokens') AS kind"
 
 ZIPF_KEY = charts.Key(
     field="kind",
-    names=KINDS.names,
-    colours=KINDS.colours,
-    shapes=("circle", charts.LINE),
-    dashes=KINDS.dashes,
+    looks={
+        "function tokens": charts.Look(charts.FUNCTION, "circle"),
+        "content tokens": charts.Look(charts.CONTENT, charts.LINE),
+    },
 )
 
 
@@ -286,6 +286,7 @@ def _spread_of(connection: Any, token: Row, n_documents: int) -> dict[str, Any]:
 
 def function_tokens(connection: Any) -> Table:
     """The function tokens by rank."""
+    shown, note = first_rows(connection, "SELECT * FROM tokens WHERE is_function ORDER BY rank", MOST_TOKENS)
     return Table(
         caption="Function tokens",
         columns=[
@@ -297,8 +298,8 @@ def function_tokens(connection: Any) -> Table:
             Column("cumulative_share", "percent"),
             Column("doc_share", "percent", "share of documents"),
         ],
-        rows=rows(connection, f"SELECT * FROM tokens WHERE is_function ORDER BY rank LIMIT {MOST_TOKENS}"),
-        note=cut_note(connection, "SELECT count(*) FROM tokens WHERE is_function", MOST_TOKENS),
+        rows=shown,
+        note=note,
     )
 
 
@@ -308,7 +309,7 @@ def function_tokens(connection: Any) -> Table:
 def zipf(points: Sequence[Row], cut: int | None) -> Spec:
     """Count against frequency rank, both logarithmic, with the cut between function and content tokens."""
     rank, count = charts.log("rank", "frequency rank"), charts.log("count", "count")
-    function, content = ([row for row in points if row["kind"] == kind] for kind in ZIPF_KEY.names)
+    function, content = ([row for row in points if row["kind"] == kind] for kind in ZIPF_KEY.looks)
     return charts.single(
         charts.series(content, rank, count, ZIPF_KEY, marks=None),
         charts.series(function, rank, count, ZIPF_KEY, lines=False),

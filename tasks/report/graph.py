@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from tasks.models.token_texts import label, shared_texts, visible
 from tasks.report import charts
 from tasks.report.charts import KINDS, Spec
 from tasks.report.corpus import KIND, last_function_rank
@@ -21,7 +22,7 @@ from tasks.report.queries import (
     tables_of,
     value,
 )
-from tasks.report.text import integer, label, layers_told, listed, percent, shared_texts, signed, visible
+from tasks.report.text import integer, layers_told, listed, percent, signed
 from tasks.report.vocabulary import Chart, Column, Finding, Row, Section, Table, holds
 
 TABLES = {"token_degree", "coverage", "graph_summary"}

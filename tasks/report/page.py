@@ -25,19 +25,6 @@ class Image:
     caption: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Drawn:
-    """A section whose charts are drawn."""
-
-    section: Section
-    images: Sequence[Image]
-
-
-def draw(section: Section) -> Drawn:
-    """Draw a section's charts."""
-    return Drawn(section=section, images=[image(chart) for chart in section.charts])
-
-
 def image(chart: Chart) -> Image:
     """The chart as the page shows it, the same bytes for the same spec."""
     svg = charts.svg(chart.spec)
@@ -52,8 +39,10 @@ def image(chart: Chart) -> Image:
     )
 
 
-def render(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Drawn]) -> str:
-    """The page as HTML: no script, no reference to anything outside it."""
+def render(
+    title: str, facts: Sequence[tuple[str, str]], sections: Sequence[tuple[Section, Sequence[Image]]]
+) -> str:
+    """The page as HTML, of sections and their images: no script, no reference to anything outside it."""
     import jinja2
 
     environment = jinja2.Environment(

@@ -104,7 +104,8 @@ def line_fit(sums: dict[str, Any]) -> LineFit | None:
     )
 
 
-def cut_note(connection: Any, count: str, most: int) -> str:
-    """That a table shows only the first rows, where a query counts more than `most`."""
-    n = value(connection, count)
-    return f"The first {most:,} of {n:,}; the others are in the table." if n > most else ""
+def first_rows(connection: Any, query: str, most: int) -> tuple[list[dict[str, Any]], str]:
+    """A query's first rows, and a note that there are more of them, where there are."""
+    n = value(connection, f"SELECT count(*) FROM ({query})")
+    note = f"The first {most:,} of {n:,}; the others are in the table." if n > most else ""
+    return rows(connection, f"{query} LIMIT {most}"), note

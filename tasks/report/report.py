@@ -30,19 +30,12 @@ def write_report(
     storage: Storage,
     resources: DuckDb | None = None,
     progress: Progress = silent,
-    parts: Sequence[Part] | None = None,
+    parts: Sequence[Part] = (),
 ) -> str:
-    """Write `report.html` in the storage's root and give its address.
-
-    Args:
-        storage: The run's root.
-        resources: Limits of DuckDB.
-        progress: Told of each section.
-        parts: What the experiments tell; None: all of them.
+    """Write `report.html` in the storage's root, with the experiments' parts, and give its address.
 
     Raises:
         ConfigError: if no corpus tables are published under this root.
-        StorageError: if the tables cannot be read or the report cannot be written.
     """
     key = _report_key(storage)
     with telling_damage(), closing(connect(storage, resources)) as connection:
@@ -70,7 +63,7 @@ def _report_key(storage: Storage) -> str:
 
 
 def build_report(
-    connection: Any, storage: Storage, progress: Progress = silent, parts: Sequence[Part] | None = None
+    connection: Any, storage: Storage, progress: Progress = silent, parts: Sequence[Part] = ()
 ) -> str:
     """The report's HTML from a connection of `infra.duck.connect`.
 
@@ -78,7 +71,7 @@ def build_report(
         ConfigError: if no corpus tables are published.
     """
     from tasks.report import corpus, graph, run
-    from tasks.report.page import Drawn, draw, render
+    from tasks.report.page import image, render
 
     if not tables_of(connection) >= CORPUS_TABLES:
         raise ConfigError(
@@ -90,7 +83,7 @@ def build_report(
         raise ConfigError(
             f"the corpus under {storage.root} has no token", hint="see the table rejects", stage="report"
         )
-    told = [(part, part.sections(connection)) for part in (all_parts() if parts is None else parts)]
+    told = [(part, part.sections(connection)) for part in parts]
     is_expected = not any(part.HAS_OWN_GRAPHS and sections for part, sections in told)
     builders = [
         *corpus.sections(connection),
@@ -98,20 +91,13 @@ def build_report(
         *(build for _, sections in told for build in sections),
         *run.sections(connection),
     ]
-    sections: list[Drawn] = []
+    sections = []
     for done, build in enumerate(builders):
         progress(done, len(builders), "report sections")
-        sections.append(draw(build()))
+        section = build()
+        sections.append((section, [image(chart) for chart in section.charts]))
     progress(len(builders), len(builders), "report sections")
     facts = corpus.facts(connection) + graph.facts(connection)
     for part, _ in told:
         facts += part.facts(connection)
     return render("functok report", facts, sections)
-
-
-def all_parts() -> list[Part]:
-    """What the experiments tell."""
-    from tasks.pretraining import report as pretraining
-    from tasks.steering import report as steering
-
-    return [steering, pretraining]

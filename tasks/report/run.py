@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tasks.report.queries import cut_note, rows, tables_of
+from tasks.report.queries import first_rows, rows, tables_of
 from tasks.report.vocabulary import Column, Section, Table
 
 MOST_ROWS = 300
@@ -53,6 +53,11 @@ def dictionaries(connection: Any) -> Table:
 
 def expectations(connection: Any) -> Table:
     """What every stage was checked for, failures first."""
+    query = """
+        SELECT stage, expectation, success, CAST(observed AS VARCHAR) AS observed FROM expectations
+        ORDER BY success, stage, expectation, 4
+    """
+    found, note = first_rows(connection, query, MOST_ROWS)
     return Table(
         caption="Expectations",
         columns=[
@@ -61,19 +66,19 @@ def expectations(connection: Any) -> Table:
             Column("success", "met", "met"),
             Column("observed"),
         ],
-        rows=rows(
-            connection,
-            f"""
-            SELECT stage, expectation, success, CAST(observed AS VARCHAR) AS observed FROM expectations
-            ORDER BY success, stage, expectation, 4 LIMIT {MOST_ROWS}
-            """,
-        ),
-        note=cut_note(connection, "SELECT count(*) FROM expectations", MOST_ROWS),
+        rows=found,
+        note=note,
     )
 
 
 def rejects(connection: Any) -> Table:
     """Records that were not used, by reason."""
+    query = """
+        SELECT reason, count(*) AS records, count(DISTINCT source) AS files,
+               arg_min(source, (source, line)) AS first_in, arg_min(line, (source, line)) AS first_line
+        FROM rejects GROUP BY reason ORDER BY records DESC, reason
+    """
+    found, note = first_rows(connection, query, MOST_ROWS)
     return Table(
         caption="Records that were not used, by reason",
         columns=[
@@ -83,23 +88,13 @@ def rejects(connection: Any) -> Table:
             Column("first_in"),
             Column("first_line", "integer", "line"),
         ],
-        rows=rows(
-            connection,
-            f"""
-            SELECT reason, count(*) AS records, count(DISTINCT source) AS files,
-                   arg_min(source, (source, line)) AS first_in, arg_min(line, (source, line)) AS first_line
-            FROM rejects GROUP BY reason ORDER BY records DESC, reason LIMIT {MOST_ROWS}
-            """,
-        ),
-        note=cut_note(connection, "SELECT count(DISTINCT reason) FROM rejects", MOST_ROWS),
+        rows=found,
+        note=note,
     )
 
 
 def settings(connection: Any) -> Table:
     """What the run was."""
-    return Table(
-        caption="Run",
-        columns=[Column("key", heading="setting"), Column("value")],
-        rows=rows(connection, f"SELECT key, value FROM run_info ORDER BY key, value LIMIT {MOST_ROWS}"),
-        note=cut_note(connection, "SELECT count(*) FROM run_info", MOST_ROWS),
-    )
+    found, note = first_rows(connection, "SELECT key, value FROM run_info ORDER BY key, value", MOST_ROWS)
+    columns = [Column("key", heading="setting"), Column("value")]
+    return Table(caption="Run", columns=columns, rows=found, note=note)

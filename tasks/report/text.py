@@ -4,35 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-import unicodedata
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-OPEN_BOX = "␣"
-NAMED = {"\n": r"\n", "\r": r"\r", "\t": r"\t", " ": OPEN_BOX}
-DOTTED_CIRCLE = "◌"
+from tasks.models.token_texts import OPEN_BOX, visible
+
 DASH = "–"
 """What is not there."""
 
-LONGEST_TOKEN = 60
 LONGEST_TEXT = 2000
-
-
-def visible(token: str | None, longest: int = LONGEST_TOKEN) -> str:
-    r"""A decoded token with nothing hidden in it: one line, every character printable.
-
-    Spaces become ␣, line ends and tabs `\n`, `\r`, `\t`; other control, format, private, surrogate and
-    unassigned characters become `\u{hex}`, so that no direction mark or XML-forbidden character survives.
-    A leading combining mark is put on a dotted circle. Longer tokens than `longest` end in `…`;
-    an id that the vocabulary has no text for is a dash.
-    """
-    if token is None:
-        return DASH
-    shown = token if len(token) <= longest else token[:longest]
-    text = "".join(_visible_character(character) for character in shown)
-    if text and unicodedata.combining(text[0]):
-        text = DOTTED_CIRCLE + text
-    return text + ("…" if len(token) > longest else "")
 
 
 def visible_text(text: str | None, longest: int = LONGEST_TEXT) -> str:
@@ -43,25 +22,6 @@ def visible_text(text: str | None, longest: int = LONGEST_TEXT) -> str:
     """
     shown = visible(text, longest)
     return re.sub(rf"(?<=[^{OPEN_BOX}]){OPEN_BOX}(?=[^{OPEN_BOX}])", " ", shown)
-
-
-def _visible_character(character: str) -> str:
-    if character in NAMED:
-        return NAMED[character]
-    if unicodedata.category(character) in {"Cc", "Cf", "Cn", "Co", "Cs", "Zs", "Zl", "Zp"}:
-        return f"\\u{{{ord(character):x}}}"
-    return character
-
-
-def shared_texts(connection: Any) -> frozenset[str]:
-    """The texts that several tokens of the corpus have: different ids for the same bytes."""
-    found = connection.execute("SELECT token FROM tokens GROUP BY token HAVING count(*) > 1").fetchall()
-    return frozenset(token for (token,) in found)
-
-
-def label(token: str | None, token_id: int, shared: Collection[str]) -> str:
-    """A visible token, with its id where others have its text (`shared_texts`)."""
-    return f"{visible(token)} (id {token_id})" if token in shared else visible(token)
 
 
 def quoted(token: str | None) -> str:

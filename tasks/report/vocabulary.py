@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from tasks.models.token_texts import visible
 from tasks.report.text import (
     DASH,
     change,
@@ -22,7 +23,6 @@ from tasks.report.text import (
     percent,
     plain,
     signed,
-    visible,
     visible_text,
 )
 

@@ -51,14 +51,7 @@ def read_cases(config: Config, storage: Storage) -> Cases:
 
 
 def place_of(case: Case, prompts: Sequence[Prompt]) -> tuple[int, int]:
-    """Where a case's prompts differ.
-
-    Args:
-        case: The case.
-        prompts: Its prompts, tokenized.
-
-    Returns:
-        [first, end): positions, the same in all prompts; before and after them all have the same tokens.
+    """Where a case's tokenized prompts differ: [first, end) in all of them, before and after which they are the same.
 
     Raises:
         ConfigError: if they have different numbers of tokens, differ nowhere, or in more than one place.
@@ -90,8 +83,6 @@ def check_cases(config: Config, storage: Storage) -> Cases:
 
     Raises:
         ConfigError: naming file, entry and way out of the first that cannot be used as asked.
-        ModelError: if the tokenizer cannot be loaded, or has no BOS token and one is wanted.
-        StorageError: if where the file lies does not answer.
     """
     section, cases = steering_of(config), read_cases(config, storage)
     tokenizer = load_tokenizer(config.model, storage)
@@ -137,11 +128,6 @@ def check_feature_ids(cases: Cases, dictionaries: Sequence[Dictionary]) -> None:
 
 def check_clamps(config: Config, cases: Cases, facts: Mapping[int, Facts]) -> None:
     """Whether the dictionaries where experiments may steer let features be clamped, if that is asked for.
-
-    Args:
-        config: The configuration.
-        cases: The cases.
-        facts: What is known of the dictionary of each layer.
 
     Raises:
         ConfigError: naming the first layer whose dictionary does not.

@@ -15,7 +15,8 @@ from typing import Literal
 from infra.manifest import content_key
 from schemas.errors import ConfigError
 from schemas.steering.section import Mode, Place, Steering
-from tasks.steering.interventions import Directions, Intervention
+from tasks.steering.directions import Directions
+from tasks.steering.interventions import Intervention
 from tasks.steering.loaded_traits import TraitFeature
 
 Control = Literal["trait", "random"]
@@ -63,11 +64,8 @@ class Moved:
 def conditions_of(section: Steering, last: int, content: int | None) -> tuple[Condition, ...]:
     """All conditions of one experiment, in the order of its table.
 
-    Args:
-        section: Modes, strengths, places and the number of random draws.
-        last: Position of the prompt's last function token.
-        content: Position of the content token that is the control; None where the prompt has none: it has no such
-            rows.
+    Places are the prompt's last function token and the content token that is the control; a prompt without one (None)
+    has no such rows.
     """
     positions: dict[Place, int | None] = {
         "last function token": last,
@@ -80,12 +78,7 @@ def conditions_of(section: Steering, last: int, content: int | None) -> tuple[Co
     variants += [(place, "random", draw) for place in section.places for draw in draws]
     return tuple(
         Condition(
-            mode=mode,
-            place=place,
-            position=positions[place],
-            control=control,
-            draw=draw,
-            strength=strength,
+            mode=mode, place=place, position=positions[place], control=control, draw=draw, strength=strength
         )
         for mode in section.modes
         for place, control, draw in variants
@@ -98,9 +91,6 @@ def moved_features(traits: Sequence[Sequence[TraitFeature]]) -> Moved:
 
     A feature that several traits have is moved once: what they would add is added up, and it is clamped to the
     largest of their values.
-
-    Args:
-        traits: Each trait's features at the layer that is steered, strongest first.
     """
     added: dict[int, float] = {}
     clamped: dict[int, float] = {}
@@ -118,14 +108,8 @@ def moved_features(traits: Sequence[Sequence[TraitFeature]]) -> Moved:
 def random_features(seed: int, prompt: str, draw: int, taken: Collection[int], d_sae: int) -> tuple[int, ...]:
     """As many random latents as the trait has, none of them twice and none of the trait's.
 
-    A function of its arguments alone: one draw has the same latents at every strength, in every mode and place.
-
-    Args:
-        seed: `steering.seed`.
-        prompt: The experiment's prompt.
-        draw: Number of the draw, from 1.
-        taken: The trait's features.
-        d_sae: Size of the dictionary.
+    A function of its arguments alone: one draw (from 1) has the same latents at every strength, in every mode and
+    place.
 
     Raises:
         ConfigError: if the dictionary has too few other latents.
@@ -147,15 +131,8 @@ def intervention_of(
     """What a condition does to its row of a batch: nothing at strength 0.
 
     Random features are always added, with the trait's values: their change is then scaled, position by position, to
-    the norm of what the trait's does in this mode.
-
-    Args:
-        condition: The condition.
-        values: The trait's features' values at strength 1 in its mode.
-        directions: By draw; 0 is the trait's.
-
-    Raises:
-        DictionaryError: if the dictionary does not let features have these values.
+    the norm of what the trait's does in this mode. Values are those of the trait's features at strength 1; directions
+    are by draw, the trait's being 0.
     """
     if condition.strength == 0:
         return []

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from schemas.errors import DictionaryError
+from schemas.errors import DictionaryError, about
 from tasks.dictionaries.encoding import Encoder, Sparse
 from tasks.dictionaries.quality import DENSE_ENTRIES, Variance
 from tasks.steering.directions import decoder_directions
@@ -66,17 +66,12 @@ def contrasted(
 
     Returns:
         The row of `trait_layers` and those of `trait_features`, the strongest features first.
-
-    Raises:
-        DictionaryError: if the dictionary has no encoder weights and `how` asks for them.
     """
     pairs = len(residuals) // 2
     positive, negative = residuals[:pairs], residuals[pairs:]
     separation, accuracy = tell_apart(positive, negative)
-    try:
+    with about(f"layer {layer}"):
         found = decompose(encoder, positive, negative, how, most)
-    except DictionaryError as error:
-        raise DictionaryError(f"layer {layer}: {error.message}", hint=error.hint) from error
     columns = {name: values.tolist() for name, values in asdict(found).items()}
     features = [
         {"layer": layer, "place": place, **dict(zip(columns, values, strict=True))}

@@ -89,12 +89,6 @@ class Directions:
 def directions_of(sae: Any, layer: int, feature_ids: Sequence[int], device: torch.device | str) -> Directions:
     """The directions of some features of a SAELens SAE.
 
-    Args:
-        sae: The dictionary, on any device.
-        layer: Decoder block after which it reads.
-        feature_ids: Latents, each once.
-        device: Where the model is.
-
     Raises:
         DictionaryError: if a feature is outside the dictionary or named twice, or what it decodes to is not a
             residual.
@@ -153,12 +147,7 @@ def decoder_directions(sae: Any, feature_ids: Sequence[int] | torch.Tensor) -> t
 
 
 def clamp_objection(architecture: str, normalization: str) -> str:
-    """Why features of such a dictionary cannot be clamped; empty where they can.
-
-    Args:
-        architecture: SAELens' name of its class.
-        normalization: SAELens' `normalize_activations`.
-    """
+    """Why features of such a dictionary cannot be clamped, in SAELens' names of both; empty where they can."""
     if architecture not in _CLAMPED:
         return f"whether a feature of a {architecture} dictionary is active depends on others"
     if normalization != "none":

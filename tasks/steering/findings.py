@@ -38,6 +38,7 @@ from tasks.steering.intervals import (
     FEWEST,
     SCORES,
     SUMS,
+    by_experiment,
     by_unit,
     case_sums,
     experiment_effects,
@@ -139,12 +140,7 @@ class Steered:
 
 
 def measure_reactivation(connection: Any, resamples: int | None = None) -> Reactivation | None:
-    """All layers together, from a connection of `infra.duck.connect`; None where no case has own features.
-
-    Args:
-        connection: The connection, with the table `reactivation_positions`.
-        resamples: Of the cases; None: as many as the run's own intervals have.
-    """
+    """All layers together; None where no case has own features. Resamples are as the run's own, or as given."""
     resamples = resamples or resamples_of(connection, "steering")
     sums = case_sums(connection)
     sums = sums.filter([token is None for token in sums["token"].to_pylist()])
@@ -167,10 +163,9 @@ def measure_reactivation(connection: Any, resamples: int | None = None) -> React
     kinds = {}
     for place, kind in enumerate(KINDS):
         mine = scores[place * len(SCORES) : (place + 1) * len(SCORES)]
-        enough = has_kind[place] >= FEWEST
-        kinds[kind] = dict(
-            zip(SCORES, mine if enough else [_without_interval(value) for value in mine], strict=True)
-        )
+        if has_kind[place] < FEWEST:
+            mine = [_without_interval(value) for value in mine]
+        kinds[kind] = dict(zip(SCORES, mine, strict=True))
     return Reactivation(
         n_cases=len(pooled),
         n_relations=value(
@@ -190,21 +185,9 @@ def measure_reactivation(connection: Any, resamples: int | None = None) -> React
 
 
 def measure_steering(connection: Any, resamples: int | None = None) -> Steered:
-    """Each mode at its middle strength, from a connection that has the table `steering`.
-
-    Args:
-        connection: Of `infra.duck.connect`.
-        resamples: Of the experiments; None: as many as the run's own intervals have.
-    """
+    """Each mode at its middle strength. Resamples are as the run's own intervals, or as given."""
     resamples = resamples or resamples_of(connection, "steering")
-    effects = experiment_effects(connection)
-    groups, values = by_unit(
-        effects,
-        ("mode", "place", "control", "strength"),
-        ("case", "prompt", "target"),
-        EFFECTS,
-        absent=math.nan,
-    )
+    groups, values = by_experiment(experiment_effects(connection))
     of = {group: values[:, place] for place, group in enumerate(groups)}
     last = rows(
         connection,
@@ -365,11 +348,7 @@ def fluency(steered: Steered) -> Finding:
 
 
 def one_layer(rows: Sequence[Row]) -> Finding | None:
-    """Whether all traits found from prompts share their most informative layer; None where that is no question.
-
-    Args:
-        rows: The table `trait_layers`.
-    """
+    """Whether all traits found from prompts share their most informative layer; None where that is no question."""
     found = [row for row in rows if row["is_most_informative"] and row["separation"] is not None]
     n_layers = len({row["layer"] for row in rows})
     if len(found) < 2 or n_layers < 2:

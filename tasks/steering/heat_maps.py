@@ -7,9 +7,10 @@ from typing import Any
 
 import altair as alt
 
+from tasks.models.token_texts import visible
 from tasks.report import charts
 from tasks.report.queries import tables_of, value
-from tasks.report.text import listed, percent, visible, visible_text
+from tasks.report.text import listed, percent, visible_text
 from tasks.report.vocabulary import Chart
 
 RULE = (
@@ -80,18 +81,18 @@ class HeatMap:
 
 
 def heat_maps(connection: Any, limit: int = 4) -> list[HeatMap]:
-    """Heat maps of one case a relation; see `RULE`.
-
-    Args:
-        connection: Of `infra.duck.connect`.
-        limit: How many at most.
-
-    Returns:
-        None, where no case has own features and a later function token.
-    """
+    """Heat maps of one case a relation, `limit` at most (see `RULE`); empty without own features to look at again."""
     if not tables_of(connection) >= {"reactivations", "reactivation_positions", "prompt_tokens"}:
         return []
-    layer = _layer(connection)
+    layer = value(
+        connection,
+        """
+        SELECT layer FROM (
+            SELECT DISTINCT "case", prompt, layer, n_own FROM reactivation_positions WHERE is_function AND n_own > 0
+        )
+        GROUP BY layer ORDER BY sum(n_own) DESC, layer LIMIT 1
+        """,
+    )
     if layer is None:
         return []
     chosen = connection.execute(
@@ -206,19 +207,6 @@ def _panel(found: HeatMap, place: int) -> alt.LayerChart:
     return alt.layer(*layers).properties(width=CELL * len(panel.tokens), height=height, title=title)
 
 
-def _layer(connection: Any) -> int | None:
-    layer: int | None = value(
-        connection,
-        """
-        SELECT layer FROM (
-            SELECT DISTINCT "case", prompt, layer, n_own FROM reactivation_positions WHERE is_function AND n_own > 0
-        )
-        GROUP BY layer ORDER BY sum(n_own) DESC, layer LIMIT 1
-        """,
-    )
-    return layer
-
-
 def _heat_map(connection: Any, case: str, relation: str, share: float, layer: int) -> HeatMap:
     (every, *_) = connection.execute(
         'SELECT list(DISTINCT prompt ORDER BY prompt) FROM prompt_tokens WHERE "case" = ?', [case]
@@ -238,21 +226,13 @@ def _heat_map(connection: Any, case: str, relation: str, share: float, layer: in
     shown = [(feature, panel) for panel, mine in enumerate(own) for feature in mine[:MOST_FEATURES]]
     panels = []
     for prompt in prompts:
-        tokens = _shown_tokens(connection, case, prompt)
+        positions, tokens, is_function, in_place = zip(*_shown_tokens(connection, case, prompt), strict=True)
+        values = tuple(
+            tuple(active.get((prompt, feature, position), 0.0) / largest[feature] for position in positions)
+            for feature, _ in shown
+        )
         panels.append(
-            HeatPanel(
-                prompt=prompt,
-                tokens=tuple(token for _, token, _, _ in tokens),
-                is_function=tuple(is_function for *_, is_function, _ in tokens),
-                in_place=tuple(in_place for *_, in_place in tokens),
-                values=tuple(
-                    tuple(
-                        active.get((prompt, feature, position), 0.0) / largest[feature]
-                        for position, *_ in tokens
-                    )
-                    for feature, _ in shown
-                ),
-            )
+            HeatPanel(prompt=prompt, tokens=tokens, is_function=is_function, in_place=in_place, values=values)
         )
     return HeatMap(
         case=case,

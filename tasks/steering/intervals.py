@@ -21,14 +21,7 @@ Floats = npt.NDArray[np.float64]
 
 SCORES = ("own", "counterfactual", "unrelated", "excess", "excess_unrelated")
 EFFECTS = ("target_logprob_delta", "advantage", "kl", "log_perplexity_delta")
-SUMS = (
-    "n_own",
-    "own",
-    "counterfactual_units",
-    "matched_n_own",
-    "matched_own",
-    "unrelated_units",
-)
+SUMS = ("n_own", "own", "counterfactual_units", "matched_n_own", "matched_own", "unrelated_units")
 """Columns of `sql/steering/reactivation_sums.sql` that scores are made of, in the order that `scores_of` wants."""
 
 UNIT = float(1 << 32)
@@ -50,11 +43,7 @@ def experiment_effects(connection: Any) -> pa.Table:
 
 
 def score_intervals(sums: pa.Table, resamples: int) -> pa.Table:
-    """95 % intervals of all scores, by case.
-
-    Args:
-        sums: What `case_sums` gives.
-        resamples: How many.
+    """95 % intervals of all scores, by case, of what `case_sums` gives.
 
     Returns:
         `layer`, `kind`, `token` and both ends of each score; null with fewer than 2 cases.
@@ -68,22 +57,12 @@ def score_intervals(sums: pa.Table, resamples: int) -> pa.Table:
 
 
 def effect_intervals(effects: pa.Table, resamples: int) -> pa.Table:
-    """95 % intervals of all effects, by experiment.
-
-    Args:
-        effects: What `experiment_effects` gives.
-        resamples: How many.
+    """95 % intervals of all effects, by experiment, of what `experiment_effects` gives.
 
     Returns:
         `mode`, `place`, `control`, `strength` and both ends of each effect; null with fewer than 2 experiments.
     """
-    groups, values = by_unit(
-        effects,
-        ("mode", "place", "control", "strength"),
-        ("case", "prompt", "target"),
-        EFFECTS,
-        absent=np.nan,
-    )
+    groups, values = by_experiment(effects)
     known = np.isfinite(values)
     counts = np.concatenate([np.where(known, values, 0.0), known], axis=2)
     ends = _ends(counts, means_of, len(EFFECTS), resamples)
@@ -131,10 +110,7 @@ def by_unit(
     """Values of each group of rows and each of the units that are drawn.
 
     Args:
-        rows: One row a group and unit.
-        group_columns: What names a group.
-        unit_columns: What names a unit.
-        value_columns: The values.
+        rows: One row a group and unit, which these columns name.
         absent: Value of a unit that a group lacks.
 
     Returns:
@@ -150,6 +126,12 @@ def by_unit(
         values = pa.array(rows[name].to_pylist(), pa.float64())
         counts[(*at, column)] = values.to_numpy(zero_copy_only=False)
     return list(groups), counts
+
+
+def by_experiment(effects: pa.Table) -> tuple[list[tuple[Any, ...]], Floats]:
+    """The same of `EFFECTS` in each setting and experiment; NaN where an experiment lacks it."""
+    settings, experiment = ("mode", "place", "control", "strength"), ("case", "prompt", "target")
+    return by_unit(effects, settings, experiment, EFFECTS, absent=np.nan)
 
 
 def _few(counts: Floats, column: str) -> npt.NDArray[np.intp]:

@@ -14,11 +14,9 @@ from typing import Any, Literal
 
 import torch
 
-from schemas.errors import DictionaryError, ModelError
+from schemas.errors import DictionaryError, ModelError, about
 from tasks.models.language_model import LanguageModel
-from tasks.steering.directions import Directions, directions_of, named
-
-__all__ = ["Directions", "Intervention", "change_norms", "directions_of", "steered"]
+from tasks.steering.directions import Directions, named
 
 _ANOTHER = "one steered() covers one pass: open another for the next, and generate with the cache"
 
@@ -50,58 +48,45 @@ class Intervention:
     sized_as: Intervention | None = None
 
     def __post_init__(self) -> None:
-        own = self.directions
-        where = f"layer {own.layer}: "
-        if len(self.values) != len(own.feature_ids):
-            raise DictionaryError(
-                f"{where}{named(own.feature_ids)} cannot be given {len(self.values)} values",
-                hint="one a feature",
-            )
-        if not all(map(math.isfinite, self.values)):
-            raise DictionaryError(
-                f"{where}{named(own.feature_ids)} cannot be given the values {list(self.values)}",
-                hint="give finite ones",
-            )
-        if self.sized_as is not None and self.sized_as.directions.layer != own.layer:
-            raise DictionaryError(
-                f"{where}a change cannot be sized as one at layer {self.sized_as.directions.layer}",
-                hint="name one at the same layer",
-            )
-        if self.mode == "clamp":
-            self._check_clamp(where)
+        own, features = self.directions, named(self.directions.feature_ids)
+        with about(f"layer {own.layer}"):
+            if len(self.values) != len(own.feature_ids):
+                raise DictionaryError(
+                    f"{features} cannot be given {len(self.values)} values", hint="one a feature"
+                )
+            if not all(map(math.isfinite, self.values)):
+                raise DictionaryError(
+                    f"{features} cannot be given the values {list(self.values)}", hint="give finite ones"
+                )
+            if self.sized_as is not None and self.sized_as.directions.layer != own.layer:
+                raise DictionaryError(
+                    f"layer {own.layer}: a change cannot be sized as one at layer {self.sized_as.directions.layer}",
+                    hint="name one at the same layer",
+                )
+            if self.mode == "clamp":
+                self._check_clamp(features)
 
-    def _check_clamp(self, where: str) -> None:
-        own = self.directions
+    def _check_clamp(self, features: str) -> None:
+        own, instead = self.directions, 'steer with mode = "add" alone: steering.modes = ["add"]'
         if own.objection:
-            raise DictionaryError(
-                f"{where}{named(own.feature_ids)} cannot be clamped: {own.objection}",
-                hint='steer with mode = "add" alone: steering.modes = ["add"]',
-            )
+            raise DictionaryError(f"{features} cannot be clamped: {own.objection}", hint=instead)
         for feature, value, threshold in zip(
             own.feature_ids, self.values, own.threshold.tolist(), strict=True
         ):
+            refused = f"feature {feature} cannot be clamped to {value:g}"
             if value < 0:
                 raise DictionaryError(
-                    f"{where}feature {feature} cannot be clamped to {value:g}: activations are not negative",
-                    hint='clamp it to 0 or more, or steer with mode = "add" alone: steering.modes = ["add"]',
+                    f"{refused}: activations are not negative", hint=f"clamp it to 0 or more, or {instead}"
                 )
             if 0 < value <= threshold:
                 raise DictionaryError(
-                    f"{where}feature {feature} cannot be clamped to {value:g}: the encoder reads 0 up to its "
-                    f"threshold of {threshold:g}",
+                    f"{refused}: the encoder reads 0 up to its threshold of {threshold:g}",
                     hint="clamp it to a larger value (another strength), or to 0",
                 )
         _ = own.inverse
 
     def change(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What is added to the residual stream.
-
-        Args:
-            hidden: (…, d_model) residuals of any dtype, on the directions' device.
-
-        Returns:
-            (…, d_model) float32.
-        """
+        """What is added to (…, d_model) residuals of any dtype, on the directions' device: (…, d_model) float32."""
         hidden = hidden.float()
         own = self._clamping(hidden) if self.mode == "clamp" else self._adding(hidden)
         if self.sized_as is None:
@@ -214,13 +199,5 @@ class _Steering:
 
 
 def change_norms(intervention: Intervention, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How large a change is, and the residual that it changes.
-
-    Args:
-        intervention: What is done; its position does not matter.
-        hidden: (…, d_model) residuals, as the model has them without it.
-
-    Returns:
-        Two (…,) float32: norms of the change and of the residual.
-    """
+    """(…,) float32 norms of a change, wherever it is made, and of the (…, d_model) residuals that it changes."""
     return intervention.change(hidden).norm(dim=-1), hidden.float().norm(dim=-1)

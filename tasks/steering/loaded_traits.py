@@ -9,7 +9,7 @@ from infra import verified
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.errors import ConfigError
-from schemas.steering.section import Trait, steering_of
+from schemas.steering.section import Cases, Trait, steering_of
 from schemas.steering.work import TraitFeatures
 
 
@@ -75,16 +75,13 @@ class LoadedTrait:
 
 
 def load_layers(storage: Storage, found: TraitFeatures) -> tuple[TraitLayer, ...]:
-    """What `compute_traits` has kept of a trait's layers, ascending.
+    """What `find_trait` has kept of a trait's layers, ascending.
 
     Which is the most informative one is told here, of all of them together: it is the one of the largest separation,
     the lowest of equal ones.
     """
-    rows = [
-        row
-        for entry in found.layers
-        for row in verified.read_table(storage, f"{entry.folder}/trait_layers.parquet").to_pylist()
-    ]
+    names = [f"{entry.folder}/trait_layers.parquet" for entry in found.layers]
+    rows = [row for name in names for row in verified.read_table(storage, name).to_pylist()]
     best = _largest({row["layer"]: row["separation"] or 0.0 for row in rows})
     columns = [name for name in TraitLayer.__annotations__ if name != "is_most_informative"]
     return tuple(
@@ -94,7 +91,7 @@ def load_layers(storage: Storage, found: TraitFeatures) -> tuple[TraitLayer, ...
 
 
 def load_trait(storage: Storage, found: TraitFeatures) -> LoadedTrait:
-    """Read what `compute_traits` has kept of a trait."""
+    """Read what `find_trait` has kept of a trait."""
     features = {}
     for entry in found.layers:
         rows = verified.read_table(storage, f"{entry.folder}/trait_features.parquet").to_pylist()
@@ -121,6 +118,12 @@ def given_trait(trait: Trait) -> LoadedTrait | None:
         for feature, value in zip(trait.features, trait.values, strict=True)
     )
     return LoadedTrait(trait=trait.name, layers=(layer,), features={trait.layer: features})
+
+
+def known_traits(storage: Storage, cases: Cases, found: Sequence[TraitFeatures]) -> dict[str, LoadedTrait]:
+    """Traits by name: those that are found, and those whose features the cases' file gives."""
+    given = {trait.name: known for trait in cases.trait if (known := given_trait(trait)) is not None}
+    return given | {trait.trait: load_trait(storage, trait) for trait in found if trait.trait not in given}
 
 
 def choose_layer(config: Config, traits: Sequence[LoadedTrait]) -> int:

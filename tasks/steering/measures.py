@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from schemas.errors import ModelError
+from schemas.errors import ModelError, about
 from tasks.models.language_model import LanguageModel
 from tasks.steering.interventions import Intervention, steered
 
@@ -83,14 +83,9 @@ def answers(
     with _one_pass(model, question.layer, rows):
         losses = model.token_losses(whole, wanted)[:, len(question.ids) - 1 :]
     _refuse(question, losses.isfinite().all(dim=1), names)
-    try:
-        with _one_pass(model, question.layer, rows):
-            new = model.generate_rows(ids, question.max_new_tokens, question.stop_ids)
-    except ModelError as error:
-        among = "; ".join(dict.fromkeys(names))
-        raise ModelError(
-            f"layer {question.layer}, while generating with {among}: {error.message}", hint=error.hint
-        ) from error
+    generating = f"layer {question.layer}, while generating with {'; '.join(dict.fromkeys(names))}"
+    with about(generating), _one_pass(model, question.layer, rows):
+        new = model.generate_rows(ids, question.max_new_tokens, question.stop_ids)
     return Answers(
         log_probs=log_probs,
         target=tuple((-losses.double().sum(dim=1)).tolist()),
@@ -101,12 +96,8 @@ def answers(
 def divergences(changed: torch.Tensor, baseline: torch.Tensor) -> list[float]:
     """KL divergences from the baseline's distributions, row by row: Σ p_changed (log p_changed - log p_baseline).
 
-    Args:
-        changed: (rows, vocabulary) float32 log-probabilities.
-        baseline: The same of the unsteered model.
-
-    Returns:
-        (rows) in nats, in float64; infinite where the baseline rules out a token that the changed model does not.
+    Of (rows, vocabulary) float32 log-probabilities, in nats, in float64; infinite where the baseline rules out a token
+    that the changed model does not.
     """
     found = []
     for row, reference in zip(changed, baseline, strict=True):
@@ -121,16 +112,9 @@ def divergences(changed: torch.Tensor, baseline: torch.Tensor) -> list[float]:
 def perplexities(
     model: LanguageModel, question: Question, texts: Iterable[Sequence[int]], batch_size: int
 ) -> dict[tuple[int, ...], float]:
-    """The perplexity of texts given the prompt, under the model as it is.
+    """The perplexity of texts given the prompt, under the model as it is: exp(mean loss in nats over its tokens).
 
-    Args:
-        model: The model.
-        question: The prompt.
-        texts: Token ids of each, after the prompt; empty ones have no perplexity and are left out.
-        batch_size: Texts of a forward at most.
-
-    Returns:
-        exp(mean loss in nats over a text's tokens) of each different text.
+    Texts are ids after the prompt, `batch_size` a forward at most; empty ones have no perplexity and are left out.
 
     Raises:
         ModelError: if one is not finite.

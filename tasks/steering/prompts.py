@@ -101,11 +101,7 @@ def last_function_position(prompt: Prompt, function_ids: Collection[int]) -> int
 
 
 def content_position(prompt: Prompt, function_ids: Collection[int]) -> int | None:
-    """The position of the prompt's own last content token before its last function token; None if there is none.
-
-    Raises:
-        ConfigError: if the prompt has no function token.
-    """
+    """The position of the prompt's own last content token before its last function token; None if there is none."""
     function, end = {int(i) for i in function_ids}, last_function_position(prompt, function_ids)
     for position in reversed(range(end)):
         is_own = prompt.in_text[position] and not prompt.is_special[position]
@@ -115,17 +111,11 @@ def content_position(prompt: Prompt, function_ids: Collection[int]) -> int | Non
 
 
 def target_ids(target: str, text: str, config: Config, tokenizer: LoadedTokenizer) -> list[int]:
-    """The ids by which a target continues a prompt, with no special token added before or after it.
+    """The ids by which a target continues a prompt (up to where the answer begins), with no special token around it.
 
     They are what it adds to the prompt's tokens in one text with it. Where the two texts would merge in a token, as
     ` riv` and `er` may, the prompt's tokens stay and the target's own follow: what the tokenizer makes of it within
     a text, not at the start of one, where many tokenizers put a space before it.
-
-    Args:
-        target: The continuation, with its spaces.
-        text: The prompt; the target continues it up to where the answer begins, in a chat template too.
-        config: The configuration, which says whether there is one.
-        tokenizer: The prompt's.
 
     Raises:
         ConfigError: if it adds no token, none of its tokens read as it does after the prompt's, or the chat template

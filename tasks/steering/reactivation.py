@@ -2,236 +2,199 @@
 
 Two prompts of a case differ in one place, and later tokens are the same. What is kept here is what is active where;
 which features tell the contexts apart and come back is SQL over it. One content-keyed folder a case for its tokens, and
-one a case and layer for its features: another SAE at a layer makes that layer's alone anew.
+one a case and layer for its features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 import torch
 
-from infra.manifest import Manifest, commit, content_key, load_all
-from infra.progress import Progress, silent
-from infra.storage import Storage
-from schemas.config import Config
-from schemas.errors import FunctokError, about
+from infra import verified
+from infra.manifest import Manifest
+from schemas.errors import about
 from schemas.steering.section import Case
-from schemas.steering.work import CaseFeatures, LayerFolder
+from schemas.steering.work import CaseFeatures
 from schemas.tables import SHARD_FILES
-from schemas.work import Dictionary
+from tasks.corpus.tokenization import TOKENIZE
+from tasks.dictionaries.dictionaries import DICTIONARIES
 from tasks.dictionaries.encoding import Encoder
+from tasks.engine.run import Run
+from tasks.engine.stage import Made, Question, Shown, Stage, Written
 from tasks.graph.features import round_mantissa
-from tasks.models.model import LoadedModel, load_model, model_key
+from tasks.models.model import LoadedModel, model_key
 from tasks.models.tokenizers import load_tokenizer
+from tasks.steering import questions
 from tasks.steering.cases import place_of, read_cases
-from tasks.steering.layer_folders import label_at, layer_folders
-from tasks.steering.prompt_features import load_encoders, residuals_of
+from tasks.steering.prompt_features import (
+    LayerUnit,
+    Readers,
+    labels_of,
+    layer_folders,
+    read_once,
+    residuals_of,
+)
 from tasks.steering.prompts import Prompt, tokenized
 
 VERSION = 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Unit:
-    """One case: folders to make or to find.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CaseUnit(LayerUnit):
+    """The tokens of one case's prompts, or one layer's features of them.
 
     Attributes:
         case: The case.
-        inputs: What determines its tokens.
-        of_layers: By layer, ascending: what determines its features.
         prompts: Its prompts, tokenized.
         place: [first, end) positions at which they differ.
     """
 
     case: Case
-    inputs: dict[str, Any]
-    of_layers: dict[int, dict[str, Any]]
     prompts: tuple[Prompt, ...]
     place: tuple[int, int]
 
-    @property
-    def folder(self) -> str:
-        return f"reactivation/{content_key(**self.inputs)}"
 
-    @property
-    def layers(self) -> tuple[LayerFolder, ...]:
-        return layer_folders("reactivation", self.of_layers)
+class Reactivation(Stage[CaseUnit, list[CaseFeatures]]):
+    """Which feature is active at which position of the cases' prompts, layer by layer."""
 
-    @property
-    def folders(self) -> tuple[str, ...]:
-        return (self.folder, *(entry.folder for entry in self.layers))
+    name = "reactivation"
+    section = "steering"
+    needs = (TOKENIZE, DICTIONARIES)
+    measure = "tokens, cases"
+    things = "cases"
+    changed = "they are new or damaged, or their model, dictionaries or settings changed"
+    libraries = ("sae_lens",)
+    tops = ("reactivation",)
 
-    @property
-    def n_tokens(self) -> int:
-        """Tokens that are not special."""
-        return sum(not special for prompt in self.prompts for special in prompt.is_special)
+    def __init__(self) -> None:
+        self._readers = Readers()
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Lack:
-    """What a case lacks: its tokens, its features at some layers, or both."""
-
-    unit: _Unit
-    has_tokens: bool
-    layers: tuple[LayerFolder, ...]
-
-    @property
-    def label(self) -> str:
-        """How messages name it: with its layers, where others are there."""
-        return label_at(self.unit.case.label, self.layers, len(self.unit.of_layers))
-
-
-def find_reactivations(
-    config: Config, storage: Storage, dictionaries: Sequence[Dictionary]
-) -> list[CaseFeatures] | None:
-    """The features of all cases, in the order of their file, or None if any is missing.
-
-    Raises:
-        ConfigError: if the cases cannot be used.
-    """
-    return _found(storage, _units(config, storage, dictionaries))
-
-
-def missing_reactivations(
-    config: Config, storage: Storage, dictionaries: Sequence[Dictionary]
-) -> tuple[int, list[str]]:
-    """The number of cases that are done, and a line for each that is not.
-
-    Raises:
-        ConfigError: if the cases cannot be used.
-    """
-    units = _units(config, storage, dictionaries)
-    lacks = _lacks(storage, units)
-    return len(units) - len(lacks), [lack.label for lack in lacks]
-
-
-def compute_reactivations(
-    config: Config, storage: Storage, dictionaries: Sequence[Dictionary], progress: Progress = silent
-) -> list[CaseFeatures]:
-    """Make what is missing of the cases' features.
-
-    Args:
-        config: The configuration.
-        storage: Where everything is.
-        dictionaries: The run's: every one of their layers is read. A case's prompts are read once for all layers
-            that it lacks.
-        progress: Called after each case with tokens read.
-
-    Returns:
-        One for each `[[case]]`, in the order of their file.
-
-    Raises:
-        ConfigError: if the cases cannot be used.
-        DictionaryError: if a dictionary no longer loads.
-        ModelError: if the model cannot be loaded or a residual is not finite.
-    """
-    units = _units(config, storage, dictionaries)
-    lacks = _lacks(storage, units)
-    if lacks:
-        total, seen = sum(lack.unit.n_tokens for lack in lacks), 0
-        progress(0, total, "tokens, cases")
-        needed = {entry.layer for lack in lacks for entry in lack.layers}
-        model = load_model(config.model, storage) if needed else None
-        own = [entry for entry in dictionaries if entry.layer in needed]
-        encoders = {} if model is None else load_encoders(storage, own, model.device)
-        for lack in lacks:
-            with about(lack.unit.case.label, stage="reactivation"):
-                _make(config, storage, lack, model, encoders)
-            seen += lack.unit.n_tokens
-            progress(seen, total, "tokens, cases")
-    found = _found(storage, units)
-    if found is None:
-        raise FunctokError("cases vanished while they were made", stage="reactivation", hint="run again")
-    return found
-
-
-def _units(config: Config, storage: Storage, dictionaries: Sequence[Dictionary]) -> list[_Unit]:
-    with about(stage="reactivation"):
-        cases = read_cases(config, storage).case
-    if not cases:
-        return []
-    tokenizer, key_of_model = load_tokenizer(config.model, storage), model_key(config.model, storage)
-    by_layer = sorted(dictionaries, key=lambda entry: entry.layer)
-    units = []
-    for case in cases:
-        with about(case.label, stage="reactivation"):
-            prompts = tuple(tokenized(text, config, tokenizer) for text in case.prompts)
-            place = place_of(case, prompts)
-        inputs = {
-            "version": VERSION,
-            "case": case.name,
-            "relation": case.relation,
-            "look_at": case.look_at,
-            "prompts": [vars(prompt) for prompt in prompts],
-            "place": place,
-        }
-        of_layers = {
-            entry.layer: {
+    def units(self, run: Run) -> Sequence[CaseUnit]:
+        """For each case its tokens, then its layers, ascending."""
+        config, storage = run.config, run.storage
+        with about(stage=self.name):
+            cases = read_cases(config, storage).case
+        if not cases:
+            return []
+        tokenizer, key_of_model = load_tokenizer(config.model, storage), model_key(config.model, storage)
+        dictionaries = run.result(DICTIONARIES)
+        units = []
+        for case in cases:
+            with about(case.label, stage=self.name):
+                prompts = tuple(tokenized(text, config, tokenizer) for text in case.prompts)
+                place = place_of(case, prompts)
+            of_tokens = {
+                "version": VERSION,
+                "case": case.name,
+                "relation": case.relation,
+                "look_at": case.look_at,
+                "prompts": [vars(prompt) for prompt in prompts],
+                "place": place,
+            }
+            of_features = {
                 "version": VERSION,
                 "model": key_of_model,
-                "layer": entry.layer,
-                "dictionary": entry.key,
                 "prompts": [[prompt.text, prompt.ids, prompt.is_special] for prompt in prompts],
                 "mantissa_bits": config.activations.mantissa_bits,
             }
-            for entry in by_layer
-        }
-        units.append(_Unit(case=case, inputs=inputs, of_layers=of_layers, prompts=prompts, place=place))
-    return units
+            of_layers = [
+                (entry, {**of_features, "layer": entry.layer, "dictionary": entry.key})
+                for entry in sorted(dictionaries, key=lambda entry: entry.layer)
+            ]
+            units += [
+                CaseUnit(
+                    top="reactivation",
+                    inputs=inputs,
+                    about=case.label,
+                    size=sum(not special for prompt in prompts for special in prompt.is_special),
+                    together=case.name,
+                    dictionary=dictionary,
+                    n_layers=len(dictionaries),
+                    case=case,
+                    prompts=prompts,
+                    place=place,
+                )
+                for dictionary, inputs in [(None, of_tokens), *of_layers]
+            ]
+        return units
+
+    def lines(self, missing: Sequence[CaseUnit]) -> Sequence[str]:
+        """A line a case."""
+        return labels_of(missing)
+
+    def prepare(self, run: Run, missing: Sequence[CaseUnit]) -> Sequence[CaseUnit]:
+        """Count each case's tokens once."""
+        return read_once(missing)
+
+    def make(self, run: Run, group: Sequence[CaseUnit]) -> Iterator[Made]:
+        """What one case lacks: its prompts are read once for all layers."""
+        with about(group[0].about, stage=self.name):
+            features = self._features(run, group)
+
+        def write() -> Iterator[Written]:
+            for unit in group:
+                if unit.dictionary is None:
+                    name, table, counted = "prompt_tokens", _tokens(unit), "n_tokens"
+                else:
+                    name, table, counted = "prompt_features", features[unit.dictionary.layer], "n_activations"
+                written = run.storage.write_parquet(f"{unit.folder}/{name}.parquet", table)
+                yield unit, [written], {counted: table.num_rows}
+
+        yield Made(size=sum(unit.size for unit in group), write=write)
+
+    def close(self) -> None:
+        """Free the model and the dictionaries."""
+        self._readers.forget()
+
+    def result(self, run: Run, units: Sequence[CaseUnit], done: Mapping[str, Manifest]) -> list[CaseFeatures]:
+        """One for each `[[case]]`, in the order of their file."""
+        return [
+            CaseFeatures(
+                case=tokens.case.name,
+                folder=tokens.folder,
+                layers=layer_folders(unit for unit in units if unit.together == tokens.together),
+                n_tokens=tokens.size,
+            )
+            for tokens in units
+            if tokens.dictionary is None
+        ]
+
+    def question(self, run: Run, result: list[CaseFeatures]) -> Question:
+        """The cases that were read, against their file, the dictionaries and the vocabulary."""
+        return questions.of_reactivation(run, result)
+
+    def shown(self, run: Run, result: list[CaseFeatures]) -> Iterable[Shown]:
+        """The cases' prompts, and how many tokens were read."""
+        rows = []
+        for case in result:
+            name = f"{case.folder}/prompt_tokens.parquet"
+            prompts = verified.read_table(run.storage, name, columns=["prompt"])["prompt"].unique()
+            rows.append(
+                {"case": case.case, "prompts": " / ".join(prompts.to_pylist()), "tokens": case.n_tokens}
+            )
+        yield Shown(name="cases", description="Prompts that differ in one place", rows=rows)
+
+    def _features(self, run: Run, group: Sequence[CaseUnit]) -> dict[int, pa.Table]:
+        """By layer, the rows of `prompt_features`, prompts in order."""
+        dictionaries = [unit.dictionary for unit in group if unit.dictionary is not None]
+        if not dictionaries:
+            return {}
+        model, mantissa_bits = self._readers.model(run), run.config.activations.mantissa_bits
+        encoders = {entry.layer: self._readers.encoder(run, entry) for entry in dictionaries}
+        read = [_features(prompt, model, encoders, mantissa_bits) for prompt in group[0].prompts]
+        return {layer: pa.concat_tables([tables[layer] for tables in read]) for layer in encoders}
 
 
-def _lacks(storage: Storage, units: Sequence[_Unit]) -> list[_Lack]:
-    done = load_all(storage, [folder for unit in units for folder in unit.folders])
-    lacks = [
-        _Lack(
-            unit=unit,
-            has_tokens=unit.folder in done,
-            layers=tuple(entry for entry in unit.layers if entry.folder not in done),
-        )
-        for unit in units
-    ]
-    return [lack for lack in lacks if lack.layers or not lack.has_tokens]
+REACTIVATION = Reactivation()
 
 
-def _found(storage: Storage, units: Sequence[_Unit]) -> list[CaseFeatures] | None:
-    if _lacks(storage, units):
-        return None
-    return [
-        CaseFeatures(case=unit.case.name, folder=unit.folder, layers=unit.layers, n_tokens=unit.n_tokens)
-        for unit in units
-    ]
-
-
-def _make(
-    config: Config, storage: Storage, lack: _Lack, model: LoadedModel | None, encoders: Mapping[int, Encoder]
-) -> None:
-    unit = lack.unit
-    if not lack.has_tokens:
-        tokens = pa.Table.from_pylist(_tokens(unit), schema=SHARD_FILES["prompt_tokens"])
-        written = storage.write_parquet(f"{unit.folder}/prompt_tokens.parquet", tokens)
-        stats = {"n_tokens": unit.n_tokens}
-        manifest = Manifest(stage="reactivation", inputs=unit.inputs, stats=stats)
-        commit(storage, unit.folder, manifest, [written])
-    if model is None or not lack.layers:
-        return
-    wanted = {entry.layer: encoders[entry.layer] for entry in lack.layers}
-    read = [_features(prompt, model, wanted, config.activations.mantissa_bits) for prompt in unit.prompts]
-    for entry in lack.layers:
-        features = pa.concat_tables([tables[entry.layer] for tables in read])
-        written = storage.write_parquet(f"{entry.folder}/prompt_features.parquet", features)
-        stats = {"n_activations": features.num_rows}
-        inputs = unit.of_layers[entry.layer]
-        commit(storage, entry.folder, Manifest(stage="reactivation", inputs=inputs, stats=stats), [written])
-
-
-def _tokens(unit: _Unit) -> list[dict[str, Any]]:
+def _tokens(unit: CaseUnit) -> pa.Table:
     """The rows of `prompt_tokens`, prompts and positions in order."""
     (first, end), look_at = unit.place, unit.case.look_at
-    return [
+    rows = [
         {
             "case": unit.case.name,
             "relation": unit.case.relation,
@@ -247,6 +210,7 @@ def _tokens(unit: _Unit) -> list[dict[str, Any]]:
         for position in range(len(prompt.ids))
         if not prompt.is_special[position]
     ]
+    return pa.Table.from_pylist(rows, schema=SHARD_FILES["prompt_tokens"])
 
 
 def _features(

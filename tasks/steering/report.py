@@ -26,27 +26,21 @@ LONGEST_TEXT = 300
 
 SCORES = charts.Key(
     field="score",
-    names=(
-        "the prompt itself",
-        "counterfactual prompt, same position",
-        "unrelated prompts, same token",
-    ),
-    colours=(charts.VERMILLION, charts.BLUE, charts.GREEN),
-    shapes=charts.SHAPES[:3],
-    dashes=(charts.SOLID,) * 3,
+    looks={
+        "the prompt itself": charts.Look(charts.VERMILLION, "circle"),
+        "counterfactual prompt, same position": charts.Look(charts.BLUE, "square"),
+        "unrelated prompts, same token": charts.Look(charts.GREEN, "triangle-up"),
+    },
 )
 SETTINGS = charts.Key(
     field="setting",
-    names=(
-        "trait, last function token",
-        "trait, all positions",
-        "trait, content token",
-        "random, last function token",
-        "random, all positions",
-    ),
-    colours=(charts.VERMILLION, charts.ORANGE, charts.BLUE, charts.GREEN, charts.PURPLE),
-    shapes=("circle", "square", "triangle-up", "diamond", "triangle-down"),
-    dashes=(charts.SOLID, charts.DASHED, charts.DASHDOT, charts.DOTTED, charts.DOTTED),
+    looks={
+        "trait, last function token": charts.Look(charts.VERMILLION, "circle"),
+        "trait, all positions": charts.Look(charts.ORANGE, "square", charts.DASHED),
+        "trait, content token": charts.Look(charts.BLUE, "triangle-up", charts.DASHDOT),
+        "random, last function token": charts.Look(charts.GREEN, "diamond", charts.DOTTED),
+        "random, all positions": charts.Look(charts.PURPLE, "triangle-down", charts.DOTTED),
+    },
 )
 EFFECTS = {
     "target_logprob_delta": "change of target log-probability (nats)",
@@ -69,7 +63,7 @@ def findings(connection: Any) -> list[Finding]:
     if there["cases"]:
         found += claims.reactivation_findings(measure_reactivation(connection))
     if there["traits"]:
-        found += _one_layer(trait_layers(connection))
+        found += filter(None, [claims.one_layer(trait_layers(connection))])
     if there["steering experiments"]:
         found += claims.steering_findings(measure_steering(connection))
     return found
@@ -134,7 +128,20 @@ def _reactivation(connection: Any) -> Section:
         ],
         findings=claims.reactivation_findings(measure_reactivation(connection)),
         tables=[
-            scores_table(whole),
+            Table(
+                caption="Own features active again (%), by layer and kind of token",
+                columns=[
+                    Column("layer", "plain"),
+                    Column("kind"),
+                    Column("n_cases", "integer", "cases"),
+                    Column("n_positions", "integer", "positions"),
+                    *_SCORES,
+                ],
+                rows=whole,
+                note="Per cent of own features that are active: in the prompt itself, at the same position of the "
+                "case’s other prompts, and at the same token in prompts of other relations; then the differences. In "
+                "parentheses 95 % intervals by case.",
+            ),
             *(
                 token_scores_table(found, kind)
                 for kind in claims.KINDS
@@ -169,14 +176,48 @@ def _traits(connection: Any) -> Section:
         "apart along it; its dictionary takes the difference apart into features. Explained variance below 0 says that "
         "the dictionary reconstructs these residuals worse than their mean does: what tells the prompts apart is "
         "smaller than its errors.",
-        findings=_one_layer(layers),
-        tables=[trait_layers_table(layers), trait_features_table(connection)],
+        findings=[*filter(None, [claims.one_layer(layers)])],
+        tables=[
+            Table(
+                caption="Traits and layers",
+                columns=[
+                    Column("trait"),
+                    Column("layer", "plain"),
+                    Column("n_pairs", "integer", "pairs"),
+                    Column("separation", "signed"),
+                    Column("accuracy", "percent", digits=0),
+                    Column("explained_variance", "signed", digits=3),
+                    Column("is_most_informative", "mark", "most informative"),
+                ],
+                rows=layers,
+                note="Separation: difference of the means of left-out positive and negative prompts along the "
+                "direction found without them, in standard deviations. Accuracy: share of left-out pairs in the "
+                "right order. Explained variance: of the dictionary, at the last function tokens of these prompts. A "
+                "trait whose features are given has none of them.",
+            ),
+            Table(
+                caption="The traits’ strongest features",
+                columns=[
+                    Column("trait"),
+                    Column("layer", "plain"),
+                    Column("place", "integer"),
+                    Column("feature_id", "plain", "feature"),
+                    Column("coefficient", "signed", digits=3),
+                    Column("contribution", "signed", digits=3),
+                    Column("clamp_value", "signed", digits=3),
+                    Column("mean_positive", "signed", digits=3),
+                    Column("mean_negative", "signed", digits=3),
+                ],
+                rows=rows(
+                    connection,
+                    "SELECT f.* FROM trait_features AS f JOIN trait_layers AS l USING (trait, layer) "
+                    f"WHERE l.is_most_informative AND place <= {FEATURES_SHOWN} ORDER BY trait, layer, place",
+                ),
+                note="At the most informative layer. Contribution: coefficient times the norm of the decoder’s "
+                "direction. Clamp value: mean activation over the positive prompts that activate the feature.",
+            ),
+        ],
     )
-
-
-def _one_layer(layers: Sequence[Row]) -> list[Finding]:
-    found = claims.one_layer(layers)
-    return [] if found is None else [found]
 
 
 def _steering(connection: Any) -> Section:
@@ -204,7 +245,27 @@ def _steering(connection: Any) -> Section:
             )
         ],
         findings=claims.steering_findings(steered),
-        tables=[effects_table(effects)],
+        tables=[
+            Table(
+                caption="What steering does",
+                columns=[
+                    Column("mode"),
+                    Column("setting", heading="features and place"),
+                    Column("strength", "plain"),
+                    Column("n", "integer", "experiments"),
+                    Column("target_logprob_delta", "signed", "target log-probability", shows="both"),
+                    Column("advantage", "signed", "over random", shows="both"),
+                    Column("kl", "signed", "KL", shows="both"),
+                    Column("log_perplexity_delta", "signed", "log perplexity", shows="both"),
+                    Column("changed", "percent", "texts changed", digits=0),
+                    Column("relative_norm", "number"),
+                ],
+                rows=effects,
+                note="Changes from the unsteered model in nats, means over the experiments; in parentheses 95 % "
+                "intervals by experiment. Random: features drawn at random, moved by as much as the trait’s. "
+                "Relative norm: of the change at the steered position, to the residual’s norm there.",
+            )
+        ],
     )
 
 
@@ -249,12 +310,7 @@ def effect_rows(connection: Any) -> list[dict[str, Any]]:
 
 
 def steered_texts(connection: Any, strength: float | None = None) -> list[dict[str, Any]]:
-    """Texts before and after: the trait's, and of random features the first draw's.
-
-    Args:
-        connection: Of `infra.duck.connect`.
-        strength: At this strength; None: the trait's alone, at all strengths but 0.
-    """
+    """Texts before and after at a strength, of random features the first draw's; None: the trait's at all but 0."""
     return rows(
         connection,
         f"""
@@ -281,24 +337,6 @@ _SCORES = [
 ]
 
 
-def scores_table(whole: Sequence[Row]) -> Table:
-    """The scores of each kind of token, by layer."""
-    return Table(
-        caption="Own features active again (%), by layer and kind of token",
-        columns=[
-            Column("layer", "plain"),
-            Column("kind"),
-            Column("n_cases", "integer", "cases"),
-            Column("n_positions", "integer", "positions"),
-            *_SCORES,
-        ],
-        rows=whole,
-        note="Per cent of own features that are active: in the prompt itself, at the same position of the case’s other "
-        "prompts, and at the same token in prompts of other relations; then the differences. In parentheses 95 % "
-        "intervals by case.",
-    )
-
-
 def token_scores_table(scores: Sequence[Row], kind: str) -> Table:
     """The scores of single tokens of a kind, the ones in most cases and positions first."""
     mine = [row for row in scores if row["token"] is not None and row["kind"] == kind]
@@ -314,77 +352,6 @@ def token_scores_table(scores: Sequence[Row], kind: str) -> Table:
         ],
         rows=mine[:MOST_TOKENS],
         note=_left(len(mine) - MOST_TOKENS, "reactivation_scores"),
-    )
-
-
-def trait_layers_table(layers: Sequence[Row]) -> Table:
-    """How well each layer separates a trait's prompts."""
-    return Table(
-        caption="Traits and layers",
-        columns=[
-            Column("trait"),
-            Column("layer", "plain"),
-            Column("n_pairs", "integer", "pairs"),
-            Column("separation", "signed"),
-            Column("accuracy", "percent", digits=0),
-            Column("explained_variance", "signed", digits=3),
-            Column("is_most_informative", "mark", "most informative"),
-        ],
-        rows=layers,
-        note="Separation: difference of the means of left-out positive and negative prompts along the direction found "
-        "without them, in standard deviations. Accuracy: share of left-out pairs in the right order. Explained "
-        "variance: of the dictionary, at the last function tokens of these prompts. A trait whose features are "
-        "given has none of them.",
-    )
-
-
-def trait_features_table(connection: Any) -> Table:
-    """Each trait's strongest features, at its most informative layer."""
-    return Table(
-        caption="The traits’ strongest features",
-        columns=[
-            Column("trait"),
-            Column("layer", "plain"),
-            Column("place", "integer"),
-            Column("feature_id", "plain", "feature"),
-            Column("coefficient", "signed", digits=3),
-            Column("contribution", "signed", digits=3),
-            Column("clamp_value", "signed", digits=3),
-            Column("mean_positive", "signed", digits=3),
-            Column("mean_negative", "signed", digits=3),
-        ],
-        rows=rows(
-            connection,
-            f"""
-            SELECT f.* FROM trait_features AS f JOIN trait_layers AS l USING (trait, layer)
-            WHERE l.is_most_informative AND f.place <= {FEATURES_SHOWN} ORDER BY f.trait, f.layer, f.place
-            """,
-        ),
-        note="At the most informative layer. Contribution: coefficient times the norm of the decoder’s direction. "
-        "Clamp value: mean activation over the positive prompts that activate the feature.",
-    )
-
-
-def effects_table(effects: Sequence[Row]) -> Table:
-    """The means over the experiments, a row a setting."""
-    return Table(
-        caption="What steering does",
-        columns=[
-            Column("mode"),
-            Column("setting", heading="features and place"),
-            Column("strength", "plain"),
-            Column("n", "integer", "experiments"),
-            Column("target_logprob_delta", "signed", "target log-probability", shows="both"),
-            Column("advantage", "signed", "over random", shows="both"),
-            Column("kl", "signed", "KL", shows="both"),
-            Column("log_perplexity_delta", "signed", "log perplexity", shows="both"),
-            Column("changed", "percent", "texts changed", digits=0),
-            Column("relative_norm", "number"),
-        ],
-        rows=effects,
-        note="Changes from the unsteered model in nats, means over the experiments; in parentheses 95 % intervals by "
-        "experiment. Random: features drawn at random, moved by as much as the trait’s. Relative norm: of the change "
-        "at the steered position, to the residual’s norm there.",
     )
 
 
@@ -427,7 +394,7 @@ def scores_chart(whole: Sequence[Row]) -> charts.Spec:
                 for end, suffix in (("value", ""), ("low", "_low"), ("high", "_high"))
             }
             for row in whole
-            for score, name in zip(("own", "counterfactual", "unrelated"), SCORES.names, strict=True)
+            for score, name in zip(("own", "counterfactual", "unrelated"), SCORES.looks, strict=True)
             if row["kind"] == claims.KINDS[place]
         ]
         return charts.intervals(shares, x, y, SCORES, ("low", "high"))

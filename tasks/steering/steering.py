@@ -2,221 +2,195 @@
 
 First the traits' features are found (`tasks.steering.traits`); then each experiment ([[steer]] of the cases' file) is
 swept over modes, places, strengths and controls, one content-keyed folder each (`tasks.steering.experiments`), so a
-sweep that is killed goes on with the first experiment that it lacks.
+sweep that is killed goes on with the first experiment that it lacks. An experiment whose own traits are known is known,
+whatever other traits lack.
 """
 
 from __future__ import annotations
 
-import gc
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from infra import verified
-from infra.manifest import Manifest, commit, load_all
-from infra.progress import Progress, silent
-from infra.storage import Storage
-from schemas.config import Config
-from schemas.errors import FunctokError, about
-from schemas.steering.section import Cases
-from schemas.steering.work import SteeredPrompt, TraitFeatures
+from infra.manifest import Manifest, load_all
+from schemas.errors import about
+from schemas.steering.work import Steered, SteeredPrompt, TraitFeatures
 from schemas.tables import SHARD_FILES
-from schemas.work import CorpusShards, Dictionary
+from schemas.work import Dictionary
 from tasks.corpus.function_tokens import function_token_ids
-from tasks.dictionaries.dictionaries import load_dictionary
+from tasks.corpus.tokenization import TOKENIZE
+from tasks.dictionaries.dictionaries import DICTIONARIES, load_dictionary
 from tasks.dictionaries.facts import Facts, facts_of
+from tasks.engine.run import Run
+from tasks.engine.stage import Made, Question, Shown, Stage, Unit
 from tasks.models.language_model import LanguageModel, load_language_model
-from tasks.models.tokenizers import LoadedTokenizer, load_tokenizer
-from tasks.pretraining.generations import continuation
+from tasks.models.tokenizers import load_tokenizer
+from tasks.steering import questions
 from tasks.steering.cases import check_cases, check_clamps, read_cases
-from tasks.steering.conditions import Condition
-from tasks.steering.experiments import Asked, Unit, asked_of, known_traits, units_of
+from tasks.steering.experiments import ExperimentUnit, experiment_units
+from tasks.steering.loaded_traits import known_traits, load_layers
+from tasks.steering.prompt_features import Readers, labels_of, read_once
 from tasks.steering.sweep import Effect, check_experiment, sweep
-from tasks.steering.traits import Ids, compute_traits, find_traits, missing_traits
+from tasks.steering.traits import TraitUnit, find_trait, found_traits, trait_units
 
-Made = tuple[list[TraitFeatures], list[SteeredPrompt]]
+SHOWN_FEATURES = 5
+"""Features shown of a trait's most informative layer."""
 
-
-def find_steering(
-    config: Config, storage: Storage, shards: CorpusShards, dictionaries: Sequence[Dictionary]
-) -> Made | None:
-    """All traits and experiments, in the order of the cases' file, or None if any is missing.
-
-    Reads no weights.
-
-    Raises:
-        ConfigError: if the cases cannot be used.
-    """
-    function_ids = function_token_ids(config, storage, shards)
-    traits = find_traits(config, storage, dictionaries, function_ids)
-    if traits is None:
-        return None
-    cases, asked = _asked(config, storage, function_ids)
-    steered = _found(
-        storage, units_of(config, storage, asked, known_traits(storage, cases, traits), dictionaries)
-    )
-    return None if steered is None else (traits, steered)
+SHOWN_TEXTS = 200
+"""Rows of steered texts shown at most."""
 
 
-def missing_steering(
-    config: Config, storage: Storage, shards: CorpusShards, dictionaries: Sequence[Dictionary]
-) -> tuple[int, list[str]]:
-    """The number of traits and experiments that are done, and a line for each that is not.
+class Steering(Stage[Unit, Steered]):
+    """The traits' features, and what each experiment does with them."""
 
-    An experiment counts as done where its own traits are known and its rows are there, whatever other traits lack.
-    Reads no weights.
+    name = section = "steering"
+    needs = (TOKENIZE, DICTIONARIES)
+    measure = "texts, steering"
+    things = "traits and experiments"
+    changed = "they are new or damaged, or their model, dictionaries or settings changed"
+    libraries = ("sae_lens",)
+    tops = ("traits", "steering")
 
-    Raises:
-        ConfigError: if the cases cannot be used, an experiment's prompt has no function token, or its dictionary is too
-            small for random controls.
-    """
-    function_ids = function_token_ids(config, storage, shards)
-    traits, missing = missing_traits(config, storage, dictionaries, function_ids)
-    cases, asked = _asked(config, storage, function_ids)
-    units = units_of(config, storage, asked, known_traits(storage, cases, traits), dictionaries)
-    lacking = {unit.folder for unit in _missing(storage, units)}
-    done = [unit.asked for unit in units if unit.folder not in lacking]
-    return len(traits) + len(done), [*missing, *(one.steer.label for one in asked if one not in done)]
+    def __init__(self) -> None:
+        # Traits and experiments are made in rounds: the model without its head never lies beside the one with it.
+        self._readers = Readers()
+        self._model: LanguageModel | None = None
+        self._sae: tuple[str, Any] | None = None
+
+    def units(self, run: Run) -> Sequence[Unit]:
+        """The traits' layers, then the experiments, in the order of the cases' file."""
+        function_ids = function_token_ids(run.config, run.storage, run.result(TOKENIZE))
+        function = frozenset(function_ids.tolist())
+        with about(stage=self.name):
+            cases = read_cases(run.config, run.storage)
+            of_traits = trait_units(run, cases, function)
+            done = load_all(run.storage, [unit.folder for unit in of_traits])
+            lacking = {unit.trait.name for unit in of_traits if unit.folder not in done}
+            found = found_traits([unit for unit in of_traits if unit.trait.name not in lacking])
+            known = known_traits(run.storage, cases, found)
+            return [*of_traits, *experiment_units(run, cases, known, function)]
+
+    def lines(self, missing: Sequence[Unit]) -> Sequence[str]:
+        """A line a trait, then one an experiment."""
+        traits = [unit for unit in missing if isinstance(unit, TraitUnit)]
+        return [*labels_of(traits), *(unit.about for unit in missing if not isinstance(unit, TraitUnit))]
+
+    def prepare(self, run: Run, missing: Sequence[Unit]) -> Sequence[Unit]:
+        """Refuse what can be refused without a model, and leave experiments for when no trait is missing."""
+        with about(stage=self.name):
+            check_clamps(run.config, check_cases(run.config, run.storage), _facts(run))
+        experiments = [unit for unit in missing if isinstance(unit, ExperimentUnit)]
+        experiments.sort(key=lambda unit: unit.dictionary.layer)
+        for unit in experiments:
+            with about(unit.about, stage=self.name):
+                check_experiment(self._sae_of(run, unit.dictionary), unit.experiment)
+        traits = [unit for unit in missing if isinstance(unit, TraitUnit)]
+        return read_once(traits) if traits else experiments
+
+    def make(self, run: Run, group: Sequence[Unit]) -> Iterator[Made | int]:
+        """What one trait lacks, or one experiment."""
+        with about(group[0].about, stage=self.name):
+            traits = [unit for unit in group if isinstance(unit, TraitUnit)]
+            if traits:
+                yield find_trait(run, traits, self._readers)
+            for unit in group:
+                if isinstance(unit, ExperimentUnit):
+                    yield from self._steer(run, unit)
+
+    def close(self) -> None:
+        """Free models and dictionaries."""
+        self._model = self._sae = None
+        self._readers.forget()
+
+    def result(self, run: Run, units: Sequence[Unit], done: Mapping[str, Manifest]) -> Steered:
+        """All traits and experiments, in the order of the cases' file."""
+        return Steered(
+            traits=tuple(found_traits([unit for unit in units if isinstance(unit, TraitUnit)])),
+            experiments=tuple(
+                SteeredPrompt(case=unit.steer.title, prompt=unit.steer.prompt, folder=unit.folder)
+                for unit in units
+                if isinstance(unit, ExperimentUnit)
+            ),
+        )
+
+    def question(self, run: Run, result: Steered) -> Question:
+        """Traits and experiments, against the cases' file, the configuration and the dictionaries."""
+        return questions.of_steering(run, result)
+
+    def shown(self, run: Run, result: Steered) -> Iterable[Shown]:
+        """Each trait's strongest features, and what each experiment answers at each strength."""
+        yield Shown(
+            name="traits",
+            description="Each trait's strongest features at its most informative layer",
+            rows=[row for trait in result.traits for row in _trait_rows(run, trait)],
+        )
+        rows = [row for made in result.experiments for row in _steered_rows(run, made)]
+        places = ", ".join(dict.fromkeys(row["place"] for row in rows))
+        yield Shown(
+            name="steered-texts",
+            description=f"Answers before and after the trait's features are set (place: {places or 'none'})",
+            rows=rows[:SHOWN_TEXTS],
+        )
+
+    def _steer(self, run: Run, unit: ExperimentUnit) -> Iterator[Made | int]:
+        if self._model is None:
+            self._model = load_language_model(run.config.model, run.storage)
+        tokenizer, effects = load_tokenizer(run.config.model, run.storage), list[Effect]()
+        for some in sweep(self._model, self._sae_of(run, unit.dictionary), unit.experiment):
+            effects += some
+            yield len(some)
+        rows = [
+            unit.row(condition, effect, tokenizer)
+            for condition, effect in zip(unit.experiment.conditions, effects, strict=True)
+        ]
+        table = pa.Table.from_pylist(rows, schema=SHARD_FILES["steering"])
+        name, stats = f"{unit.folder}/steering.parquet", {"n_conditions": len(rows)}
+        yield Made(write=lambda: [(unit, [run.storage.write_parquet(name, table)], stats)])
+
+    def _sae_of(self, run: Run, dictionary: Dictionary) -> Any:
+        """A layer's SAE on the CPU; one is kept, as experiments come layer by layer."""
+        if self._sae is None or self._sae[0] != dictionary.folder:
+            self._sae = dictionary.folder, load_dictionary(run.storage, dictionary, "cpu")
+        return self._sae[1]
 
 
-def run_steering(
-    config: Config,
-    storage: Storage,
-    shards: CorpusShards,
-    dictionaries: Sequence[Dictionary],
-    progress: Progress = silent,
-) -> Made:
-    """Find what is missing of the traits' features, then run the experiments that are missing.
-
-    Args:
-        config: The configuration, its tokenizer resolved.
-        storage: Where everything is.
-        shards: The tokenized corpus, whose function tokens say where to steer.
-        dictionaries: The run's.
-        progress: Called with the prompts read for traits, then with the texts steered.
-
-    Returns:
-        All traits and experiments, in the order of the cases' file.
-
-    Raises:
-        ConfigError: if the cases cannot be used, features of a dictionary cannot be clamped though that is asked
-            for, the traits of an experiment have no layer to steer together at, or the dictionary is too small for
-            random controls.
-        DictionaryError: naming experiment and condition, if features cannot be set as asked.
-        ModelError: if the model cannot be loaded, or naming experiment, layer and condition, gives what is not finite.
-    """
-    with about(stage="steering"):
-        check_clamps(config, check_cases(config, storage), _facts(storage, dictionaries))
-    function_ids = function_token_ids(config, storage, shards)
-    # What is wrong with an experiment is told before the traits' model is loaded, where it is known by then.
-    known, _ = missing_traits(config, storage, dictionaries, function_ids)
-    cases, asked = _asked(config, storage, function_ids)
-    early = units_of(config, storage, asked, known_traits(storage, cases, known), dictionaries)
-    checked = _checked(config, storage, _missing(storage, early))
-    traits = compute_traits(config, storage, dictionaries, function_ids, progress)
-    # The model without its head must not lie beside the one with it.
-    gc.collect()
-    units = units_of(config, storage, asked, known_traits(storage, cases, traits), dictionaries)
-    missing = _missing(storage, units)
-    if missing:
-        _checked(config, storage, [unit for unit in missing if unit.folder not in checked])
-        total, seen = sum(len(unit.conditions) for unit in missing), 0
-        progress(0, total, "steered texts, steering")
-        for size in _run(config, storage, missing):
-            seen += size
-            progress(seen, total, "steered texts, steering")
-    steered = _found(storage, units)
-    if steered is None:
-        raise FunctokError("experiments vanished while they were made", stage="steering", hint="run again")
-    return traits, steered
+STEERING = Steering()
 
 
-def _asked(config: Config, storage: Storage, function_ids: Ids) -> tuple[Cases, list[Asked]]:
-    with about(stage="steering"):
-        cases = read_cases(config, storage)
-    return cases, asked_of(config, storage, cases, frozenset(function_ids.tolist()))
-
-
-def _checked(config: Config, storage: Storage, units: Sequence[Unit]) -> set[str]:
-    """The folders of these experiments, all of which can be steered as asked: that needs SAEs, and no model."""
-    for sae, unit in _with_sae(storage, units):
-        with about(unit.asked.steer.label, stage="steering"):
-            check_experiment(sae, unit.experiment(config))
-    return {unit.folder for unit in units}
-
-
-def _facts(storage: Storage, dictionaries: Sequence[Dictionary]) -> dict[int, Facts]:
-    saved = {entry.layer: verified.read_bytes(storage, f"{entry.folder}/cfg.json") for entry in dictionaries}
+def _facts(run: Run) -> dict[int, Facts]:
+    saved = {
+        entry.layer: verified.read_bytes(run.storage, f"{entry.folder}/cfg.json")
+        for entry in run.result(DICTIONARIES)
+    }
     return {layer: facts_of(json.loads(configuration)) for layer, configuration in saved.items()}
 
 
-def _missing(storage: Storage, units: Sequence[Unit]) -> list[Unit]:
-    done = load_all(storage, [unit.folder for unit in units])
-    return [unit for unit in units if unit.folder not in done]
-
-
-def _found(storage: Storage, units: Sequence[Unit]) -> list[SteeredPrompt] | None:
-    if _missing(storage, units):
-        return None
-    entries = [(unit.asked.steer, unit.folder) for unit in units]
-    return [SteeredPrompt(case=steer.title, prompt=steer.prompt, folder=folder) for steer, folder in entries]
-
-
-def _with_sae(storage: Storage, units: Sequence[Unit]) -> Iterator[tuple[Any, Unit]]:
-    """Experiments layer by layer, each with its SAE on the CPU."""
-    dictionaries = {unit.dictionary.layer: unit.dictionary for unit in units}
-    for layer, dictionary in sorted(dictionaries.items()):
-        sae = load_dictionary(storage, dictionary, "cpu")
-        for unit in units:
-            if unit.dictionary.layer == layer:
-                yield sae, unit
-
-
-def _run(config: Config, storage: Storage, units: Sequence[Unit]) -> Iterator[int]:
-    """Make experiments, layer by layer, yielding the conditions of each batch as it is done."""
-    tokenizer = load_tokenizer(config.model, storage)
-    model = load_language_model(config.model, storage)
-    for sae, unit in _with_sae(storage, units):
-        with about(unit.asked.steer.label, stage="steering"):
-            yield from _make(config, storage, unit, model, sae, tokenizer)
-
-
-def _make(
-    config: Config,
-    storage: Storage,
-    unit: Unit,
-    model: LanguageModel,
-    sae: Any,
-    tokenizer: LoadedTokenizer,
-) -> Iterator[int]:
-    effects: list[Effect] = []
-    for some in sweep(model, sae, unit.experiment(config)):
-        effects += some
-        yield len(some)
-    rows = [
-        _as_row(unit, condition, effect, tokenizer)
-        for condition, effect in zip(unit.conditions, effects, strict=True)
+def _trait_rows(run: Run, trait: TraitFeatures) -> list[dict[str, Any]]:
+    [best] = [layer for layer in load_layers(run.storage, trait) if layer.is_most_informative]
+    [folder] = [entry.folder for entry in trait.layers if entry.layer == best.layer]
+    features = verified.read_table(run.storage, f"{folder}/trait_features.parquet").to_pylist()
+    return [
+        {
+            "trait": trait.trait,
+            "layer": best.layer,
+            "separation": best.separation,
+            "accuracy": best.accuracy,
+            **{name: row[name] for name in ("place", "feature_id", "coefficient", "contribution")},
+        }
+        for row in features
+        if row["place"] <= SHOWN_FEATURES
     ]
-    table = pa.Table.from_pylist(rows, schema=SHARD_FILES["steering"])
-    written = storage.write_parquet(f"{unit.folder}/steering.parquet", table)
-    stats = {"n_conditions": len(rows)}
-    commit(storage, unit.folder, Manifest(stage="steering", inputs=unit.inputs, stats=stats), [written])
 
 
-def _as_row(unit: Unit, condition: Condition, effect: Effect, tokenizer: LoadedTokenizer) -> dict[str, Any]:
-    """A row of the table; texts are decoded as they go on from the prompt."""
-    columns, steer = asdict(condition) | asdict(effect), unit.asked.steer
-    columns |= {
-        f"{text}_text": continuation(unit.asked.prompt.ids, columns.pop(text), tokenizer)
-        for text in ("baseline", "steered")
-    }
-    return columns | {
-        "case": steer.title,
-        "prompt": steer.prompt,
-        "target": steer.target,
-        "traits": " + ".join(steer.traits),
-        "layer": unit.dictionary.layer,
-    }
+def _steered_rows(run: Run, made: SteeredPrompt) -> list[dict[str, Any]]:
+    rows = verified.read_table(run.storage, f"{made.folder}/steering.parquet").to_pylist()
+    places = [row["place"] for row in rows if row["control"] == "trait"]
+    shown = ("case", "prompt", "mode", "place", "strength", "baseline_text", "steered_text")
+    return [
+        {name: row[name] for name in shown}
+        for row in rows
+        if row["control"] == "trait" and row["place"] in places[:1]
+    ]

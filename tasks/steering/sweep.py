@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 from schemas.errors import about
 from tasks.models.language_model import LanguageModel
 from tasks.steering.conditions import Condition, Moved, intervention_of, random_features
-from tasks.steering.interventions import Directions, Intervention, change_norms, directions_of
-from tasks.steering.measures import Answers, Question, answers, divergences, perplexities, residual_at
+from tasks.steering.directions import Directions, directions_of
+from tasks.steering.interventions import Intervention, change_norms
+from tasks.steering.measures import Question, answers, divergences, perplexities, residual_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,22 +66,12 @@ class Effect:
 
 
 def sweep(model: LanguageModel, sae: Any, experiment: Experiment) -> Iterator[list[Effect]]:
-    """Run an experiment's conditions in batches of one size.
+    """Run an experiment's conditions in batches of one size, with the SAELens SAE of the layer that is steered.
 
     Everything that can be refused without a forward of a batch is refused before the first one.
 
-    Args:
-        model: The model.
-        sae: The SAELens SAE of the layer that is steered.
-        experiment: What is swept.
-
     Yields:
         The effects of each batch's conditions, in the order of `experiment.conditions`.
-
-    Raises:
-        ConfigError: if the dictionary is too small for random controls.
-        DictionaryError: naming the condition, if features cannot be set as asked.
-        ModelError: naming layer and condition, if logits are not finite.
     """
     question, conditions = experiment.question, experiment.conditions
     if not conditions:
@@ -103,16 +94,26 @@ def sweep(model: LanguageModel, sae: Any, experiment: Experiment) -> Iterator[li
         )
         new = [text for text in found.new if text not in known]
         known |= perplexities(model, question, new, experiment.batch_size)
-        features = [directions[condition.draw].feature_ids for condition in some]
-        yield _effects(features, found, baseline, known, norms[first : first + size])
+        # Row by row against the same row of the unsteered pass; those beyond the conditions are idle.
+        kl = divergences(found.log_probs[: len(some)], baseline.log_probs[: len(some)])
+        yield [
+            Effect(
+                feature_ids=directions[condition.draw].feature_ids,
+                baseline=baseline.new[row],
+                steered=found.new[row],
+                kl=kl[row],
+                target_logprob=baseline.target[row],
+                target_logprob_delta=found.target[row] - baseline.target[row],
+                baseline_perplexity=known.get(baseline.new[row]),
+                perplexity=known.get(found.new[row]),
+                relative_norm=norms[first + row],
+            )
+            for row, condition in enumerate(some)
+        ]
 
 
 def check_experiment(sae: Any, experiment: Experiment) -> None:
-    """Refuse what `sweep` would refuse before it asks the model anything, without a model.
-
-    Args:
-        sae: The SAELens SAE of the layer that is steered, on the CPU.
-        experiment: What would be swept.
+    """Refuse what `sweep` would refuse before it asks the model anything, with the SAE on the CPU and no model.
 
     Raises:
         ConfigError: if the dictionary is too small for random controls.
@@ -124,27 +125,17 @@ def check_experiment(sae: Any, experiment: Experiment) -> None:
 def _interventions(
     sae: Any, experiment: Experiment, device: torch.device
 ) -> tuple[dict[int, Directions], list[list[Intervention]]]:
-    """The directions by draw, and what each condition does."""
-    directions = _directions(sae, experiment, device)
-    return directions, [_row(condition, experiment.moved, directions) for condition in experiment.conditions]
-
-
-def _directions(sae: Any, experiment: Experiment, device: torch.device) -> dict[int, Directions]:
-    """By draw: those of the trait's features (0), and of each draw of random ones."""
-    layer, own = experiment.question.layer, experiment.moved.feature_ids
-    drawn = {
-        draw: random_features(experiment.seed, experiment.prompt, draw, own, int(sae.cfg.d_sae))
-        if draw
-        else own
-        for draw in sorted({condition.draw for condition in experiment.conditions})
-    }
-    return {draw: directions_of(sae, layer, features, device) for draw, features in drawn.items()}
-
-
-def _row(condition: Condition, moved: Moved, directions: Mapping[int, Directions]) -> list[Intervention]:
-    with about(str(condition)):
-        row = intervention_of(condition, moved.values[condition.mode], directions)
-    return row
+    """The directions of the trait's features (draw 0) and of each draw of random ones, and what each condition does."""
+    own, directions, rows = experiment.moved, dict[int, Directions](), list[list[Intervention]]()
+    for draw in sorted({condition.draw for condition in experiment.conditions}):
+        features = own.feature_ids
+        if draw:
+            features = random_features(experiment.seed, experiment.prompt, draw, features, int(sae.cfg.d_sae))
+        directions[draw] = directions_of(sae, experiment.question.layer, features, device)
+    for condition in experiment.conditions:
+        with about(str(condition)):
+            rows.append(intervention_of(condition, own.values[condition.mode], directions))
+    return directions, rows
 
 
 def _relative_norms(residual: torch.Tensor, rows: Sequence[Sequence[Intervention]]) -> list[float]:
@@ -159,28 +150,3 @@ def _relative_norms(residual: torch.Tensor, rows: Sequence[Sequence[Intervention
             relative += float((change.double() / whole.double()).mean())
         found.append(relative)
     return found
-
-
-def _effects(
-    features: Sequence[tuple[int, ...]],
-    found: Answers,
-    baseline: Answers,
-    known: Mapping[tuple[int, ...], float],
-    norms: Sequence[float],
-) -> list[Effect]:
-    """Row by row against the same row of the unsteered pass; rows beyond the features' are idle."""
-    kl = divergences(found.log_probs[: len(features)], baseline.log_probs[: len(features)])
-    return [
-        Effect(
-            feature_ids=features[row],
-            baseline=baseline.new[row],
-            steered=found.new[row],
-            kl=kl[row],
-            target_logprob=baseline.target[row],
-            target_logprob_delta=found.target[row] - baseline.target[row],
-            baseline_perplexity=known.get(baseline.new[row]),
-            perplexity=known.get(found.new[row]),
-            relative_norm=norms[row],
-        )
-        for row in range(len(features))
-    ]

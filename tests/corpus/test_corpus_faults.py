@@ -34,7 +34,8 @@ from tasks.corpus import decompression
 from tasks.corpus.decompression import PlainBytes
 from tasks.corpus.files import corpus_files
 from tasks.corpus.records import Record, read_records
-from tasks.corpus.tokenization import _plan, tokenize_corpus
+from tasks.corpus.tokenization import TOKENIZE
+from tasks.stages import open_run
 
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,
@@ -440,11 +441,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(
-    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[CorpusShards, Storage]]:
-    monkeypatch.setattr("tasks.corpus.tokenization._Watched", plain.InThisProcess)
-
+def run(tmp_path: Path, tokenizer_folder: Path) -> Callable[..., tuple[CorpusShards, Storage]]:
     def tokenize(**corpus: Any) -> tuple[CorpusShards, Storage]:
         config = Config.model_validate(
             {
@@ -454,7 +451,7 @@ def run(
             }
         )
         storage = Storage(config.storage.root)
-        return tokenize_corpus(config, storage), storage
+        return plain.finished(config, storage, TOKENIZE).result(TOKENIZE), storage
 
     return tokenize
 
@@ -520,7 +517,8 @@ def test_a_setting_that_reads_otherwise_makes_other_shards(tmp_path: Path, token
             "corpus": {"urls": [f"{tmp_path}/a.csv"], **corpus},
             "model": {"name": str(tokenizer_folder)},
         }
-        return _plan(Config.model_validate(values), Storage(str(tmp_path / "root"))).jobs[0].folder
+        config, storage = Config.model_validate(values), Storage(str(tmp_path / "root"))
+        return open_run(config, storage).find(TOKENIZE).units[0].folder
 
     found = {
         folder(),

@@ -17,8 +17,8 @@ import tiny
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.errors import ConfigError, CorpusError
-from tasks.corpus import tokenization
 from tasks.corpus import tokenizer_training as corpus_tokenizer
+from tasks.corpus.tokenization import TOKENIZE
 from tasks.corpus.tokenizer_training import END_OF_TEXT, find_tokenizer, train_tokenizer, with_tokenizer
 from tasks.models.tokenizers import load_tokenizer
 
@@ -46,11 +46,6 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture(autouse=True)
-def _here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenization, "_Watched", plain.InThisProcess)
-
-
 def test_gives_back_every_text_and_has_one_special_token(folder: Path) -> None:
     config, storage = make_config(folder), Storage(str(folder / "run"))
     reports: list[tuple[int, int, str]] = []
@@ -72,10 +67,15 @@ def test_gives_back_every_text_and_has_one_special_token(folder: Path) -> None:
 
 def test_tokenizes_a_corpus_and_leaves_the_special_token_out(folder: Path) -> None:
     config, storage = make_config(folder), Storage(str(folder / "run"))
-    train_tokenizer(config, storage)
-    resolved = with_tokenizer(config, storage)
-    assert resolved is not None
-    shards = tokenization.tokenize_corpus(resolved, storage)
+    reports: list[tuple[int, int, str]] = []
+    run = plain.finished(config, storage, TOKENIZE, progress=lambda *report: reports.append(report))
+    shards = run.result(TOKENIZE)
+    size = sum(path.stat().st_size for path in folder.glob("*.jsonl"))
+    # The tokenizer is trained first, by the same stage.
+    assert [report for report in reports if report[0] == report[1] == size] == [
+        (size, size, "bytes, training the tokenizer"),
+        (size, size, "bytes, tokenization"),
+    ]
     ids = {
         token
         for shard in shards.shards
@@ -91,6 +91,7 @@ def test_tokenizes_a_corpus_and_leaves_the_special_token_out(folder: Path) -> No
     assert specials == [None, [0]]
 
 
+@pytest.mark.process
 def test_two_processes_with_other_threads_and_hash_seeds_give_the_same_bytes(folder: Path) -> None:
     program = (
         "import sys; sys.path[:0] = ['tests', 'tests/corpus']; from test_corpus_tokenizer import make_config; "

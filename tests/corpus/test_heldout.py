@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from plain import InThisProcess
+from builders import run_of
+from plain import finished
 from tiny import save_tokenizer, texts, write_jsonl
 
 from infra.storage import Storage
@@ -16,15 +17,8 @@ from schemas.config import Config, Model
 from schemas.errors import CorpusError, StorageError
 from schemas.pretraining.work import Checkpoint
 from schemas.work import CorpusShards
-from tasks.corpus import tokenization
 from tasks.corpus.heldout import document_hashes, heldout_documents, heldout_parts
-from tasks.pretraining.growth import find_growth
-from tasks.pretraining.losses import find_losses
-
-
-@pytest.fixture(autouse=True)
-def _here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenization, "_Watched", InThisProcess)
+from tasks.corpus.tokenization import TOKENIZE
 
 
 def _corpus(tmp_path: Path, share: float, *files: list[str]) -> tuple[Config, Storage, CorpusShards]:
@@ -42,7 +36,7 @@ def _corpus(tmp_path: Path, share: float, *files: list[str]) -> tuple[Config, St
         }
     )
     storage = Storage(str(tmp_path / "root"))
-    return config, storage, tokenization.tokenize_corpus(config, storage)
+    return config, storage, finished(config, storage, TOKENIZE).result(TOKENIZE)
 
 
 def _all_heldout(config: Config, storage: Storage, shards: CorpusShards) -> list[bool]:
@@ -112,15 +106,18 @@ def test_errors_name_the_stage_that_asks(tmp_path: Path) -> None:
     with pytest.raises(CorpusError) as caught:
         heldout_parts(config, storage, shards, None)
     assert caught.value.stage == ""
-    checkpoint = Checkpoint(series="a", step=1, model=Model(name="nowhere"), key="k")
+    from tasks.pretraining.checkpoints import CHECKPOINTS
+    from tasks.pretraining.growth import GROWTH
+    from tasks.pretraining.losses import LOSSES
+
+    given = {TOKENIZE: shards, CHECKPOINTS: [Checkpoint(series="a", step=1, model=Model(name="x"), key="k")]}
     with pytest.raises(CorpusError) as caught:
-        find_losses(config, storage, shards, [checkpoint])
+        run_of(config, storage, given).find(LOSSES)
     assert caught.value.stage == "losses"
-    growth = {"layer": 0, "train": {"d_sae": 8, "k": 2}}
-    section = config.consolidation.model_dump() | {"growth": growth} if config.consolidation else {}
+    section = dict(config.model_dump()["consolidation"], growth={"layer": 0, "train": {"d_sae": 8, "k": 2}})
     grown = Config.model_validate(config.model_dump() | {"consolidation": section})
     with pytest.raises(CorpusError) as caught:
-        find_growth(grown, storage, shards, [checkpoint])
+        run_of(grown, storage, given).find(GROWTH)
     assert caught.value.stage == "growth"
 
 

@@ -21,10 +21,10 @@ from schemas.expectation import Rows
 from schemas.work import CorpusShards
 from tasks.corpus import token_shards
 from tasks.corpus.file_jobs import Budget
-from tasks.corpus.tokenization import _plan, find_corpus, find_corpus_shards, tokenize_corpus
-from tasks.engine import shard_checks
-from tasks.engine.shard_checks import ASKED
-from tasks.engine.validation import check_tokenize
+from tasks.corpus.tokenization import TOKENIZE
+from tasks.engine import checks
+from tasks.engine.checks import ASKED, check
+from tasks.stages import open_run
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +32,6 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     tiny.save_tokenizer(folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _no_cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run file jobs in this process, except where a test asks for the real cluster."""
-    if "cluster" in request.keywords:
-        return
-
-    monkeypatch.setattr("tasks.corpus.tokenization._Watched", plain.InThisProcess)
 
 
 def make(
@@ -59,7 +50,13 @@ def make(
 
 def run(config: Config) -> tuple[CorpusShards, Storage]:
     storage = Storage(config.storage.root)
-    return tokenize_corpus(config, storage), storage
+    return plain.finished(config, storage, TOKENIZE).result(TOKENIZE), storage
+
+
+def shards_of(config: Config, storage: Storage) -> CorpusShards | None:
+    """The shards, if all of them are there."""
+    shards: CorpusShards | None = plain.there(open_run(config, storage), TOKENIZE)
+    return shards
 
 
 def read_all(
@@ -99,7 +96,7 @@ def test_shards_hold_what_the_tokenizer_gives(tmp_path: Path, tokenizer_folder: 
     ]
     assert {shard.has_specials for shard in shards.shards} == {True, False}
     assert fed == [(d, p, t) for d, doc in enumerate(ids) for p, t in enumerate(doc) if t in special]
-    assert find_corpus_shards(make(tmp_path, tokenizer_folder, {}), storage) == shards
+    assert shards_of(make(tmp_path, tokenizer_folder, {}), storage) == shards
 
 
 @pytest.mark.parametrize("limit", [1, 7, 13, 24, 25, 26, 39, 40, 100])
@@ -114,7 +111,7 @@ def test_max_documents_takes_the_first_in_file_order(
         t: r["count"] for t, r in reference.tokens_table(ids, special, 1).items()
     }
     assert shards.n_documents == min(limit, 40)
-    assert find_corpus_shards(config, storage) == shards
+    assert shards_of(config, storage) == shards
 
 
 @pytest.mark.parametrize("share", [0.05, 0.33, 0.62, 0.63, 0.99, 1.0, 2.0])
@@ -133,6 +130,32 @@ def test_max_tokens_ends_before_the_document_that_does_not_fit(
     assert unlimited.n_tokens == sum(lengths)
     fresh, _ = run(make(tmp_path, tokenizer_folder, files, root="fresh"))
     assert unlimited == fresh
+
+
+def test_files_behind_a_limit_are_not_read(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {name: tiny.texts(10, seed=index) for index, name in enumerate("abc")}
+    config = make(tmp_path, tokenizer_folder, files, max_documents=12)
+    read, asked = token_shards.read_records, []
+
+    def noting(file: Any, *rest: Any) -> Any:
+        asked.append(Path(file.url).stem)
+        return read(file, *rest)
+
+    monkeypatch.setattr(token_shards, "read_records", noting)
+    told: list[tuple[int, int, str]] = []
+    done = plain.finished(config, None, TOKENIZE, progress=lambda *report: told.append(report))
+    assert asked == ["a", "b"]
+    assert {Path(shard.source).stem for shard in done.result(TOKENIZE).shards} == {"a", "b"}
+    # It ends with the whole, although the last file was not read.
+    size = sum(file.stat().st_size for file in (tmp_path / "corpus").iterdir())
+    assert (told[0], told[-1]) == ((0, size, "bytes, tokenization"), (size, size, "bytes, tokenization"))
+    assert told == sorted(told)
+    # Another limit goes on with the file that it reaches.
+    asked.clear()
+    run(make(tmp_path, tokenizer_folder, {}, max_documents=22))
+    assert asked == ["b", "c"]
 
 
 def test_a_limit_below_the_first_document_fails_clearly(tmp_path: Path, tokenizer_folder: Path) -> None:
@@ -158,8 +181,8 @@ def test_a_killed_file_goes_on_after_its_finished_shards(
     monkeypatch.setattr(token_shards._OpenShard, "close", dying)
     storage = Storage(config.storage.root)
     with pytest.raises(KeyboardInterrupt):
-        tokenize_corpus(config, storage)
-    assert find_corpus_shards(config, storage) is None
+        run(config)
+    assert shards_of(config, storage) is None
     again: list[str] = []
     monkeypatch.setattr(
         token_shards._OpenShard,
@@ -168,7 +191,7 @@ def test_a_killed_file_goes_on_after_its_finished_shards(
             1
         ],
     )
-    assert tokenize_corpus(config, storage) == fresh
+    assert run(config)[0] == fresh
     assert set(again).isdisjoint(closed)
     assert read_all(storage, fresh) == read_all(Storage(str(tmp_path / "fresh")), fresh)
 
@@ -177,10 +200,9 @@ def test_a_file_that_joins_computes_its_own_shards_alone(tmp_path: Path, tokeniz
     documents = tiny.texts(40)
     run(make(tmp_path, tokenizer_folder, {"b": documents[:20]}))
     config = make(tmp_path, tokenizer_folder, {"a": documents[20:]})
-    found = find_corpus(config, Storage(config.storage.root))
-    assert [Path(file.url).stem for file in found.finished] == ["b"]
-    assert [Path(file.url).stem for file in found.missing] == ["a"]
-    assert found.shards is None
+    there = open_run(config, Storage(config.storage.root)).find(TOKENIZE)
+    assert [unit.about.rsplit("/", 1)[1] for unit in there.units if unit.folder in there.done] == ["b.jsonl"]
+    assert [unit.about.rsplit("/", 1)[1] for unit in there.missing] == ["a.jsonl"]
     shards, storage = run(config)
     fresh, fresh_storage = run(make(tmp_path, tokenizer_folder, {}, root="fresh"))
     assert shards == fresh
@@ -202,8 +224,8 @@ def test_damage_is_noticed_and_mended(tmp_path: Path, tokenizer_folder: Path) ->
     damaged = Path(storage.full(f"{shards.shards[1].folder}/occurrences.parquet"))
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:-10])
-    assert find_corpus_shards(config, storage) is None
-    assert tokenize_corpus(config, storage) == shards
+    assert shards_of(config, storage) is None
+    assert run(config)[0] == shards
     assert damaged.read_bytes() == whole
 
 
@@ -267,7 +289,7 @@ def test_a_document_that_breaks_the_tokenizer_is_one_reject(
 def test_a_changed_file_and_a_changed_setting_change_the_key(tmp_path: Path, tokenizer_folder: Path) -> None:
     def folder(**corpus: Any) -> str:
         config = make(tmp_path, tokenizer_folder, {}, **corpus)
-        return _plan(config, Storage(config.storage.root)).jobs[0].folder
+        return open_run(config, Storage(config.storage.root)).find(TOKENIZE).units[0].folder
 
     make(tmp_path, tokenizer_folder, {"a": ["x"]})
     first = folder()
@@ -312,10 +334,10 @@ def test_workers_give_what_one_process_gives(
 
 
 # ---- what is asked of a shard as it is made
-def verdict(config: Config, storage: Storage, shards: CorpusShards) -> str:
+def verdict(config: Config, storage: Storage) -> str:
     """What the check of the tokens says."""
     try:
-        check_tokenize(config, storage, shards)
+        check(open_run(config, storage), TOKENIZE)
     except ExpectationError as error:
         return str(error)
     return "passed"
@@ -333,14 +355,14 @@ def test_a_fault_of_the_making_is_found_alike_in_the_rows_and_in_the_files(
     monkeypatch.setattr(token_shards, "_counts", wrong)
     config = make(tmp_path, tokenizer_folder, {"a": tiny.texts(20), "b": tiny.texts(3, seed=1)})
     shards, storage = run(config)
-    told = verdict(config, storage, shards)
+    told = verdict(config, storage)
     assert "'sum(tokens.count) = count(occurrences)'" in told
     assert f"folder: {shards.shards[0].folder}" in told
     for shard in shards.shards:
         manifest = storage.read_json(f"{shard.folder}/manifest.json")
         assert manifest["stats"].pop(ASKED)
         storage.write_json(f"{shard.folder}/manifest.json", manifest)
-    assert verdict(config, storage, shards) == told
+    assert verdict(config, storage) == told
 
 
 def test_files_are_asked_where_the_manifest_has_no_answer_to_what_is_asked_now(
@@ -349,14 +371,14 @@ def test_files_are_asked_where_the_manifest_has_no_answer_to_what_is_asked_now(
     config = make(tmp_path, tokenizer_folder, {"a": tiny.texts(20)})
     shards, storage = run(config)
     read: list[str] = []
-    ask = shard_checks.find_in_units
+    ask = checks.find_in_units
 
     def noting(*arguments: Any) -> Any:
         read.extend(unit.folder for unit in arguments[3])
         return ask(*arguments)
 
-    monkeypatch.setattr(shard_checks, "find_in_units", noting)
-    assert verdict(config, storage, shards) == "passed"
+    monkeypatch.setattr(checks, "find_in_units", noting)
+    assert verdict(config, storage) == "passed"
     assert read == []
     more = Rows(
         name="no document is long",
@@ -366,8 +388,8 @@ def test_files_are_asked_where_the_manifest_has_no_answer_to_what_is_asked_now(
         must="n_tokens < 3",
         show="folder, doc, n_tokens",
     )
-    monkeypatch.setitem(shard_checks.SUITES, "tokenize", (*shard_checks.SUITES["tokenize"], more))
-    assert "'no document is long'" in verdict(config, storage, shards)
+    monkeypatch.setitem(checks.SUITES, "tokenize", (*checks.SUITES["tokenize"], more))
+    assert "'no document is long'" in verdict(config, storage)
     assert read == [shard.folder for shard in shards.shards]
 
 

@@ -7,25 +7,27 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import plain
 import pytest
 import torch
-from plain import InThisProcess
+from builders import run_of
 from tiny import D_MODEL, N_LAYERS, build_sae, save_model, save_sae, texts, write_jsonl
 
 from infra.manifest import MANIFEST, content_key, load
+from infra.progress import Progress, silent
 from infra.storage import Storage
 from schemas.config import Config, Gate, Sae, Train
 from schemas.errors import DictionaryError
-from schemas.work import CorpusShards, StagePlan
-from tasks.corpus import tokenization
+from schemas.work import CorpusShards, Dictionary, GraphShard, StagePlan
 from tasks.corpus.graph_documents import graph_shards
-from tasks.corpus.tokenization import tokenize_corpus
+from tasks.corpus.tokenization import TOKENIZE
 from tasks.dictionaries import training as dictionary_training
-from tasks.dictionaries.dictionaries import find_dictionaries, load_dictionary, prepare_dictionaries
-from tasks.dictionaries.encoding import build_encoder
+from tasks.dictionaries.dictionaries import DICTIONARIES, load_dictionary
+from tasks.dictionaries.encoding import Encoder
 from tasks.dictionaries.facts import (
     DictionaryUnavailableError,
     Facts,
@@ -34,14 +36,16 @@ from tasks.dictionaries.facts import (
     check_model_name,
     facts_of,
 )
-from tasks.dictionaries.residuals import write_residuals
+from tasks.dictionaries.residuals import Residuals
 from tasks.dictionaries.sample import ResidualSample
 from tasks.dictionaries.sources import registered_model
 from tasks.dictionaries.start import load_start, start_training_from
-from tasks.engine.plan import plan_run
+from tasks.engine.run import Run
+from tasks.engine.run import make as make_stage
 from tasks.graph import extraction
-from tasks.graph.features import extract_features
+from tasks.graph.features import FEATURES
 from tasks.models.names import names_of
+from tasks.stages import plan_run
 
 NO_CORPUS = CorpusShards(shards=(), tokenizer_key="t", vocabulary="v")
 OURS: dict[str, Any] = {"architecture": "standard", "d_in": D_MODEL, "d_sae": 64}
@@ -78,9 +82,26 @@ def config_of(
     )
 
 
+def made(
+    config: Config, storage: Storage, shards: CorpusShards = NO_CORPUS, progress: Progress = silent
+) -> list[Dictionary]:
+    """What the stage makes of a corpus that is given."""
+    return make_stage(run_of(config, storage, {TOKENIZE: shards}), DICTIONARIES, progress)
+
+
+def found(config: Config, storage: Storage, shards: CorpusShards = NO_CORPUS) -> list[Dictionary] | None:
+    """What is there of it, if that is all."""
+    there: list[Dictionary] | None = plain.there(run_of(config, storage, {TOKENIZE: shards}), DICTIONARIES)
+    return there
+
+
+def tokenized(config: Config, storage: Storage) -> CorpusShards:
+    shards: CorpusShards = plain.finished(config, storage, TOKENIZE).result(TOKENIZE)
+    return shards
+
+
 def prepare(model: Path, root: Path, *entries: dict[str, Any]) -> list[Any]:
-    config = config_of(model, root, *entries)
-    return prepare_dictionaries(config, Storage(str(root)), NO_CORPUS)
+    return made(config_of(model, root, *entries), Storage(str(root)))
 
 
 def metadata(**values: Any) -> dict[str, Any]:
@@ -95,13 +116,13 @@ def test_a_saved_dictionary_encodes_as_before(architecture: str, model: Path, tm
     saved = save_sae(tmp_path / "sae", architecture)
     config = config_of(model, tmp_path / "root", {"layer": 2, "path": str(saved)})
     storage = Storage(str(tmp_path / "root"))
-    [dictionary] = prepare_dictionaries(config, storage, NO_CORPUS)
+    [dictionary] = made(config, storage)
     x = torch.randn(50, D_MODEL, generator=torch.Generator().manual_seed(1))
     expected = build_sae(architecture).encode(x)
     assert torch.equal(load_dictionary(storage, dictionary).encode(x), expected)
     assert (expected > 0).any()
     assert (dictionary.layer, dictionary.d_sae, dictionary.quality) == (2, 96, None)
-    assert find_dictionaries(config, storage, NO_CORPUS) == [dictionary]
+    assert found(config, storage) == [dictionary]
 
 
 def test_a_saved_dictionary_is_found_by_content_not_by_place(model: Path, tmp_path: Path) -> None:
@@ -110,32 +131,32 @@ def test_a_saved_dictionary_is_found_by_content_not_by_place(model: Path, tmp_pa
     other = save_sae(tmp_path / "c", seed=1)
     [one] = prepare(model, tmp_path / "root", {"layer": 0, "path": str(first)})
     config = config_of(model, tmp_path / "root", {"layer": 0, "path": f"file://{second}/"})
-    found = find_dictionaries(config, Storage(str(tmp_path / "root")), NO_CORPUS)
-    assert found is not None
-    assert found[0].key == one.key
+    there = found(config, Storage(str(tmp_path / "root")))
+    assert there is not None
+    assert there[0].key == one.key
     changed = config_of(model, tmp_path / "root", {"layer": 0, "path": str(other)})
-    assert find_dictionaries(changed, Storage(str(tmp_path / "root")), NO_CORPUS) is None
+    assert found(changed, Storage(str(tmp_path / "root"))) is None
 
 
 def test_a_dictionary_that_changes_on_disk_is_no_longer_found(model: Path, tmp_path: Path) -> None:
     saved = save_sae(tmp_path / "sae")
     config = config_of(model, tmp_path / "root", {"layer": 0, "path": str(saved)})
     storage = Storage(str(tmp_path / "root"))
-    [before] = prepare_dictionaries(config, storage, NO_CORPUS)
+    [before] = made(config, storage)
     build_sae(seed=7).save_model(str(saved))
-    assert find_dictionaries(config, storage, NO_CORPUS) is None
-    [after] = prepare_dictionaries(config, storage, NO_CORPUS)
+    assert found(config, storage) is None
+    [after] = made(config, storage)
     assert after.key != before.key
 
 
 def test_a_half_copied_dictionary_does_not_count(model: Path, tmp_path: Path) -> None:
     config = config_of(model, tmp_path / "root", {"layer": 0, "path": str(save_sae(tmp_path / "sae"))})
     storage = Storage(str(tmp_path / "root"))
-    [dictionary] = prepare_dictionaries(config, storage, NO_CORPUS)
+    [dictionary] = made(config, storage)
     storage.delete(f"{dictionary.folder}/{MANIFEST}")
     storage.write_bytes(f"{dictionary.folder}/sae_weights.safetensors", b"half")
-    assert find_dictionaries(config, storage, NO_CORPUS) is None
-    assert prepare_dictionaries(config, storage, NO_CORPUS) == [dictionary]
+    assert found(config, storage) is None
+    assert made(config, storage) == [dictionary]
     load_dictionary(storage, dictionary)
 
 
@@ -213,7 +234,7 @@ def test_the_right_place_is_asked_for_again_when_a_dictionary_is_already_here(
     with pytest.raises(DictionaryError, match=r"set layer = 1"):
         prepare(model, tmp_path / "root", {"layer": 2, "path": str(saved)})
     config = config_of(model, tmp_path / "root", {"layer": 2, "path": str(saved)})
-    assert find_dictionaries(config, Storage(str(tmp_path / "root")), NO_CORPUS) is None
+    assert found(config, Storage(str(tmp_path / "root"))) is None
 
 
 # What does not fit our residual stream
@@ -323,10 +344,10 @@ def test_a_registered_dictionary_is_downloaded_once(
     registry: list[tuple[str, str]], model: Path, tmp_path: Path
 ) -> None:
     config, storage = config_of(model, tmp_path / "root", REGISTERED), Storage(str(tmp_path / "root"))
-    assert find_dictionaries(config, storage, NO_CORPUS) is None
-    [dictionary] = prepare_dictionaries(config, storage, NO_CORPUS)
-    assert prepare_dictionaries(config, storage, NO_CORPUS) == [dictionary]
-    assert find_dictionaries(config, storage, NO_CORPUS) == [dictionary]
+    assert found(config, storage) is None
+    [dictionary] = made(config, storage)
+    assert made(config, storage) == [dictionary]
+    assert found(config, storage) == [dictionary]
     assert registry == [("tiny-res", "layer_1/width_96")]
     assert dictionary.source == "tiny-res / layer_1/width_96"
     x = torch.randn(20, D_MODEL, generator=torch.Generator().manual_seed(2))
@@ -337,9 +358,9 @@ def test_another_sae_lens_version_is_another_key(
     registry: list[tuple[str, str]], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, storage = config_of(model, tmp_path / "root", REGISTERED), Storage(str(tmp_path / "root"))
-    prepare_dictionaries(config, storage, NO_CORPUS)
+    made(config, storage)
     monkeypatch.setattr("tasks.dictionaries.dictionaries.version", lambda name: "0.0.0")
-    assert find_dictionaries(config, storage, NO_CORPUS) is None
+    assert found(config, storage) is None
 
 
 def test_unknown_releases_and_ids_suggest_known_ones(
@@ -418,14 +439,24 @@ class _Trained:
 def trained(model: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> _Trained:
     root = tmp_path_factory.mktemp("trained")
     config, storage = trained_config(model, corpus, root, layers=(0, 2)), Storage(str(root))
-    shards = tokenize_corpus(config, storage)
+    shards = tokenized(config, storage)
     assert len(shards.shards) > 1
-    return _Trained(config, storage, shards, prepare_dictionaries(config, storage, shards))
+    return _Trained(config, storage, shards, made(config, storage, shards))
 
 
 def residuals_of(trained: _Trained, layer: int) -> list[Any]:
     parts = graph_shards(trained.config, trained.shards, trained.storage)
-    return write_residuals(trained.config, trained.storage, parts, [layer])
+    return residuals(trained.config, trained.storage, parts, [layer])
+
+
+def residuals(
+    config: Config,
+    storage: Storage,
+    parts: Sequence[GraphShard],
+    layers: Sequence[int],
+    progress: Progress = silent,
+) -> list[Any]:
+    return list(make_stage(Run(config, storage), Residuals(parts, layers), progress).values())
 
 
 def test_training_gives_a_jumprelu_of_the_raw_residual_stream(trained: _Trained) -> None:
@@ -434,7 +465,7 @@ def test_training_gives_a_jumprelu_of_the_raw_residual_stream(trained: _Trained)
     assert sae.cfg.architecture() == "jumprelu"
     assert sae.cfg.normalize_activations == "none"
     assert sae.cfg.metadata.hook_name == "blocks.2.hook_resid_post"
-    assert find_dictionaries(trained.config, trained.storage, trained.shards) == trained.dictionaries
+    assert found(trained.config, trained.storage, trained.shards) == trained.dictionaries
 
 
 def test_the_gates_figures_are_those_of_the_heldout_tokens(trained: _Trained) -> None:
@@ -462,7 +493,7 @@ def test_the_threshold_is_calibrated_on_training_tokens(trained: _Trained) -> No
     train = trained.config.sae[0].train
     assert train is not None
     sample = ResidualSample(trained.storage, residuals_of(trained, 0), train)
-    encoder = build_encoder(load_dictionary(trained.storage, trained.dictionaries[0]), torch.device("cpu"))
+    encoder = Encoder(load_dictionary(trained.storage, trained.dictionaries[0]), torch.device("cpu"))
     shown = torch.cat(list(sample.pieces(heldout=False)))
     assert len(encoder(shown).row) / len(shown) == pytest.approx(train.k, rel=0.02)
 
@@ -494,15 +525,15 @@ def test_training_again_gives_the_same_weights(
     trained: _Trained, model: Path, corpus: Path, tmp_path: Path
 ) -> None:
     config, storage = trained_config(model, corpus, tmp_path), Storage(str(tmp_path))
-    shards = tokenize_corpus(config, storage)
+    shards = tokenized(config, storage)
     weights = []
     for _ in range(2):
-        [dictionary] = prepare_dictionaries(config, storage, shards)
+        [dictionary] = made(config, storage, shards)
         weights.append(storage.read_bytes(f"{dictionary.folder}/sae_weights.safetensors"))
         storage.delete(dictionary.folder)
     assert weights[0] == weights[1]
     other = trained_config(model, corpus, tmp_path, seed=1)
-    [dictionary] = prepare_dictionaries(other, storage, shards)
+    [dictionary] = made(other, storage, shards)
     assert storage.read_bytes(f"{dictionary.folder}/sae_weights.safetensors") != weights[0]
 
 
@@ -510,7 +541,7 @@ def test_a_layer_that_is_trained_is_kept_when_the_next_fails(
     model: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, storage = trained_config(model, corpus, tmp_path, layers=(0, 1)), Storage(str(tmp_path))
-    shards = tokenize_corpus(config, storage)
+    shards = tokenized(config, storage)
     trained_layers: list[int] = []
     real = dictionary_training.train_dictionary
 
@@ -524,9 +555,9 @@ def test_a_layer_that_is_trained_is_kept_when_the_next_fails(
 
     monkeypatch.setattr(dictionary_training, "train_dictionary", killed_at_the_second)
     with pytest.raises(KeyboardInterrupt):
-        prepare_dictionaries(config, storage, shards)
+        made(config, storage, shards)
     trained_layers.clear()
-    prepare_dictionaries(config, storage, shards)
+    made(config, storage, shards)
     assert trained_layers == [1]
 
 
@@ -550,18 +581,18 @@ def test_a_failed_gate_says_every_figure_and_trains_nothing_again(
             ]
         }
     )
-    assert find_dictionaries(strict, trained.storage, trained.shards) is None
+    assert found(strict, trained.storage, trained.shards) is None
     with pytest.raises(
         DictionaryError,
         match=r"layer 0 \(trained here\) did not pass.*explained variance 0\..*L0 .*k = 6.*alive",
     ):
-        prepare_dictionaries(strict, trained.storage, trained.shards)
+        made(strict, trained.storage, trained.shards)
     plan = plan_of_dictionaries(strict, trained.storage)
     assert plan.missing == len(trained.config.sae)
     assert "sae layer 0 (trained here) did not pass its gate" in plan.reason
     assert re.search(r"explained variance 0\.\d+ \(at least 1\.00, 0\.\d+ too little", plan.reason)
     assert any("train.gate" in line for line in plan.details)
-    assert prepare_dictionaries(trained.config, trained.storage, trained.shards) == trained.dictionaries
+    assert made(trained.config, trained.storage, trained.shards) == trained.dictionaries
     assert plan_of_dictionaries(trained.config, trained.storage).missing == 0
     others = [
         entry.model_copy(update={"train": entry.train.model_copy(update={"k": 5})})
@@ -605,9 +636,9 @@ def test_the_gate_refuses_each_shortcoming(change: dict[str, float]) -> None:
 def test_one_document_is_too_few(model: Path, tmp_path: Path) -> None:
     corpus = write_jsonl(tmp_path / "one.jsonl", texts(1))
     config, storage = trained_config(model, corpus, tmp_path / "root"), Storage(str(tmp_path / "root"))
-    shards = tokenize_corpus(config, storage)
+    shards = tokenized(config, storage)
     with pytest.raises(DictionaryError, match=r"layer 1 \(trained here\) cannot be trained: only 1 document"):
-        prepare_dictionaries(config, storage, shards)
+        made(config, storage, shards)
 
 
 def test_max_tokens_limits_what_is_sampled(trained: _Trained) -> None:
@@ -619,16 +650,16 @@ def test_max_tokens_limits_what_is_sampled(trained: _Trained) -> None:
 def test_progress_is_reported(model: Path, corpus: Path, tmp_path: Path) -> None:
     config = trained_config(model, corpus, tmp_path, samples=1280, gate={"min_explained_variance": 1.0})
     storage = Storage(str(tmp_path))
-    shards = tokenize_corpus(config, storage)
+    shards = tokenized(config, storage)
     seen: list[tuple[int, int, str]] = []
     with pytest.raises(DictionaryError, match="gate"):
-        prepare_dictionaries(config, storage, shards, lambda *report: seen.append(report))
+        made(config, storage, shards, lambda *report: seen.append(report))
     assert seen[-1] == (1280, 1280, "samples, dictionary of layer 1")
 
 
 def test_facts_survive_the_manifest() -> None:
     facts = facts_of({**OURS, "metadata": {"hook_name": "blocks.1.hook_resid_post", "context_size": 128}})
-    assert Facts(**json.loads(json.dumps(facts.as_json()))) == facts
+    assert Facts(**json.loads(json.dumps(dataclasses.asdict(facts)))) == facts
 
 
 # From a saved one
@@ -700,8 +731,8 @@ def test_a_start_is_worth_its_training(trained: _Trained) -> None:
     quality = []
     for train in (short, short.model_copy(update={"start_from": place})):
         config = trained.config.model_copy(update={"sae": [entry.model_copy(update={"train": train})]})
-        [dictionary] = prepare_dictionaries(config, trained.storage, trained.shards)
-        assert find_dictionaries(config, trained.storage, trained.shards) == [dictionary]
+        [dictionary] = made(config, trained.storage, trained.shards)
+        assert found(config, trained.storage, trained.shards) == [dictionary]
         quality.append(dictionary.quality["explained_variance"])
     finished = trained.dictionaries[0].quality["explained_variance"]
     assert quality[0] < finished - 0.2
@@ -726,16 +757,15 @@ def test_a_start_is_known_by_content_not_by_place(model: Path, corpus: Path, tmp
         config = config.model_copy(
             update={"sae": [entry.model_copy(update={"train": _ungated(entry)}) for entry in config.sae]}
         )
-        shards = tokenize_corpus(config, storage)
-        [dictionary] = prepare_dictionaries(config, storage, shards)
+        shards = tokenized(config, storage)
+        [dictionary] = made(config, storage, shards)
         keys.append(dictionary.key)
     assert keys[0] == keys[1]
     assert len(set(keys)) == 3
     shutil.rmtree(saved)
     moved = trained_config(model, corpus, tmp_path / "root", samples=128, start_from=str(saved))
-    assert find_dictionaries(moved, storage, shards) is None
     with pytest.raises(DictionaryError, match=r"no cfg\.json in"):
-        prepare_dictionaries(moved, storage, shards)
+        made(moved, storage, shards)
 
 
 def _ungated(entry: Sae) -> Train:
@@ -768,9 +798,9 @@ def test_what_cannot_be_started_from_is_refused_before_any_forward(
     saved = save_sae(tmp_path / "sae", architecture, **options)
     config = trained_config(model, corpus, tmp_path / "root", start_from=str(saved))
     storage = Storage(str(tmp_path / "root"))
-    shards = tokenize_corpus(config, storage)
+    shards = tokenized(config, storage)
     with pytest.raises(DictionaryError, match=rf"sae layer 1 \({saved}\).*{reason}"):
-        prepare_dictionaries(config, storage, shards)
+        made(config, storage, shards)
     assert not storage.sizes("residuals")
 
 
@@ -812,8 +842,8 @@ def test_what_consolidation_holds_out_is_part_of_the_key(model: Path, corpus: Pa
         config = config.model_copy(
             update={"sae": [entry.model_copy(update={"train": _ungated(entry)}) for entry in config.sae]}
         )
-        shards = tokenize_corpus(config, storage)
-        [dictionary] = prepare_dictionaries(config, storage, shards)
+        shards = tokenized(config, storage)
+        [dictionary] = made(config, storage, shards)
         keys.append(dictionary.key)
         quality = dictionary.quality
         assert (quality["heldout_tokens"] + quality["training_tokens"] == shards.n_tokens) == (
@@ -823,7 +853,7 @@ def test_what_consolidation_holds_out_is_part_of_the_key(model: Path, corpus: Pa
     assert len(set(keys)) == 3
     manifest = load(storage, dictionary.folder)
     assert manifest is not None
-    assert manifest.inputs["left_out"]["share"] == 0.5
+    assert manifest.inputs["trained"]["left_out"]["share"] == 0.5
 
 
 # Files of equal content
@@ -838,9 +868,7 @@ def equal_files(model: Path, root: Path, **sections: Any) -> tuple[Config, Stora
         update={"corpus": config.corpus.model_copy(update={"urls": [str(file) for file in files]})}
     )
     storage = Storage(str(root / "run"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenization, "_Watched", InThisProcess)
-        return config, storage, tokenize_corpus(config, storage)
+    return config, storage, tokenized(config, storage)
 
 
 def test_residuals_of_a_copy_that_a_limit_cuts_are_its_own(model: Path, tmp_path: Path) -> None:
@@ -850,31 +878,37 @@ def test_residuals_of_a_copy_that_a_limit_cuts_are_its_own(model: Path, tmp_path
     parts = graph_shards(config, shards, storage)
     assert [part.n_documents for part in parts] == [9, 5]
     assert parts[0].shard.folder == parts[1].shard.folder
-    for _ in range(2):
-        found = write_residuals(config, storage, parts, [0, 1])
-        assert [(shard.layer, shard.part) for shard in found] == [(i, part) for part in parts for i in (0, 1)]
-        rows = [load_file(storage.local_folder(shard.folder) / Path(shard.file).name) for shard in found]
+    told: list[tuple[int, int, str]] = []
+    for gone in (2, 3, 0):
+        dense = residuals(config, storage, parts, [0, 1], lambda *report: told.append(report))
+        assert [(shard.layer, shard.part) for shard in dense] == [(i, part) for part in parts for i in (0, 1)]
+        rows = [
+            load_file(storage.local_folder(shard.folder) / f"layer-{shard.layer}.safetensors")
+            for shard in dense
+        ]
         assert [len(each["residuals"]) for each in rows] == [part.n_tokens for part in parts for _ in (0, 1)]
         assert {int(each["doc"].max()) for each in rows[2:]} == {4}
-        storage.delete(found[2].folder)
+        storage.delete(dense[gone].folder)
+    # Tokens are counted once, whichever layers a part lacks.
+    ends = [n for n, total, _ in told if n == total]
+    assert ends == [parts[0].n_tokens + parts[1].n_tokens, parts[1].n_tokens, parts[1].n_tokens]
 
 
 def test_features_of_a_copy_that_a_limit_cuts_are_the_same_from_disk(model: Path, tmp_path: Path) -> None:
     saved = save_sae(tmp_path / "sae")
-    made = []
+    rows = []
     for keep_dense in (False, True):
-        config, storage, shards = equal_files(
+        config, storage, _ = equal_files(
             model, tmp_path / str(keep_dense), sae=[{"layer": 1, "path": str(saved)}]
         )
         activations = config.activations.model_copy(update={"keep_dense": keep_dense})
         config = config.model_copy(update={"activations": activations})
         extraction.forget_loaded()
-        dictionaries = prepare_dictionaries(config, storage, shards)
-        extracted = extract_features(config, storage, shards, dictionaries)
+        extracted = plain.finished(config, storage, FEATURES).result(FEATURES)
         assert [shard.part.n_documents for shard in extracted] == [9, 5]
-        made.append([storage.read_parquet(f"{one.folder}/activations.parquet") for one in extracted])
-    assert made[0] == made[1]
-    assert made[0][0].num_rows > made[0][1].num_rows > 0
+        rows.append([storage.read_parquet(f"{one.folder}/activations.parquet") for one in extracted])
+    assert rows[0] == rows[1]
+    assert rows[0][0].num_rows > rows[0][1].num_rows > 0
 
 
 def test_each_layer_is_trained_on_its_own_parts(
@@ -894,5 +928,5 @@ def test_each_layer_is_trained_on_its_own_parts(
         return real(config, storage, residuals, *rest)
 
     monkeypatch.setattr(dictionary_training, "train_dictionary", watched)
-    prepare_dictionaries(config, storage, shards)
+    made(config, storage, shards)
     assert given == [[9], [9, 5]]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tasks.corpus.windows import ShardTokens, batches
 from tasks.dictionaries import encoding
-from tasks.dictionaries.encoding import build_encoder
+from tasks.dictionaries.encoding import Encoder
 from tasks.graph.features import count_edges, round_mantissa
 
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ def test_encoder_gives_what_sae_encode_gives(
     expected = expected.to_dense() if expected.is_sparse else expected
     # Several chunks of rows, the last one short.
     monkeypatch.setattr(encoding, "_DENSE_ENTRIES", 160 * 97)
-    encoder = build_encoder(sae, CPU)
+    encoder = Encoder(sae, CPU)
     assert encoder.is_fused == (architecture != "gated")
     sparse = encoder(x)
     assert torch.equal(dense(sparse, expected.shape) > 0, expected > 0)
@@ -53,14 +53,14 @@ def test_encoder_gives_what_sae_encode_gives(
 
 
 def test_encoder_of_nothing_is_empty() -> None:
-    sparse = build_encoder(tiny.build_sae(), CPU)(torch.empty(0, tiny.D_MODEL))
+    sparse = Encoder(tiny.build_sae(), CPU)(torch.empty(0, tiny.D_MODEL))
     assert len(sparse.row) == len(sparse.feature) == len(sparse.value) == 0
 
 
 def test_bfloat16_residuals_are_encoded_in_float32() -> None:
     sae = tiny.build_sae()
     x = torch.randn(64, tiny.D_MODEL, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
-    sparse = build_encoder(sae, CPU)(x)
+    sparse = Encoder(sae, CPU)(x)
     assert sparse.value.dtype == torch.float32
     torch.testing.assert_close(
         dense(sparse, torch.Size((64, 96))), sae.encode(x.float()), rtol=1e-4, atol=1e-5

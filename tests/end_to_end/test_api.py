@@ -47,6 +47,7 @@ def test_the_examples_are_true(place: Path, monkeypatch: pytest.MonkeyPatch, mod
         assert runner.run(example, out=said.append).failed == 0, "".join(said)
 
 
+@pytest.mark.process
 def test_importing_it_is_light() -> None:
     heavy = ("torch", "prefect", "duckdb", "pyarrow", "pydantic", "transformers")
     program = f"import sys, functok; print([name for name in {heavy} if name in sys.modules])"

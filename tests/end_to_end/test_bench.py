@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from bench import run_all
 from bench.overhead import Program
 
 ROOT = Path(__file__).resolve().parents[2]
+RunBench = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -26,17 +28,22 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_bench(bench: str, *options: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-m", f"bench.{bench}", *options],
-        cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    report: dict[str, Any] = json.loads(done.stdout)
+@pytest.fixture
+def run_bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunBench:
+    """Runs a bench as `python -m bench.<name>` does, in this process: importing takes longer than it."""
+
+    def run(bench: str, *options: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", [bench, *options])
+        # A bench sets what holds for its process.
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+        import_module(f"bench.{bench}").main()
+        return checked(bench, capsys.readouterr().out)
+
+    return run
+
+
+def checked(bench: str, said: str) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads(said)
     assert report["bench"] == bench
     assert {"cpu", "cores", "versions", "date"} <= set(report["machine"])
     assert report["limits"]
@@ -45,7 +52,8 @@ def run_bench(bench: str, *options: str) -> dict[str, Any]:
     return report
 
 
-def test_tokenization(data: Path) -> None:
+@pytest.mark.slow
+def test_tokenization(data: Path, run_bench: RunBench) -> None:
     report = run_bench(
         "tokenization",
         *("--model", str(data / "model"), "--corpus", str(data / "corpus.jsonl"), "--rounds", "2"),
@@ -57,7 +65,8 @@ def test_tokenization(data: Path) -> None:
     assert all(len(run_all.rows(report)[0].split(" | ")) == 7 for _ in report["figures"])
 
 
-def test_extraction(data: Path) -> None:
+@pytest.mark.slow
+def test_extraction(data: Path, run_bench: RunBench) -> None:
     report = run_bench(
         "extraction",
         *("--model", str(data / "model"), "--corpus", str(data / "corpus.jsonl"), "--rounds", "1"),
@@ -70,7 +79,8 @@ def test_extraction(data: Path) -> None:
     assert report["flops"]["up_to_deepest"] < report["flops"]["whole"]
 
 
-def test_losses(data: Path) -> None:
+@pytest.mark.slow
+def test_losses(data: Path, run_bench: RunBench) -> None:
     report = run_bench(
         "losses",
         *("--model", str(data / "model"), "--corpus", str(data / "corpus.jsonl"), "--rounds", "1"),
@@ -80,9 +90,9 @@ def test_losses(data: Path) -> None:
     assert 0 < report["input"]["predictions"] < report["input"]["tokens"] <= 1500
 
 
+@pytest.mark.process
 def test_training(data: Path) -> None:
-    report = run_bench(
-        "training",
+    options = (
         *("--corpus", str(data / "corpus.jsonl"), "--rounds", "1", "--steps", "2", "--vocabulary", "300"),
         *(
             "--hidden-size",
@@ -97,6 +107,15 @@ def test_training(data: Path) -> None:
             "128",
         ),
     )
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.training", *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = checked("training", done.stdout)
     assert [figure.get("target") for figure in report["figures"]] == ["≥ 0.9", None]
     assert report["last_loss"]["ours"] == pytest.approx(report["last_loss"]["bare_loop"], rel=1e-4)
     assert report["input"]["tokens"] == 256
@@ -104,6 +123,7 @@ def test_training(data: Path) -> None:
     assert report["flops"]["per_token"] == 6 * (4 * 32 * 32 + 3 * 32 * 96 + 300 * 32) + 12 * 32 * 32
 
 
+@pytest.mark.process
 def test_programs_of_the_overhead_bench_fail_loudly(tmp_path: Path) -> None:
     program = Program(tmp_path)
     program.fresh()

@@ -134,6 +134,7 @@ def test_a_damaged_file_is_named_with_the_way_out(finished: Path, capfdbinary: A
     assert "functok verify CONFIG --repair" in done.err
 
 
+@pytest.mark.process
 def test_the_prompt_reads_statements_to_their_semicolon(finished: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "functok", "query", "--root", str(finished / "run")],
@@ -216,6 +217,7 @@ def test_errors_are_one_line_on_stderr_with_a_way_out(
     assert done.err.startswith("error")
 
 
+@pytest.mark.process
 def test_nothing_follows_an_error(tmp_path: Path) -> None:
     """Prefect's daemon threads keep DuckDB alive in a failed run, whose bindings then report leaks at exit."""
     program = (
@@ -237,6 +239,7 @@ def test_nothing_follows_an_error(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.process
 def test_libraries_show_no_progress_of_their_own(finished: Path) -> None:
     program = (
         "import contextlib, sys\n"
@@ -327,16 +330,9 @@ def test_contradictions_are_refused(sae: list[dict[str, Any]], message: str) -> 
 
 
 @pytest.mark.server
-def test_functok_run_needs_no_server(finished: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "functok",
-        "run",
-        str(finished / "tiny.toml"),
-        "--root",
-        str(tmp_path / "run"),
-    ]
+def test_functok_run_needs_no_server(finished: Path, tmp_path: Path, capfdbinary: Any) -> None:
+    arguments = ["run", str(finished / "tiny.toml"), "--root", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "functok", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     # A project may have folders called as ours are: neither the run nor its server and workers take them for ours.
     project = hostile.lay_out(tmp_path / "project")
@@ -344,5 +340,4 @@ def test_functok_run_needs_no_server(finished: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "Coverage" in done.stdout
     assert "distributed" not in done.stderr
-    again = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
-    assert "nothing to do" in again.stdout
+    assert "nothing to do" in functok(capfdbinary, *arguments).out

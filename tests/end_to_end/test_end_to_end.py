@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from s3 import S3Root
 from infra.duck import connect
 from infra.storage import Storage
 from schemas.config import Config
-from tasks.graph import extraction
 
+pytestmark = pytest.mark.slow
 TABLES = {
     *("documents", "rejects", "tokens", "occurrences", "activations", "edges"),
     *("token_degree", "feature_degree", "coverage", "graph_summary"),
@@ -39,13 +38,6 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.write_jsonl(folder / "corpus" / "a.jsonl", documents[:9])
     tiny.write_jsonl(folder / "corpus" / "b.jsonl", documents[9:])
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _fresh_process(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    if "cluster" not in request.keywords:
-        monkeypatch.setattr("tasks.corpus.tokenization._Watched", plain.InThisProcess)
-    extraction.forget_loaded()
 
 
 def values_for(parts: Path, root: Path | str, architecture: str = "llama", **corpus: Any) -> dict[str, Any]:
@@ -186,7 +178,7 @@ def test_every_table_is_what_python_sets_give(parts: Path, tmp_path: Path, archi
 
 
 def test_running_twice_changes_nothing_and_has_nothing_to_do(parts: Path, tmp_path: Path) -> None:
-    from tasks.engine.plan import is_up_to_date, plan_run, stages_of
+    from tasks.stages import is_up_to_date, plan_run, stages_of
 
     config = config_for(parts, tmp_path)
     storage = Storage(str(tmp_path))
@@ -216,40 +208,48 @@ def test_a_file_that_joins_gives_the_tables_of_a_fresh_run(parts: Path, tmp_path
     assert {name: Path(storage.full(name)).stat().st_mtime_ns for name in kept} == kept
 
 
-@pytest.mark.parametrize(
-    ("prefix", "nth"),
-    [
-        ("tokenizers/", 1),
-        ("tokens/", 9),
-        ("dictionaries/", 2),
-        ("features/", 6),
-        ("tables/", 2),
-        ("catalog.json", 1),
-        ("report.html", 1),
-    ],
-)
+KILLS = {
+    "tokenizers/": 1,
+    "tokens/": 9,
+    "dictionaries/": 2,
+    "features/": 6,
+    "tables/": 2,
+    "catalog.json": 1,
+    "report.html": 1,
+}
+"""What a run was writing when it was killed: a prefix, and the how manieth file of it."""
+
+
+@pytest.fixture(scope="module")
+def killed(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A root for each kill, as the run left it."""
+    roots = {prefix: tmp_path_factory.mktemp("killed") for prefix in KILLS}
+    kills = []
+    for prefix, root in roots.items():
+        toml = root.with_suffix(".toml")
+        toml.write_text(_as_toml(values_for(parts, root)))
+        kills.append([str(toml), prefix, KILLS[prefix]])
+    program = [sys.executable, plain.__file__, json.dumps(kills)]
+    done = subprocess.run(program, capture_output=True, text=True, cwd=Path(plain.__file__).parent.parent)
+    assert done.stdout.split() == [str(-signal.SIGKILL)] * len(kills), done.stderr[-2000:]
+    return roots
+
+
+@pytest.mark.parametrize("prefix", KILLS)
 def test_kill_9_in_a_stage_then_a_run_ends_with_the_same_tables(
-    parts: Path, tmp_path: Path, fresh_tables: dict[str, Any], prefix: str, nth: int
+    parts: Path, killed: dict[str, Path], fresh_tables: dict[str, Any], prefix: str
 ) -> None:
-    values = values_for(parts, tmp_path / "killed")
-    toml = tmp_path / "config.toml"
-    toml.write_text(_as_toml(values))
-    program = [sys.executable, str(Path(plain.__file__)), str(toml), prefix, str(nth)]
-    killed = subprocess.run(program, capture_output=True, text=True, cwd=Path(plain.__file__).parent.parent)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    storage = Storage(str(tmp_path / "killed"))
+    storage = Storage(str(killed[prefix]))
     # What a reader sees after the kill is nothing, or all.
     assert contents(storage) in ({}, fresh_tables)
-    plain.run_plain(Config.model_validate(tomllib.loads(toml.read_text())))
+    plain.run_plain(config_for(parts, killed[prefix]))
     assert contents(storage) == fresh_tables
-    assert (tmp_path / "killed" / "report.html").exists()
+    assert (killed[prefix] / "report.html").exists()
 
 
 @pytest.fixture(scope="module")
 def fresh_tables(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tasks.corpus.tokenization._Watched", plain.InThisProcess)
-        return contents(plain.run_plain(config_for(parts, tmp_path_factory.mktemp("fresh")), checked=False))
+    return contents(plain.run_plain(config_for(parts, tmp_path_factory.mktemp("fresh")), checked=False))
 
 
 def _as_toml(values: dict[str, Any]) -> str:
@@ -267,7 +267,8 @@ def test_workers_of_a_running_scheduler_give_the_same_tables(
 ) -> None:
     from distributed import LocalCluster
 
-    with LocalCluster(n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None) as cluster:
+    # Each worker imports for seconds. Two files are tokenized side by side, a model serves one shard at a time.
+    with LocalCluster(n_workers=1, threads_per_worker=2, host="127.0.0.1", dashboard_address=None) as cluster:
         values = {**values_for(parts, tmp_path), "dask": {"scheduler": cluster.scheduler_address}}
         storage = plain.run_plain(Config.model_validate(values), checked=False)
     assert contents(storage) == fresh_tables

@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import socket
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
-import pyarrow as pa
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
 from distributed import KilledWorker
+from stand_in import TRAINED_TOKENIZER, StandIns, shard_file
 
-import tasks
 from infra.addresses import title_of
-from infra.duck import CATALOG, Catalog
-from infra.progress import Progress
+from infra.duck import CATALOG
 from infra.storage import Storage
 from schemas.config import Config, Model
 from schemas.errors import ConfigError, CorpusError, ExpectationError, FunctokError, StorageError
-from schemas.pretraining.work import Checkpoint, GeneratedTexts, GrownSae, LossShard
-from schemas.steering.work import CaseFeatures, LayerFolder, SteeredPrompt, SteeringResults, TraitFeatures
-from schemas.tables import SHARD_FILES, TABLES
-from schemas.work import CorpusShards, Dictionary, FeatureShard, GraphShard, TokenShard
+from schemas.pretraining.work import Checkpoint
+from schemas.steering.work import CaseFeatures, LayerFolder, Steered, SteeredPrompt, TraitFeatures
 from tasks.steering.heat_maps import HeatMap, HeatPanel
-
-SHARD = TokenShard(folder="tokens/k/0", source="a.txt", doc_offset=0, n_documents=3, n_tokens=40, n_rejects=1)
-SHARDS = CorpusShards(shards=(SHARD,), tokenizer_key="t", vocabulary="tokenizers/t/vocabulary.parquet")
 
 
 @pytest.fixture
@@ -51,11 +43,7 @@ def counting(config: Config) -> Config:
     return config.model_copy(update={"sae": []})
 
 
-CHECKPOINTS = [
-    Checkpoint(series="small", step=7, model=Model(name="storage:checkpoints/k"), key="k", tokens=70)
-]
-
-
+CHECKPOINT = Checkpoint(series="small", step=7, model=Model(name="storage:checkpoints/k"), key="k", tokens=70)
 CASE = CaseFeatures(
     case="c", folder="reactivation/c", layers=(LayerFolder(layer=7, folder="reactivation/c-7"),), n_tokens=8
 )
@@ -65,289 +53,43 @@ TRAIT = TraitFeatures(
 EXPERIMENT = SteeredPrompt(case="t", prompt="p", folder="steering/t")
 
 
-def write_rows(storage: Storage, name: str, schema: pa.Schema, rows: list[dict[str, Any]]) -> None:
-    storage.write_parquet(name, pa.Table.from_pylist(rows, schema=schema))
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch) -> StandIns:
+    return StandIns(monkeypatch)
 
 
-class StandIn:
-    """All stages, small: each notes that it was called, and remembers what it finished."""
-
-    def __init__(self) -> None:
-        self.journal: list[str] = []
-        self.done: set[str] = set()
-        self.fail: dict[str, Exception] = {}
-
-    def _make(self, name: str, progress: Progress | None = None) -> None:
-        self.journal.append(name)
-        if name in self.fail:
-            raise self.fail[name]
-        if progress is not None:
-            progress(0, 4, f"{name} parts")
-            progress(4, 4, f"{name} parts")
-        self.done.add(name)
-
-    def tokenize_corpus(self, config: Config, storage: Storage, progress: Progress) -> CorpusShards:
-        self._make("tokenize", progress)
-        return SHARDS
-
-    def find_corpus_shards(self, config: Config, storage: Storage) -> CorpusShards | None:
-        return SHARDS if "tokenize" in self.done else None
-
-    def prepare_dictionaries(
-        self, config: Config, storage: Storage, shards: CorpusShards, progress: Progress
-    ) -> list[Dictionary]:
-        self._make("dictionaries", progress)
-        return self._dictionaries(config)
-
-    def _dictionaries(self, config: Config) -> list[Dictionary]:
-        return [
-            Dictionary(layer=entry.layer, folder=f"dictionaries/{entry.layer}", key="k", d_sae=8, source="s")
-            for entry in config.sae
+def steered(stages: StandIns) -> None:
+    """Have the stages of cases give a case, a trait and an experiment, with what is shown of them."""
+    stages.results |= {
+        "reactivation": lambda config: [CASE],
+        "steering": lambda config: Steered(traits=(TRAIT,), experiments=(EXPERIMENT,)),
+    }
+    prompts = [{"case": "c", "prompt": prompt, "position": 0} for prompt in ("of A", "of B")]
+    stages.files["reactivation"] = [shard_file(CASE.folder, "prompt_tokens", prompts)]
+    texts = [
+        {"case": "t", "prompt": "p", "place": place, "control": control, "strength": strength}
+        | {"mode": "add", "baseline_text": "Japan", "steered_text": f"日本 {strength}"}
+        for place in ("last function token", "all positions")
+        for control in ("trait", "random")
+        for strength in (0.0, 2.0)
+    ]
+    stages.files["steering"] = [shard_file(EXPERIMENT.folder, "steering", texts)]
+    for of_layer in TRAIT.layers:
+        judged = [{"trait": "t", "layer": of_layer.layer, "separation": of_layer.layer / 10}]
+        ranked = [
+            {"trait": "t", "layer": of_layer.layer, "place": place, "feature_id": of_layer.layer + place}
+            for place in range(1, 9)
         ]
-
-    def find_dictionaries(
-        self, config: Config, storage: Storage, shards: CorpusShards
-    ) -> list[Dictionary] | None:
-        return self._dictionaries(config) if "dictionaries" in self.done else None
-
-    def extract_features(
-        self,
-        config: Config,
-        storage: Storage,
-        shards: CorpusShards,
-        dictionaries: list[Dictionary],
-        progress: Progress,
-    ) -> list[FeatureShard]:
-        self._make("features", progress)
-        return self._features(dictionaries)
-
-    def _features(self, dictionaries: list[Dictionary]) -> list[FeatureShard]:
-        part = GraphShard(shard=SHARD, n_documents=3, n_tokens=40)
-        return [
-            FeatureShard(layer=entry.layer, folder=f"features/{entry.layer}", part=part, n_activations=9)
-            for entry in dictionaries
+        stages.files["steering"] += [
+            shard_file(of_layer.folder, "trait_layers", judged),
+            shard_file(of_layer.folder, "trait_features", ranked),
         ]
-
-    def find_feature_shards(
-        self, config: Config, storage: Storage, shards: CorpusShards, dictionaries: list[Dictionary]
-    ) -> list[FeatureShard] | None:
-        return self._features(dictionaries) if "features" in self.done else None
-
-    def build_corpus_tables(
-        self, config: Config, storage: Storage, shards: CorpusShards, progress: Progress
-    ) -> Catalog:
-        self._make("corpus tables", progress)
-        rows = [
-            {"token_id": 1, "token": "\n", "count": 30, "doc_count": 3, "doc_share": 1.0, "rank": 1}
-            | {"share": 0.75, "cumulative_share": 0.75, "is_function": True},
-            {"token_id": 2, "token": " rare", "count": 10, "doc_count": 1, "doc_share": 0.3, "rank": 2}
-            | {"share": 0.25, "cumulative_share": 1.0, "is_function": False},
-        ]
-        storage.write_parquet("tables/tokens.parquet", pa.Table.from_pylist(rows, schema=TABLES["tokens"]))
-        return Catalog(tables={"tokens": "tables/tokens.parquet"}, lineage={"corpus": "c"})
-
-    def build_graph_tables(
-        self,
-        config: Config,
-        storage: Storage,
-        shards: CorpusShards,
-        features: list[FeatureShard],
-        dictionaries: list[Dictionary],
-        progress: Progress,
-    ) -> Catalog:
-        self._make("graph tables", progress)
-        rows = [
-            {"layer": entry.layer, "rank": 1, "token_id": 1, "token": "\n", "new_features": 2}
-            | {"cumulative_features": 2, "coverage": 0.2319, "dictionary_coverage": 0.2}
-            for entry in dictionaries
-        ]
-        storage.write_parquet(
-            "tables/coverage.parquet", pa.Table.from_pylist(rows, schema=TABLES["coverage"])
-        )
-        tables = {"tokens": "tables/tokens.parquet", "coverage": "tables/coverage.parquet"}
-        return Catalog(tables=tables, lineage={"corpus": "c", "graph": "g"})
-
-    def publish(self, storage: Storage, catalog: Catalog) -> None:
-        self._make("publish")
-        storage.write_json(CATALOG, catalog.to_json())
-
-    def write_report(self, storage: Storage, resources: Any, progress: Progress) -> str:
-        self._make("report", progress)
-        return storage.url("report.html")
-
-    def train_tokenizer(self, config: Config, storage: Storage, progress: Progress) -> str:
-        self._make("tokenizer", progress)
-        return "storage:tokenizers-trained/k"
-
-    def with_tokenizer(self, config: Config, storage: Storage) -> Config | None:
-        if config.consolidation is None or not config.consolidation.trains_tokenizer:
-            return config
-        if "tokenizer" not in self.done:
-            return None
-        tokenizer = config.model.model_copy(update={"tokenizer": "storage:tokenizers-trained/k"})
-        return config.model_copy(update={"model": tokenizer})
-
-    def prepare_checkpoints(
-        self, config: Config, storage: Storage, shards: CorpusShards, progress: Progress
-    ) -> list[Checkpoint]:
-        assert config.model.tokenizer == "storage:tokenizers-trained/k"
-        self._make("checkpoints", progress)
-        return CHECKPOINTS
-
-    def find_checkpoints(
-        self, config: Config, storage: Storage, shards: CorpusShards
-    ) -> list[Checkpoint] | None:
-        return CHECKPOINTS if "checkpoints" in self.done else None
-
-    def compute_losses(
-        self,
-        config: Config,
-        storage: Storage,
-        shards: CorpusShards,
-        checkpoints: list[Checkpoint],
-        progress: Progress,
-    ) -> list[LossShard]:
-        self._make("losses", progress)
-        return []
-
-    def grow(
-        self,
-        config: Config,
-        storage: Storage,
-        shards: CorpusShards,
-        checkpoints: list[Checkpoint],
-        progress: Progress,
-    ) -> list[GrownSae]:
-        self._make("growth", progress)
-        return []
-
-    def generate_texts(
-        self, config: Config, storage: Storage, checkpoints: list[Checkpoint], progress: Progress
-    ) -> list[GeneratedTexts]:
-        self._make("generations", progress)
-        return []
-
-    def find_results(self, config: Config, storage: Storage, shards: CorpusShards) -> object | None:
-        return object() if {"losses", "growth", "generations"} <= self.done else None
-
-    def build_consolidation_tables(
-        self,
-        config: Config,
-        storage: Storage,
-        shards: CorpusShards,
-        results: object,
-        progress: Progress,
-        onto: Catalog,
-    ) -> Catalog:
-        self._make("consolidation tables", progress)
-        return Catalog(tables=onto.tables, lineage=onto.lineage | {"consolidation": "k"})
-
-    def check_cases(self, config: Config, storage: Storage) -> None:
-        self._make("check cases")
-
-    def compute_reactivations(
-        self, config: Config, storage: Storage, dictionaries: list[Dictionary], progress: Progress
-    ) -> list[CaseFeatures]:
-        self._make("reactivation", progress)
-        rows = [{"case": "c", "prompt": prompt, "position": 0} for prompt in ("of A", "of B")]
-        write_rows(storage, "reactivation/c/prompt_tokens.parquet", SHARD_FILES["prompt_tokens"], rows)
-        return [CASE]
-
-    def run_steering(
-        self,
-        config: Config,
-        storage: Storage,
-        shards: CorpusShards,
-        dictionaries: list[Dictionary],
-        progress: Progress,
-    ) -> tuple[list[TraitFeatures], list[SteeredPrompt]]:
-        self._make("steering", progress)
-        for layer, folder in ((entry.layer, entry.folder) for entry in TRAIT.layers):
-            judged = [{"trait": "t", "layer": layer, "separation": layer / 10}]
-            write_rows(storage, f"{folder}/trait_layers.parquet", SHARD_FILES["trait_layers"], judged)
-            ranked = [
-                {"trait": "t", "layer": layer, "place": place, "feature_id": layer + place}
-                for place in range(1, 9)
-            ]
-            write_rows(storage, f"{folder}/trait_features.parquet", SHARD_FILES["trait_features"], ranked)
-        texts = [
-            {"case": "t", "prompt": "p", "place": place, "control": control, "strength": strength}
-            | {"mode": "add", "baseline_text": "Japan", "steered_text": f"日本 {strength}"}
-            for place in ("last function token", "all positions")
-            for control in ("trait", "random")
-            for strength in (0.0, 2.0)
-        ]
-        write_rows(storage, "steering/t/steering.parquet", SHARD_FILES["steering"], texts)
-        return [TRAIT], [EXPERIMENT]
-
-    def find_steering_results(
-        self, config: Config, storage: Storage, shards: CorpusShards, dictionaries: list[Dictionary]
-    ) -> SteeringResults | None:
-        if not {"reactivation", "steering"} <= self.done:
-            return None
-        return SteeringResults(cases=(CASE,), traits=(TRAIT,), experiments=(EXPERIMENT,))
-
-    def build_steering_tables(
-        self,
-        config: Config,
-        storage: Storage,
-        shards: CorpusShards,
-        results: SteeringResults,
-        progress: Progress,
-        onto: Catalog,
-    ) -> Catalog:
-        assert results.experiments == (EXPERIMENT,)
-        self._make("steering tables", progress)
-        effects = [
+    stages.tables["steering"] = {
+        "steering_effects": [
             {"mode": "add", "place": "last function token", "control": "trait", "strength": 2.0, "n": 1}
             | {"kl": 0.5, "advantage": float("nan")}
         ]
-        name = "tables/steering_effects.parquet"
-        write_rows(storage, name, TABLES["steering_effects"], effects)
-        return Catalog(
-            tables=onto.tables | {"steering_effects": name}, lineage=onto.lineage | {"steering": "s"}
-        )
-
-    def check(self, name: str) -> Callable[..., None]:
-        return lambda *_args: self._make(f"check {name}")
-
-
-@pytest.fixture
-def stages(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    stand_in = StandIn()
-    checks = SimpleNamespace(
-        check_tokenize=stand_in.check("tokenize"),
-        check_dictionaries=stand_in.check("dictionaries"),
-        check_features=stand_in.check("features"),
-        check_tables=stand_in.check("tables"),
-    )
-    of_checkpoints = SimpleNamespace(
-        check_checkpoints=stand_in.check("checkpoints"),
-        check_losses=stand_in.check("losses"),
-        check_growth=stand_in.check("growth"),
-        check_generations=stand_in.check("generations"),
-    )
-    spine = ("tokenization", "dictionaries", "features", "tables", "report")
-    consolidation = (
-        "checkpoints",
-        "losses",
-        "growth",
-        "generations",
-        "consolidation",
-        "consolidation_tables",
-    )
-    steering = ("cases", "reactivation", "steering", "steering_stages", "steering_tables")
-    of_steering = SimpleNamespace(
-        check_reactivation=stand_in.check("reactivation"), check_steering=stand_in.check("steering")
-    )
-    for module in (*spine, *consolidation, *steering, "corpus_tokenizer"):
-        monkeypatch.setattr(tasks, module, stand_in, raising=False)
-    for check in ("check_fit", "check_model"):
-        monkeypatch.setattr(f"tasks.graph.preflight.{check}", lambda *_: None)
-    monkeypatch.setattr(tasks, "validation", checks, raising=False)
-    monkeypatch.setattr(tasks, "consolidation_validation", of_checkpoints, raising=False)
-    monkeypatch.setattr(tasks, "steering_validation", of_steering, raising=False)
-    return stand_in
+    }
 
 
 HEAT_MAP = HeatMap(
@@ -407,7 +149,7 @@ def last_runs(kind: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.usefixtures("prefect_api")
-def test_reproduce_runs_every_stage_in_order_and_shows_results(config: Config, stages: StandIn) -> None:
+def test_reproduce_runs_every_stage_in_order_and_shows_results(config: Config, stages: StandIns) -> None:
     from flows.reproduce import reproduce
 
     reproduce(config)
@@ -436,7 +178,7 @@ def test_reproduce_runs_every_stage_in_order_and_shows_results(config: Config, s
 
 
 @pytest.mark.usefixtures("prefect_api")
-def test_two_roots_do_not_overwrite_each_others_artifacts(config: Config, stages: StandIn) -> None:
+def test_two_roots_do_not_overwrite_each_others_artifacts(config: Config, stages: StandIns) -> None:
     from flows.reproduce import reproduce
 
     root = config.storage.root
@@ -452,7 +194,7 @@ def test_two_roots_do_not_overwrite_each_others_artifacts(config: Config, stages
 
 
 @pytest.mark.usefixtures("prefect_api")
-def test_counting_only_has_no_graph(counting: Config, stages: StandIn) -> None:
+def test_counting_only_has_no_graph(counting: Config, stages: StandIns) -> None:
     from flows.reproduce import reproduce
 
     reproduce(counting)
@@ -484,7 +226,6 @@ def pretraining(tmp_path: Path) -> Config:
 
 
 CONSOLIDATION = [
-    "tokenizer",
     "tokenize",
     "check tokenize",
     *(
@@ -501,56 +242,56 @@ CONSOLIDATION = [
 
 
 @pytest.mark.usefixtures("prefect_api")
-def test_checkpoints_of_pre_training_have_stages_of_their_own(pretraining: Config, stages: StandIn) -> None:
+def test_checkpoints_of_pre_training_have_stages_of_their_own(pretraining: Config, stages: StandIns) -> None:
     from flows.reproduce import reproduce
 
+    stages.results["checkpoints"] = lambda config: [CHECKPOINT]
     reproduce(pretraining)
 
     assert stages.journal == CONSOLIDATION
+    assert stages.configs["checkpoints"].model.tokenizer == TRAINED_TOKENIZER
     [row] = json.loads(artifacts(pretraining)["checkpoints"]["data"])
     assert (row["model"], row["step"], row["source"]) == ("small", 7, "storage:checkpoints/k")
     assert {"checkpoints: small", "losses: check small"} <= {run["name"] for run in last_runs("task_runs")}
     stages.journal.clear()
     reproduce(pretraining, start_from="generations")
-    assert stages.journal == CONSOLIDATION[CONSOLIDATION.index("generations") :]
+    assert stages.journal == CONSOLIDATION[CONSOLIDATION.index("check generations") :]
 
 
 @pytest.mark.usefixtures("prefect_api")
 @pytest.mark.parametrize(
     ("flow", "done", "missing"),
     [
-        ("checkpoints", set(), "tokenize"),
-        ("losses", {"tokenizer", "tokenize"}, "checkpoints"),
-        ("growth", {"tokenizer"}, "tokenize"),
-        ("generations", {"tokenizer", "tokenize"}, "checkpoints"),
+        ("checkpoints", (), "tokenize"),
+        ("losses", ("tokenize",), "checkpoints"),
+        ("growth", (), "tokenize"),
+        ("generations", ("tokenize",), "checkpoints"),
     ],
 )
 def test_a_checkpoint_stage_alone_names_the_stage_it_lacks(
-    pretraining: Config, stages: StandIn, flow: str, done: set[str], missing: str
+    pretraining: Config, stages: StandIns, flow: str, done: tuple[str, ...], missing: str
 ) -> None:
     from flows.reproduce import reproduce
 
-    stages.done |= done
+    stages.finish(pretraining, *done)
     with pytest.raises(FunctokError, match=f"--only {missing}"):
-        reproduce(pretraining, only=flow)  # type: ignore[call-overload]  # a parametrized literal
+        reproduce(pretraining, only=flow)
     assert stages.journal == []
 
 
 @pytest.mark.usefixtures("prefect_api")
-def test_tables_without_losses_publishes_the_corpus_then_fails(pretraining: Config, stages: StandIn) -> None:
+def test_tables_without_losses_publishes_the_corpus_then_fails(pretraining: Config, stages: StandIns) -> None:
     from flows.tables import tables
 
-    stages.done |= {"tokenizer", "tokenize", "checkpoints"}
-    with pytest.raises(FunctokError, match="a checkpoint stage"):
+    stages.finish(pretraining, "checkpoints")
+    with pytest.raises(FunctokError, match="--only losses"):
         tables(pretraining)
     assert stages.journal == ["corpus tables", "check tables", "publish"]
 
 
 @pytest.mark.usefixtures("prefect_api")
 @pytest.mark.parametrize("flow", ["checkpoints", "losses", "growth", "generations"])
-def test_a_checkpoint_stage_that_does_not_apply_says_so(config: Config, stages: StandIn, flow: str) -> None:
-    import importlib
-
+def test_a_checkpoint_stage_that_does_not_apply_says_so(config: Config, stages: StandIns, flow: str) -> None:
     with pytest.raises(ConfigError, match="no consolidation section"):
         getattr(importlib.import_module(f"flows.{flow}"), flow)(config)
     assert stages.journal == []
@@ -563,7 +304,6 @@ def steering(config: Config) -> Config:
 
 STEERING = [
     *WHOLE[: WHOLE.index("corpus tables")],
-    "check cases",
     "reactivation",
     "check reactivation",
     "steering",
@@ -579,11 +319,12 @@ STEERING = [
 
 @pytest.mark.usefixtures("prefect_api")
 def test_reactivation_and_steering_have_stages_of_their_own(
-    steering: Config, stages: StandIn, monkeypatch: pytest.MonkeyPatch
+    steering: Config, stages: StandIns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from flows.reproduce import reproduce
 
     monkeypatch.setattr("tasks.steering.heat_maps.heat_maps", lambda connection, limit: [HEAT_MAP] * 2)
+    steered(stages)
     reproduce(steering)
 
     assert stages.journal == STEERING
@@ -611,45 +352,26 @@ def test_reactivation_and_steering_have_stages_of_their_own(
     assert {"reactivation: my-cases.toml", "steering: check my-cases.toml", "tables: my-cases.toml"} <= names
     stages.journal.clear()
     reproduce(steering, start_from="steering")
-    assert stages.journal == STEERING[STEERING.index("steering") :]
-
-
-def test_steered_texts_name_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flows.artifacts import show_steering
-
-    storage = Storage(str(tmp_path))
-    rows = [{"case": "t", "prompt": "p", "place": "all positions", "control": "trait", "strength": 2.0}]
-    write_rows(storage, "steering/t/steering.parquet", SHARD_FILES["steering"], rows)
-    said: dict[str, str] = {}
-
-    def note(key: str, description: str, **_: Any) -> None:
-        said[key.removesuffix(f"-{storage.name}")] = description
-
-    monkeypatch.setattr("flows.artifacts.create_table_artifact", note)
-    show_steering(storage, [], [EXPERIMENT])
-    assert "all positions" in said["steered-texts"]
-    assert "last function token" not in said["steered-texts"]
+    assert stages.journal == STEERING[STEERING.index("check steering") :]
 
 
 @pytest.mark.usefixtures("prefect_api")
 @pytest.mark.parametrize("flow", ["reactivation", "steering"])
-@pytest.mark.parametrize(("done", "missing"), [(set(), "tokenize"), ({"tokenize"}, "dictionaries")])
+@pytest.mark.parametrize(("done", "missing"), [((), "tokenize"), (("tokenize",), "dictionaries")])
 def test_a_stage_of_cases_alone_names_the_stage_it_lacks(
-    steering: Config, stages: StandIn, flow: str, done: set[str], missing: str
+    steering: Config, stages: StandIns, flow: str, done: tuple[str, ...], missing: str
 ) -> None:
     from flows.reproduce import reproduce
 
-    stages.done |= done
+    stages.finish(steering, *done)
     with pytest.raises(FunctokError, match=f"--only {missing}"):
-        reproduce(steering, only=flow)  # type: ignore[call-overload]  # a parametrized literal
+        reproduce(steering, only=flow)
     assert stages.journal == []
 
 
 @pytest.mark.usefixtures("prefect_api")
 @pytest.mark.parametrize("flow", ["reactivation", "steering"])
-def test_a_stage_of_cases_that_does_not_apply_says_so(config: Config, stages: StandIn, flow: str) -> None:
-    import importlib
-
+def test_a_stage_of_cases_that_does_not_apply_says_so(config: Config, stages: StandIns, flow: str) -> None:
     with pytest.raises(ConfigError, match="no steering section") as caught:
         getattr(importlib.import_module(f"flows.{flow}"), flow)(config)
     assert caught.value.stage == flow
@@ -657,33 +379,33 @@ def test_a_stage_of_cases_that_does_not_apply_says_so(config: Config, stages: St
 
 
 @pytest.mark.usefixtures("prefect_api")
-@pytest.mark.parametrize("done", [set(), {"reactivation"}])
+@pytest.mark.parametrize(("done", "missing"), [((), "reactivation"), (("reactivation",), "steering")])
 def test_tables_without_steering_publishes_the_graph_then_fails(
-    steering: Config, stages: StandIn, done: set[str]
+    steering: Config, stages: StandIns, done: tuple[str, ...], missing: str
 ) -> None:
     from flows.tables import tables
 
-    stages.done |= {"tokenize", "dictionaries", "features"} | done
-    with pytest.raises(FunctokError, match="reactivation or steering is not finished") as caught:
+    stages.finish(steering, "features", *done)
+    with pytest.raises(FunctokError, match=f"{missing} is not finished") as caught:
         tables(steering)
-    assert "--from reactivation" in caught.value.hint
+    assert f"--only {missing}" in caught.value.hint
     assert stages.journal == ["corpus tables", "graph tables", "check tables", "publish"]
 
 
 @pytest.mark.usefixtures("prefect_api")
-def test_cases_that_cannot_be_used_are_read_by_no_model(steering: Config, stages: StandIn) -> None:
+def test_cases_that_cannot_be_used_are_read_by_no_model(steering: Config, stages: StandIns) -> None:
     from flows.reactivation import reactivation
 
-    stages.done |= {"tokenize", "dictionaries"}
-    stages.fail["check cases"] = ConfigError("[[case]] 'c': prompt 1 is empty")
+    stages.finish(steering, "dictionaries")
+    stages.fail["prepare reactivation"] = ConfigError("[[case]] 'c': prompt 1 is empty")
     with pytest.raises(ConfigError, match="prompt 1 is empty") as caught:
         reactivation(steering)
     assert caught.value.stage == "reactivation"
-    assert stages.journal == ["check cases"]
+    assert stages.journal == []
 
 
 @pytest.mark.usefixtures("prefect_api")
-def test_only_and_start_from(config: Config, stages: StandIn) -> None:
+def test_only_and_start_from(config: Config, stages: StandIns) -> None:
     from flows.reproduce import reproduce
 
     reproduce(config, only="tokenize")
@@ -700,48 +422,46 @@ def test_only_and_start_from(config: Config, stages: StandIn) -> None:
 @pytest.mark.parametrize(
     ("flow", "done", "missing"),
     [
-        ("dictionaries", set(), "tokenize"),
-        ("features", set(), "tokenize"),
-        ("features", {"tokenize"}, "dictionaries"),
-        ("tables", set(), "tokenize"),
-        ("report", {"tokenize", "dictionaries", "features"}, "tables"),
+        ("dictionaries", (), "tokenize"),
+        ("features", (), "tokenize"),
+        ("features", ("tokenize",), "dictionaries"),
+        ("tables", (), "tokenize"),
+        ("report", ("features",), "tables"),
     ],
 )
 def test_a_stage_alone_names_the_stage_it_lacks(
-    config: Config, stages: StandIn, flow: str, done: set[str], missing: str
+    config: Config, stages: StandIns, flow: str, done: tuple[str, ...], missing: str
 ) -> None:
     from flows.reproduce import reproduce
 
-    stages.done |= done
+    stages.finish(config, *done)
     with pytest.raises(FunctokError, match=f"--only {missing}") as caught:
-        reproduce(config, only=flow)  # type: ignore[call-overload]  # a parametrized literal
+        reproduce(config, only=flow)
     assert caught.value.stage == missing
     assert stages.journal == []
 
 
 @pytest.mark.usefixtures("prefect_api")
 @pytest.mark.parametrize("flow", ["dictionaries", "features"])
-def test_a_stage_that_does_not_apply_says_so(counting: Config, stages: StandIn, flow: str) -> None:
-    import importlib
-
+def test_a_stage_that_does_not_apply_says_so(counting: Config, stages: StandIns, flow: str) -> None:
     with pytest.raises(ConfigError, match="counts tokens only"):
         getattr(importlib.import_module(f"flows.{flow}"), flow)(counting)
     assert stages.journal == []
 
 
 @pytest.mark.usefixtures("prefect_api")
-def test_tables_without_features_publishes_the_corpus_then_fails(config: Config, stages: StandIn) -> None:
+def test_tables_without_features_publishes_the_corpus_then_fails(config: Config, stages: StandIns) -> None:
     from flows.tables import tables
 
-    stages.done |= {"tokenize", "dictionaries"}
+    stages.finish(config, "dictionaries")
     with pytest.raises(FunctokError, match="--only features"):
         tables(config)
     assert stages.journal == ["corpus tables", "check tables", "publish"]
-    assert Storage(config.storage.root).read_json(CATALOG)["lineage"] == {"corpus": "c"}
+    assert list(Storage(config.storage.root).read_json(CATALOG)["lineage"]) == ["corpus"]
 
 
 @pytest.mark.usefixtures("prefect_api")
-def test_a_failure_reaches_the_caller_as_itself_and_stops_the_run(config: Config, stages: StandIn) -> None:
+def test_a_failure_reaches_the_caller_as_itself_and_stops_the_run(config: Config, stages: StandIns) -> None:
     from flows.reproduce import reproduce
 
     stages.fail["check features"] = failure = ExpectationError("edges.n is negative in 2 rows")
@@ -810,11 +530,11 @@ def test_steps_are_retried_by_type(
 ) -> None:
     from prefect import flow
 
-    from flows.support import step
+    from flows.stage import step
 
     calls: list[int] = []
 
-    @step("features", "layer {layers}", first_delay=0.01)
+    @step("features", "layer 7", first_delay=0.01)
     def flaky(config: Config) -> int:
         calls.append(1)
         if len(calls) <= len(failures):
@@ -834,12 +554,25 @@ def test_steps_are_retried_by_type(
 
 
 @pytest.mark.usefixtures("prefect_api")
+def test_what_was_made_before_a_failure_is_not_made_again(
+    config: Config, stages: StandIns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.tokenize import tokenize
+
+    monkeypatch.setattr("flows.stage.exponential_backoff", lambda seconds: 0)
+    stages.units["tokenize"] = ("first half", "second half")
+    stages.fail_once["second half"] = StorageError("lost")
+    tokenize(config)
+    assert stages.journal == ["first half", "second half", "second half", "check tokenize"]
+
+
+@pytest.mark.usefixtures("prefect_api")
 def test_progress_artifact_is_updated_at_most_once_a_second(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from prefect import flow
 
-    from flows import support
+    from flows import stage
 
     now = [0.0]
     written: list[float] = []
@@ -849,13 +582,13 @@ def test_progress_artifact_is_updated_at_most_once_a_second(
         written.append(kwargs["progress"])
         return update_progress_artifact(**kwargs)
 
-    monkeypatch.setattr(support, "update_progress_artifact", counted)
+    monkeypatch.setattr(stage, "update_progress_artifact", counted)
 
     root = Storage(config.storage.root).name
 
     @flow
     def reporting() -> None:
-        artifact = support.ProgressArtifact("features", root, clock=lambda: now[0])
+        artifact = stage.ProgressArtifact("features", root, clock=lambda: now[0])
         for done in range(50):
             artifact(done, 50, "tokens")
             now[0] += 0.25
@@ -868,8 +601,8 @@ def test_progress_artifact_is_updated_at_most_once_a_second(
 
 
 @pytest.mark.usefixtures("prefect_api")
-def test_steps_report_to_the_terminal_that_watches(config: Config, stages: StandIn) -> None:
-    from flows.support import watching
+def test_steps_report_to_the_terminal_that_watches(config: Config, stages: StandIns) -> None:
+    from flows.stage import watching
     from flows.tokenize import tokenize
 
     seen: list[tuple[int, int, str]] = []
@@ -891,7 +624,7 @@ def test_steps_report_to_the_terminal_that_watches(config: Config, stages: Stand
     ],
 )
 def test_secrets_are_refused_before_prefect_sees_them(
-    config: Config, stages: StandIn, change: dict[str, Any]
+    config: Config, stages: StandIns, change: dict[str, Any]
 ) -> None:
     from flows.reproduce import run
 
@@ -903,7 +636,7 @@ def test_secrets_are_refused_before_prefect_sees_them(
 
 
 @pytest.mark.usefixtures("prefect_api")
-def test_dictionary_parameters_are_validated(config: Config, stages: StandIn) -> None:
+def test_dictionary_parameters_are_validated(config: Config, stages: StandIns) -> None:
     from flows.tokenize import tokenize
 
     tokenize(json.loads(config.model_dump_json()))
@@ -928,7 +661,7 @@ def test_parameters_render_as_a_form() -> None:
 def test_run_calls_the_flow_on_the_api_that_is_set(
     prefect_api: str,
     config: Config,
-    stages: StandIn,
+    stages: StandIns,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     from flows import reproduce
@@ -942,7 +675,7 @@ def test_run_calls_the_flow_on_the_api_that_is_set(
     assert "Traceback" not in shown.err
 
 
-def test_an_api_that_does_not_answer_is_an_error_of_ours(config: Config, stages: StandIn) -> None:
+def test_an_api_that_does_not_answer_is_an_error_of_ours(config: Config, stages: StandIns) -> None:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     from flows import reproduce
@@ -995,7 +728,7 @@ def test_runs_whose_process_is_gone_are_marked_as_crashed_with_their_subflows(pr
 
 
 @pytest.mark.usefixtures("prefect_api")
-def test_a_run_says_where_it_lives(counting: Config, stages: StandIn) -> None:
+def test_a_run_says_where_it_lives(counting: Config, stages: StandIns) -> None:
     from flows.reproduce import reproduce
     from infra.prefect_api import PROCESS
 

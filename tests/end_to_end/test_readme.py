@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
+import io
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
+from functok import cli
 from schemas.config import Config
 from schemas.steering.section import Cases
 
@@ -69,33 +69,30 @@ def place(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.server
+@pytest.mark.usefixtures("prefect_api")
 @pytest.mark.parametrize("line", FUNCTOK)
-def test_a_command_of_the_readme_runs(place: Path, line: str) -> None:
+def test_a_command_of_the_readme_runs(
+    place: Path, line: str, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
     _, *arguments = shlex.split(line.replace("layer = 15", "layer = 1"), comments=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "functok", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=place,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    monkeypatch.chdir(place)
+    # Where a command asks for SQL.
+    monkeypatch.setattr("sys.stdin", io.StringIO(".tables\n"))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    said = capfdbinary.readouterr()
+    assert not ended.value.code, said.err.decode()
+    assert said.out.strip()
 
 
-@pytest.mark.server
-def test_the_python_of_the_readme_runs(place: Path) -> None:
+@pytest.mark.usefixtures("prefect_api")
+def test_the_python_of_the_readme_runs(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     (program,) = blocks("python")
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        cwd=place,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert "finished in" in done.stdout
+    monkeypatch.chdir(place)
+    exec(program, {})
+    assert "finished in" in capfd.readouterr().out
 
 
 def test_the_readme_shows_the_commands_that_there_are() -> None:

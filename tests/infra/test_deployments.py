@@ -11,8 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+import yaml
 
-from infra.deployments import Settled, Wanted, fill, fingerprints, settle_values, told_before, values_of
+from infra.deployments import (
+    Settled,
+    Wanted,
+    fill,
+    fingerprints,
+    settle_values,
+    told_before,
+    values_of,
+    with_every_stage,
+)
 from schemas.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -218,3 +228,15 @@ def test_only_what_this_machines_workers_had_taken_is_crashed(
         crash_dead_runs(prefect_api, "stopped", gone_workers=[ours])
         assert crashed() == [True, True, True, False, False]
     assert socket.gethostname() in ours
+
+
+def test_a_stage_without_an_entry_is_deployed_as_features_is() -> None:
+    content = yaml.safe_load((PROJECT / "prefect.yaml").read_text())
+    completed = with_every_stage(content, ("tokenize", "first_letters"))
+    (added,) = [entry for entry in completed["deployments"] if entry not in content["deployments"]]
+    (features,) = [entry for entry in content["deployments"] if entry["name"] == "features"]
+    assert added["name"] == "first_letters"
+    assert added["entrypoint"] == "flows.first_letters.first_letters"
+    for same in ("parameters", "work_pool", "concurrency_limit", "tags"):
+        assert added[same] == features[same]
+    assert "schedules" not in added

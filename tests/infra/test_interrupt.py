@@ -16,6 +16,7 @@ from pty_terminal import CTRL_C, CTRL_D, Terminal
 
 from infra.interrupt import STATUS
 
+pytestmark = pytest.mark.process
 REPOSITORY = Path(__file__).parents[2]
 FOREVER = "SELECT count(*) FROM range(3000000000) a, range(100000) b"
 

@@ -14,6 +14,7 @@ from hostile import NAMES
 from functok.own_packages import PACKAGES
 from infra.children import own_program
 
+pytestmark = pytest.mark.process
 REPOSITORY = Path(__file__).parents[2]
 RAISES = "raise SystemExit('not this one')\n"
 

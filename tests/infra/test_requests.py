@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from plain import InThisProcess, run_plain
+from plain import run_plain
 from s3 import BUCKET, Server
 from s3_proxy import Faults, Proxy
 
@@ -18,12 +18,11 @@ from infra.index import index_name
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.work import StagePlan
-from tasks.engine.plan import is_up_to_date, plan_run, stages_of
-from tasks.graph import extraction
+from tasks.stages import is_up_to_date, plan_run, stages_of
 
 pytestmark = pytest.mark.s3
 
-FEW, MANY = 8, 32
+FEW, MANY = 4, 16
 """Files of a corpus, each of one shard."""
 
 
@@ -35,7 +34,6 @@ def proxy(s3_proxy: Proxy, moto_server: Server) -> Iterator[Proxy]:
         for name, value in moto_server.environment().items():
             patch.setenv(name, value)
         patch.delenv("AWS_ENDPOINT_URL")
-        patch.setattr("tasks.corpus.tokenization._Watched", InThisProcess)
         s3fs.S3FileSystem.clear_instance_cache()
         yield s3_proxy
     s3fs.S3FileSystem.clear_instance_cache()
@@ -91,7 +89,6 @@ def counted(tmp_path_factory: pytest.TempPathFactory, proxy: Proxy) -> Counted:
     found = Counted(counts={}, configs={})
     for n_files in (FEW, MANY):
         config = found.configs[n_files] = config_of(folder, proxy.endpoint, n_files)
-        extraction.forget_loaded()
         proxy.clear()
         run_plain(config)
         first = proxy.kinds()
@@ -158,7 +155,6 @@ def test_what_is_found_is_proportional_to_the_files_that_join(counted: Counted, 
     [tokenize, *_] = plans_of(config)
     assert (tokenize.done, tokenize.missing) == (MANY, 1)
     assert proxy.kinds().total() <= counted.counts[MANY]["nothing to do"].total(), proxy.kinds()
-    extraction.forget_loaded()
     proxy.clear()
     run_plain(config)
     root = f"requests-{MANY}"
@@ -178,7 +174,6 @@ def test_faults_of_the_server_change_no_table(counted: Counted, proxy: Proxy) ->
     elsewhere = config.model_copy(
         update={"storage": config.storage.model_copy(update={"root": f"{config.storage.root}-faults"})}
     )
-    extraction.forget_loaded()
     proxy.clear()
     proxy.faults = Faults(slow=0.05, cut=0.02, cut_body=0.03)
     try:

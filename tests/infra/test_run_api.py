@@ -69,6 +69,7 @@ def eventually_gone(pid: int, home: Path) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.process
 def test_what_was_killed_with_its_parent_is_removed_by_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +167,7 @@ def test_a_temporary_server_says_that_its_record_goes_with_it(monkeypatch: pytes
     assert started[2]["PREFECT_SERVER_DATABASE_CONNECTION_URL"] == database
 
 
+@pytest.mark.process
 def test_a_server_that_ends_while_it_starts_is_an_error_of_ours(tmp_path: Path) -> None:
     server = TemporaryServer(
         {**os.environ, "PYTHONPATH": str(REPOSITORY), "PREFECT_API_SSL_CERT_FILE": ""}, None

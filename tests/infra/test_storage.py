@@ -309,7 +309,7 @@ def test_a_missing_bucket(moto_server: Server, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.s3
-def test_wrong_credentials_on_a_real_server(ceph_server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_credentials_on_ceph(ceph_server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     for changed in ({"AWS_SECRET_ACCESS_KEY": "not-the-secret"}, {"AWS_ACCESS_KEY_ID": "nobody"}):
         s3_at(ceph_server, monkeypatch, **changed)
         storage = Storage(f"s3://{BUCKET}/root")
@@ -385,6 +385,7 @@ def test_a_relative_root_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / "runs" / "x" / "a").read_bytes() == b"1"
 
 
+@pytest.mark.process
 def test_it_is_cheap_to_import() -> None:
     heavy = (
         "torch",

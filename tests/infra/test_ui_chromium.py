@@ -139,7 +139,8 @@ async def _deploy(config: Config) -> str:
     template = ProcessWorker.get_default_base_job_template()
     async with get_client() as client:
         await client.create_work_pool(
-            WorkPoolCreate(name="functok-cpu", type=ProcessWorker.type, base_job_template=template)
+            WorkPoolCreate(name="functok-cpu", type=ProcessWorker.type, base_job_template=template),
+            overwrite=True,
         )
         made = await client.create_deployment(
             flow_id=await client.create_flow(report),

@@ -339,6 +339,7 @@ def test_a_scheduler_that_is_switched_off_is_refused() -> None:
         up(port=free_port())
 
 
+@pytest.mark.process
 def test_errors_of_children_are_told_once_and_kept(tmp_path: Path) -> None:
     environment = dict(os.environ) | {"PREFECT_HOME": str(tmp_path)}
     trouble = (
@@ -414,6 +415,7 @@ def test_a_taken_port_is_a_clear_error() -> None:
             require_free_port("127.0.0.1", port)
 
 
+@pytest.mark.process
 def test_a_child_that_dies_ends_the_rest_and_is_quoted(tmp_path: Path) -> None:
     environment = dict(os.environ) | {"PREFECT_HOME": str(tmp_path)}
     (tmp_path / "dies.py").write_text("print('the disk is on fire'); raise SystemExit(3)")
@@ -434,9 +436,15 @@ def test_a_child_that_dies_ends_the_rest_and_is_quoted(tmp_path: Path) -> None:
 
 
 def web_servers(parent: psutil.Process) -> list[psutil.Process]:
-    return [child for child in parent.children() if "http.server" in child.cmdline()]
+    found: list[psutil.Process] = []
+    deadline = time.monotonic() + 10
+    # A process that was just started has no arguments for a moment.
+    while not found and time.monotonic() < deadline:
+        found = [child for child in parent.children() if "http.server" in child.cmdline()]
+    return found
 
 
+@pytest.mark.process
 def test_what_a_killed_parent_left_is_stopped_by_the_next(tmp_path: Path) -> None:
     environment = dict(os.environ) | {"PREFECT_HOME": str(tmp_path)}
     script = (

@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders import run_of
+from plain import there
 from tiny import D_MODEL, build_sae, save_model, save_sae, save_tokenizer
 
 from infra.storage import Storage
 from schemas.config import Config, Model
 from schemas.errors import DictionaryError, FunctokError, ModelError
 from schemas.work import CorpusShards
-from tasks.dictionaries.dictionaries import find_dictionaries, prepare_dictionaries
-from tasks.graph.preflight import check_fit
+from tasks.corpus.tokenization import TOKENIZE
+from tasks.dictionaries.dictionaries import DICTIONARIES
+from tasks.engine.run import Run, make
 from tasks.models.names import is_named, names_of
+from tasks.stages import check_fit
 
 NO_CORPUS = CorpusShards(shards=(), tokenizer_key="t", vocabulary="v")
 HERE = {"hook_name": "blocks.1.hook_resid_post"}
@@ -43,6 +47,10 @@ def config_of(model: Path, root: Path, **entry: Any) -> Config:
             "sae": [{"layer": 1, **entry}],
         }
     )
+
+
+def run_without_corpus(config: Config, storage: Storage) -> Run:
+    return run_of(config, storage, {TOKENIZE: NO_CORPUS})
 
 
 def check(model: Path, tmp_path: Path, **entry: Any) -> None:
@@ -136,13 +144,13 @@ def test_another_models_sae_is_read_where_that_is_said(model: Path, tmp_path: Pa
     entry = {"path": str(saved)}
     config, storage = config_of(model, tmp_path / "root", **entry), Storage(str(tmp_path / "root"))
     with pytest.raises(DictionaryError, match=r"trained on the model org/tiny-2b-it, not on tiny-2b"):
-        prepare_dictionaries(config, storage, NO_CORPUS)
+        make(run_without_corpus(config, storage), DICTIONARIES)
     allowed = config_of(model, tmp_path / "root", **entry, allow_other_model=True)
     check_fit(allowed, storage)
-    [dictionary] = prepare_dictionaries(allowed, storage, NO_CORPUS)
-    assert find_dictionaries(allowed, storage, NO_CORPUS) == [dictionary]
+    [dictionary] = make(run_without_corpus(allowed, storage), DICTIONARIES)
+    assert there(run_without_corpus(allowed, storage), DICTIONARIES) == [dictionary]
     # It is there now, and still another model's.
-    assert find_dictionaries(config, storage, NO_CORPUS) is None
+    assert there(run_without_corpus(config, storage), DICTIONARIES) is None
 
 
 @pytest.mark.parametrize(
@@ -220,7 +228,7 @@ def test_a_registered_sae_is_looked_up_before_tokenization(
         check(model, tmp_path, release="other-res", sae_id="layer_1")
     assert registry == []
     config, storage = config_of(model, tmp_path / "root", **entry), Storage(str(tmp_path / "root"))
-    prepare_dictionaries(config, storage, NO_CORPUS)
+    make(run_without_corpus(config, storage), DICTIONARIES)
     # What was fetched says for which layer it is.
     with pytest.raises(DictionaryError, match="set layer = 1"):
         check(model, tmp_path, **entry, layer=0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -11,12 +10,11 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from flows.artifacts import coverage_rows
 from functok import pipeline
-from infra.storage import Storage
-from tasks.models.token_texts import token_texts
+from schemas.config import Config
+from tasks.graph.tables import GRAPH
+from tasks.models.token_texts import label, shared_texts, token_texts
 from tasks.report.graph import coverage_table
-from tasks.report.text import label, shared_texts
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 PIECES = [*"abé", "▁", "▁▁", "▁a", "▁the", "the", " a", "▁é", "日", "\n"]
@@ -121,7 +119,7 @@ def test_added_and_special_tokens_are_their_own_text() -> None:
     }
 
 
-def test_people_see_ids_where_texts_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_people_see_ids_where_texts_are_shared() -> None:
     from rich.console import Console
 
     connection = duckdb.connect()
@@ -135,11 +133,12 @@ def test_people_see_ids_where_texts_are_shared(tmp_path: Path, monkeypatch: pyte
     shown = ["␣a (id 7)", "␣a (id 9)", "a"]
     shared = shared_texts(connection)
     assert [label(" a", 7, shared), label(" a", 9, shared), label("a", 3, shared)] == shown
-    assert [row[1] for row in coverage_table(connection).cells] == shown
-    rows = connection.execute("SELECT rank, token, token_id, layer, coverage FROM coverage").fetchall()
-    assert [row["token"] for row in coverage_rows(rows, shared)] == shown
-    monkeypatch.setattr(pipeline, "connect", lambda storage: connection)
+    assert [row["token"] for row in coverage_table(connection).rows] == shown
+    config = Config.model_validate({"corpus": {"urls": ["a.jsonl"]}, "model": {"name": "m"}})
+    (in_prefect,) = GRAPH.shown(connection, config)
+    assert [row["token"] for row in in_prefect.rows] == shown
+    assert [row["layer 1"] for row in in_prefect.rows] == ["33.33%", "66.67%", "100.00%"]
     console = Console(width=120)
     with console.capture() as captured:
-        console.print(pipeline.coverage_table(Storage(str(tmp_path))))
+        console.print(pipeline.coverage_table(connection))
     assert all(text in captured.get() for text in shown)

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plain import InThisProcess
+from plain import finished
 from tiny import save_tokenizer, texts, write_jsonl
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from infra.storage import Storage
 from schemas.config import Config, Model
 from schemas.errors import ModelError
-from tasks.corpus import tokenization
+from tasks.corpus.tokenization import TOKENIZE
 from tasks.models.tokenizer_files import read_as_gguf_says
 from tasks.models.tokenizers import LoadedTokenizer, load_tokenizer, require_rows
 
@@ -141,8 +141,7 @@ def test_tokens_that_a_class_adds_behind_the_vocabulary_are_none(tmp_path: Path)
     assert max(tokenizer.tokenizer.get_vocab().values()) == tokenizer.highest_id
 
 
-def test_the_corpus_is_counted_as_the_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenization, "_Watched", InThisProcess)
+def test_the_corpus_is_counted_as_the_file_says(tmp_path: Path) -> None:
     folder = saved(tmp_path / "model", own(BYTE_LEVEL), model_type="qwen2", tokenizer_class="Qwen2Tokenizer")
     with_holes(folder)
     corpus = write_jsonl(tmp_path / "a.jsonl", ["in 2024", "the last tokens: café in Zürich"])
@@ -154,7 +153,7 @@ def test_the_corpus_is_counted_as_the_file_says(tmp_path: Path, monkeypatch: pyt
         }
     )
     storage = Storage(config.storage.root)
-    shards = tokenization.tokenize_corpus(config, storage)
+    shards = finished(config, storage, TOKENIZE).result(TOKENIZE)
     expected = Tokenizer.from_file(str(folder / "tokenizer.json"))
     occurrences = storage.read_parquet(f"{shards.shards[0].folder}/occurrences.parquet").to_pylist()
     first = [row["token_id"] for row in occurrences if row["doc"] == 0]

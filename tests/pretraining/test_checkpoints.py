@@ -11,19 +11,28 @@ from typing import Any
 
 import pytest
 import torch
+from builders import run_of
 from tiny import N_LAYERS, save_model, save_tokenizer
 from transformers import AutoConfig
 
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.errors import ConfigError, ModelError
+from schemas.pretraining.work import Checkpoint
 from schemas.work import CorpusShards
+from tasks.corpus.tokenization import TOKENIZE
+from tasks.engine.run import make
 from tasks.models import model as models
-from tasks.pretraining.checkpoint_jobs import open_checkpoint
-from tasks.pretraining.checkpoint_steps import step_of
-from tasks.pretraining.checkpoints import config_of, find_checkpoints, prepare_checkpoints
+from tasks.pretraining.checkpoints import CHECKPOINTS
+from tasks.pretraining.loading import config_of, open_checkpoint
+from tasks.pretraining.public_series import step_of
 
 SHARDS = CorpusShards(shards=(), tokenizer_key="t", vocabulary="v")
+
+
+def checkpoints_of(config: Config, storage: Storage) -> list[Checkpoint]:
+    """Its checkpoints, by the stage that makes what is missing of them."""
+    return make(run_of(config, storage, {TOKENIZE: SHARDS}), CHECKPOINTS)
 
 
 def _config(model: dict[str, Any], *series: dict[str, Any], **consolidation: Any) -> Config:
@@ -60,7 +69,7 @@ def test_no_checkpoint_of_a_folder_is_passed_over(
         (tmp_path / name / file).write_text("{}")
     config = _config({"tokenizer": "t"}, {"name": "a", "folder": str(tmp_path)})
     with pytest.raises(ConfigError, match=message):
-        find_checkpoints(config, Storage(str(tmp_path)), SHARDS)
+        checkpoints_of(config, Storage(str(tmp_path)))
 
 
 def test_a_prompt_that_is_too_long_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
@@ -78,7 +87,7 @@ def test_a_prompt_that_is_too_long_is_refused_before_anything_is_trained(tmp_pat
         }
     )
     with pytest.raises(ModelError, match=r"the prompt 'of of .* more than the models have positions \(16\)"):
-        prepare_checkpoints(config, Storage(str(tmp_path / "root")), SHARDS)
+        checkpoints_of(config, Storage(str(tmp_path / "root")))
 
 
 def test_a_folder_of_checkpoints_in_the_order_of_their_steps(pythia: Path, tmp_path: Path) -> None:
@@ -88,15 +97,16 @@ def test_a_folder_of_checkpoints_in_the_order_of_their_steps(pythia: Path, tmp_p
     )
     config = Config.model_validate(config.model_dump() | {"windows": {"context_size": 16}})
     storage = Storage(str(tmp_path))
-    found = find_checkpoints(config, storage, SHARDS)
-    assert found is not None
+    found = checkpoints_of(config, storage)
     assert [(entry.series, entry.step, entry.layer) for entry in found] == [("a", 16, 1), ("a", 1000, 1)]
     assert found[0].key != found[1].key
     module = models.load_model(found[0].model, storage).module
     head = found[0].parameters
     assert head is not None
     assert head > sum(parameter.numel() for parameter in module.parameters())
-    assert prepare_checkpoints(config, storage, SHARDS) == found
+    run = run_of(config, storage, {TOKENIZE: SHARDS})
+    assert run.is_finished(CHECKPOINTS)
+    assert run.result(CHECKPOINTS) == found
     spine = config_of(config, found[1])
     assert spine.model.name == str(pythia / "step1000")
     assert spine.sae == []
@@ -117,8 +127,7 @@ def test_checkpoints_with_weights_of_the_older_kind_are_told_apart(pythia: Path,
         {"tokenizer": str(pythia / "step-16")}, {"name": "a", "folder": str(tmp_path / "series")}
     )
     storage = Storage(str(tmp_path / "root"))
-    found = find_checkpoints(config, storage, SHARDS)
-    assert found is not None
+    found = checkpoints_of(config, storage)
     assert found[0].key != found[1].key
     states = [models.load_model(entry.model, storage).module.state_dict() for entry in found]
     assert not torch.equal(*(state["embed_in.weight"] for state in states))
@@ -129,7 +138,7 @@ def test_a_checkpoint_that_is_another_where_it_is_read_is_refused(pythia: Path, 
     config = _config({"tokenizer": str(pythia / "step-16")}, series)
     config = Config.model_validate(config.model_dump() | {"windows": {"context_size": 16}})
     storage = Storage(str(tmp_path))
-    first, second = prepare_checkpoints(config, storage, SHARDS)
+    first, second = checkpoints_of(config, storage)
     open_checkpoint(config, storage, first)
     with pytest.raises(ModelError, match=r"step-16 is not here what it was .*same files"):
         open_checkpoint(config, storage, replace(first, key=second.key))
@@ -157,8 +166,7 @@ def test_revisions_say_their_step_or_are_told_it(monkeypatch: pytest.MonkeyPatch
         },
         {"name": "o", "model": "org/olmo", "revisions": ["step1-tokens0B"]},
     )
-    found = find_checkpoints(config, Storage(str(tmp_path)), SHARDS)
-    assert found is not None
+    found = checkpoints_of(config, Storage(str(tmp_path)))
     assert [(entry.series, entry.step, entry.model.name, entry.model.revision) for entry in found] == [
         ("p", 512, "org/pythia", "stage1-step512-tokens2B"),
         ("p", 1000, "org/pythia", "stage1-step1000-tokens5B"),
@@ -205,7 +213,7 @@ def test_a_series_that_cannot_be_ordered_is_refused(
     monkeypatch.chdir(tmp_path)
     config = _config({"name": "org/m"}, {"name": "a", **series})
     with pytest.raises(ConfigError, match=message) as caught:
-        find_checkpoints(config, Storage(str(tmp_path)), SHARDS)
+        checkpoints_of(config, Storage(str(tmp_path)))
     assert caught.value.message.startswith("series a")
     assert caught.value.hint
 
@@ -213,7 +221,7 @@ def test_a_series_that_cannot_be_ordered_is_refused(
 def test_a_checkpoint_given_as_a_series_is_told_its_folder(pythia: Path, tmp_path: Path) -> None:
     config = _config({"tokenizer": "t"}, {"name": "a", "folder": str(pythia / "step1000")})
     with pytest.raises(ConfigError, match=r"but itself has one \(give the folder above it, .*\)") as caught:
-        find_checkpoints(config, Storage(str(tmp_path)), SHARDS)
+        checkpoints_of(config, Storage(str(tmp_path)))
     assert str(pythia) in caught.value.hint
 
 
@@ -255,15 +263,13 @@ def test_subfolders_are_told_their_steps(pythia: Path, tmp_path: Path) -> None:
     series = {"name": "a", "folder": str(tmp_path / "series")}
     given = [{"subfolder": "warmup-final", "step": 10}, {"subfolder": "decay-step2", "step": 12}]
     config = _config({"tokenizer": str(pythia / "step-16")}, {**series, "subfolders": given})
-    found = find_checkpoints(config, Storage(str(tmp_path / "root")), SHARDS)
-    assert found is not None
+    found = checkpoints_of(config, Storage(str(tmp_path / "root")))
     assert [(entry.step, Path(entry.model.name).name) for entry in found] == [
         (10, "warmup-final"),
         (12, "decay-step2"),
     ]
     alone = _config({"tokenizer": str(pythia / "step-16")}, {**series, "subfolders": ["decay-step2"]})
-    found = find_checkpoints(alone, Storage(str(tmp_path / "root")), SHARDS)
-    assert found is not None
+    found = checkpoints_of(alone, Storage(str(tmp_path / "root")))
     assert [entry.step for entry in found] == [2]
 
 
@@ -283,7 +289,7 @@ def test_a_damaged_safetensors_file_is_named(pythia: Path, tmp_path: Path, lengt
     weights.write_bytes(weights.read_bytes()[:length])
     storage = Storage(str(tmp_path / "root"))
     with pytest.raises(ModelError, match=r"step7/model.safetensors is damaged or half copied.*copy it again"):
-        find_checkpoints(config, storage, SHARDS)
+        checkpoints_of(config, storage)
     with pytest.raises(ModelError, match=r"cannot load the model .*step7: a safetensors file is damaged"):
         models.load_model(config.model.model_copy(update={"name": str(copied)}), storage)
 
@@ -293,7 +299,7 @@ def test_weights_that_do_not_fit_their_configuration_are_named(pythia: Path, tmp
     saved = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps(saved | {"intermediate_size": 48}))
     storage = Storage(str(tmp_path / "root"))
-    (found,) = prepare_checkpoints(config, storage, SHARDS)
+    (found,) = checkpoints_of(config, storage)
     with pytest.raises(ModelError, match=r"step7: \S+, .* have other shapes than its config.json says"):
         open_checkpoint(config, storage, found)
 
@@ -302,26 +308,13 @@ def test_arguments_of_a_trainer_are_no_weights(pythia: Path, tmp_path: Path) -> 
     copied, config = a_series(pythia, tmp_path)
     (copied / "model.safetensors").rename(copied / "training_args.bin")
     with pytest.raises(ConfigError, match=r"step7 has a config\.json, but no weights"):
-        find_checkpoints(config, Storage(str(tmp_path / "root")), SHARDS)
-
-
-def test_what_does_not_fit_the_corpus_is_said_before_any_forward(pythia: Path, tmp_path: Path) -> None:
-    copied, config = a_series(pythia, tmp_path)
-    tokenizer = json.loads((copied / "tokenizer.json").read_text())
-    vocabulary = tokenizer["model"]["vocab"]
-    one, other = list(vocabulary)[10:12]
-    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
-    (copied / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(
-        ModelError, match=r"^\[checkpoints\] checkpoint a, step 7: its own tokenizer is another"
-    ):
-        prepare_checkpoints(config, Storage(str(tmp_path / "root")), SHARDS)
+        checkpoints_of(config, Storage(str(tmp_path / "root")))
 
 
 def test_a_revision_that_is_nowhere_is_named(tmp_path: Path) -> None:
     config = _config({"name": "org/none"}, {"name": "a", "revisions": ["step7"]})
     with pytest.raises(ModelError, match="org/none"):
-        find_checkpoints(config, Storage(str(tmp_path)), SHARDS)
+        checkpoints_of(config, Storage(str(tmp_path)))
 
 
 SHAPE = {"hidden_size": 16, "layers": 2, "heads": 2}

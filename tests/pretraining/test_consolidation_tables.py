@@ -12,33 +12,36 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from builders import Cut, make_dictionary, random_documents, write_corpus, write_features
+from builders import Cut, make_dictionary, random_documents, run_of, write_corpus, write_features
 from consolidation_run import (
     D_SAE,
     LAYER,
     PROMPTS,
+    PUBLIC,
     SERIES,
     STEPS,
     UNIT,
     ConsolidationRun,
+    built,
     consolidation_run,
+    corpus_tables,
     function_tokens,
 )
 
 from infra.duck import Catalog, ShardFile, connect, create_views, open_duckdb, read_catalog
 from infra.storage import Storage
-from schemas.config import DuckDb
+from schemas.config import Config, DuckDb
+from schemas.pretraining.section import losses_of
 from schemas.tables import TABLES
-from tasks.graph.tables import (
-    build_corpus_tables,
-    build_graph_tables,
-    find_tables,
-    publish,
-    write_catalog_file,
-    write_table,
-)
+from tasks.corpus.tokenization import TOKENIZE
+from tasks.dictionaries.dictionaries import DICTIONARIES
+from tasks.engine.catalog_file import write_catalog_file
+from tasks.engine.run import Run
+from tasks.engine.tables import Tables, are_published, candidate, publish, write_table
+from tasks.graph.features import FEATURES
+from tasks.graph.tables import GRAPH
 from tasks.pretraining.loss_intervals import BUCKETS, bucket_intervals
-from tasks.pretraining.tables import ConsolidationResults, build_consolidation_tables
+from tasks.pretraining.tables import CONSOLIDATION
 from tasks.report.bootstrap import bootstrap, resampled_sums
 
 MADE = (
@@ -72,14 +75,9 @@ class Made:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     storage = Storage(str(tmp_path_factory.mktemp("made")))
     run = consolidation_run(storage)
-    catalog = built(storage, run)
+    catalog = built(run.write(storage))
     publish(storage, catalog)
     return Made(storage, run, catalog)
-
-
-def built(storage: Storage, run: ConsolidationRun, results: ConsolidationResults | None = None) -> Catalog:
-    results = results or run.write(storage)
-    return build_consolidation_tables(run.config, storage, run.shards, results)
 
 
 def frame_of(storage: Storage, catalog: Catalog, query: str) -> pd.DataFrame:
@@ -92,7 +90,7 @@ def frame_of(storage: Storage, catalog: Catalog, query: str) -> pd.DataFrame:
 def all_losses(run: ConsolidationRun) -> pd.DataFrame:
     """Every loss with its model, step, global document and bucket."""
     function, frames = function_tokens(run), []
-    for loss in run.results.losses:
+    for loss in run.losses:
         place = [shard.folder for shard in run.shards.shards].index(loss.part.shard.folder)
         key = (loss.checkpoint.series, loss.checkpoint.step)
         frame = run.token_losses[*key, place]
@@ -148,7 +146,7 @@ def test_intervals_are_those_of_the_slow_bootstrap(made: Made) -> None:
     losses = all_losses(run)
     documents = sorted(losses.doc_id.unique())
     rng = np.random.default_rng(0)
-    draws = [rng.integers(0, len(documents), len(documents)) for _ in range(run.config.losses.resamples)]
+    draws = [rng.integers(0, len(documents), len(documents)) for _ in range(losses_of(run.config).resamples)]
     for (model, step), own in losses.groupby(["model", "step"]):
         by_document = {
             document: {bucket: rows.loss.astype(float).tolist() for bucket, rows in group.groupby("bucket")}
@@ -271,7 +269,7 @@ def test_sums_by_document_give_the_tables_of_single_losses_to_the_bit(tmp_path: 
     for keep in (True, False):
         storage = Storage(str(tmp_path / str(keep)))
         run = consolidation_run(storage, losses={"keep_tokens": keep, "resamples": 150})
-        catalog = built(storage, run)
+        catalog = built(run.write(storage))
         assert ("token_losses" in catalog.sharded) == keep
         assert not [name for name in catalog.sharded if name.startswith("shard_")]
         with open_duckdb(storage) as connection:
@@ -349,8 +347,8 @@ def test_degrees_and_graphs_are_what_sets_give(made: Made) -> None:
 def test_a_checkpoints_degrees_are_the_spines(made: Made) -> None:
     storage, run, catalog = made.storage, made.run, made.catalog
     grown = run.grown[2]
-    spine = run.config.model_copy(update={"consolidation": None, "sae": []})
-    graph = build_graph_tables(spine, storage, run.shards, grown.features, [grown.dictionary])
+    given = {TOKENIZE: run.shards, DICTIONARIES: [grown.dictionary], FEATURES: grown.features}
+    graph = GRAPH.build(run_of(run.config.model_copy(update={"consolidation": None}), storage, given))
     index = [file.model == "large" and file.step == 1 for file in catalog.sharded["checkpoint_degree"]].index(
         True
     )
@@ -369,7 +367,7 @@ def test_a_checkpoint_that_activates_nothing_has_its_row(storage: Storage) -> No
         for name in ("activations", "edges"):
             frames[name] = frames[name].iloc[:0]
     graphs = frame_of(
-        storage, built(storage, run), "FROM checkpoint_graph WHERE model = 'small' AND step = 1"
+        storage, built(run.write(storage)), "FROM checkpoint_graph WHERE model = 'small' AND step = 1"
     )
     (row,) = graphs.to_dict("records")
     assert (row["activated_features"], row["n_edges"], row["mean_l0"]) == (0, 0, 0.0)
@@ -417,9 +415,9 @@ def test_tables_have_the_contracts_columns(made: Made) -> None:
 
 
 def test_only_what_was_asked_for_has_tables(storage: Storage) -> None:
-    run = consolidation_run(storage)
-    results = replace(run.write(storage), growth=(), generations=(), training_losses={})
-    catalog = built(storage, run, results)
+    run = consolidation_run(storage, consolidation=PUBLIC)
+    run.write(storage)
+    catalog = built(run.on(storage, growth=[], generations=[]))
     assert {*catalog.tables} == {"tokens", "run_info", "checkpoints", "loss_buckets"}
     assert {*catalog.sharded} == {"documents", "rejects", "occurrences", "token_losses", "document_losses"}
 
@@ -432,9 +430,9 @@ def made_files(storage: Storage) -> dict[str, int]:
 def test_one_more_checkpoint_makes_its_own_files(storage: Storage) -> None:
     run = consolidation_run(storage)
     run.write(storage)
-    first = built(storage, run, run.first(3))
+    first = built(run.on(storage, first=3))
     before = made_files(storage)
-    second = built(storage, run)
+    second = built(run.on(storage))
     after = made_files(storage)
     assert {name: after[name] for name in before} == before
     new = sorted(
@@ -453,7 +451,7 @@ def test_one_more_checkpoint_makes_its_own_files(storage: Storage) -> None:
     for table in ("document_losses", "checkpoint_degree", "checkpoint_graph"):
         assert second.sharded[table][:3] == first.sharded[table]
         assert second.sharded[table][3] not in first.sharded[table]
-    assert built(storage, run) == second
+    assert built(run.on(storage)) == second
     assert made_files(storage) == after
 
 
@@ -462,11 +460,11 @@ def test_equal_checkpoints_of_two_series_count_in_both(storage: Storage) -> None
     run.write(storage)
     folders = {
         (loss.checkpoint.step, loss.part): loss.folder
-        for loss in run.results.losses
+        for loss in run.stored_losses
         if loss.checkpoint.series == "small"
     }
-    losses = [replace(loss, folder=folders[loss.checkpoint.step, loss.part]) for loss in run.results.losses]
-    catalog = built(storage, run, replace(run.results, losses=losses))
+    losses = [replace(loss, folder=folders[loss.checkpoint.step, loss.part]) for loss in run.stored_losses]
+    catalog = built(run.on(storage, losses=losses))
     for table, value in (
         ("loss_buckets", "mean_loss"),
         ("document_losses", "loss"),
@@ -484,47 +482,54 @@ def test_equal_checkpoints_of_two_series_count_in_both(storage: Storage) -> None
 
 def test_the_group_joins_what_is_published_and_what_was_just_made(storage: Storage) -> None:
     run = consolidation_run(storage)
-    results = run.write(storage)
-    config = run.config
-    features, dictionaries = run.grown[0].features, [run.grown[0].dictionary]
-    graph = build_graph_tables(config, storage, run.shards, features, dictionaries)
-    both = build_consolidation_tables(config, storage, run.shards, results, onto=graph)
+    whole, grown = run.write(storage), run.grown[0]
+
+    def corpus_and_graph(given: dict[Any, Any]) -> list[Tables]:
+        return [group.build(run_of(run.config, storage, given)) for group in (corpus_tables(), GRAPH)]
+
+    spine = {TOKENIZE: run.shards, DICTIONARIES: [grown.dictionary], FEATURES: grown.features}
+    both = candidate(storage, [*corpus_and_graph(spine), CONSOLIDATION.build(whole)])
     assert set(both.lineage) == {"corpus", "graph", "consolidation"}
     assert {"coverage", "loss_buckets"} <= set(both.tables)
     assert read_catalog(storage) == Catalog(), "building publishes nothing"
     publish(storage, both)
     # What is published stays, whichever group is made again.
-    again = build_corpus_tables(config, storage, run.shards)
+    again = candidate(storage, [corpus_tables().build(whole)])
     assert set(again.lineage) == {"corpus", "graph", "consolidation"}
-    assert set(built(storage, run).tables) | {"expectations"} == set(read_catalog(storage).tables)
+    assert set(built(whole).tables) | {"expectations"} == set(read_catalog(storage).tables)
 
     # Another corpus takes both with it.
     other = write_corpus(storage, [Cut(source="a", documents=random_documents(5, 9), in_graph=9)])
-    assert set(build_corpus_tables(config, storage, other).lineage) == {"corpus"}
+    alone = candidate(storage, [corpus_tables().build(run_of(run.config, storage, {TOKENIZE: other}))])
+    assert set(alone.lineage) == {"corpus"}
     cuts = [Cut(source="a", documents=random_documents(5, 9, layers=(LAYER,)), in_graph=9)]
     shards = write_corpus(storage, cuts)
     dictionary = make_dictionary(LAYER)
     made = write_features(storage, cuts, shards, [dictionary])
-    catalog = build_graph_tables(config, storage, shards, made, [dictionary])
+    catalog = candidate(
+        storage, corpus_and_graph({TOKENIZE: shards, DICTIONARIES: [dictionary], FEATURES: made})
+    )
     assert set(catalog.lineage) == {"corpus", "graph"}
     assert not {*MADE} & {*catalog.tables, *catalog.sharded}
 
 
 def test_tables_are_found_where_they_are_current(storage: Storage) -> None:
     run = consolidation_run(storage)
-    results = run.write(storage)
-    config, shards = run.config, run.shards
-    publish(storage, built(storage, run, results))
-    assert find_tables(config, storage, shards, None, None, results)
-    assert not find_tables(config, storage, shards, None, None)
-    assert not find_tables(config, storage, shards, None, None, run.first(3))
-    assert not find_tables(config, storage, shards, None, None, replace(results, generations=()))
-    sparse = config.model_copy(update={"losses": config.losses.model_copy(update={"resamples": 199})})
-    assert not find_tables(sparse, storage, shards, None, None, results)
+    whole = run.write(storage)
+
+    def are_found(of: Run) -> bool:
+        return are_published(of, [corpus_tables(), CONSOLIDATION])
+
+    publish(storage, built(whole))
+    assert are_found(whole)
+    assert not are_found(run.on(storage, first=3))
+    assert not are_found(run.on(storage, generations=[]))
+    fewer = consolidation_run(storage, losses={"resamples": 199})
+    assert not are_found(fewer.on(storage))
     storage.delete(read_catalog(storage).sharded["checkpoint_degree"][2].name)
-    assert not find_tables(config, storage, shards, None, None, results)
-    publish(storage, built(storage, run, results))
-    assert find_tables(config, storage, shards, None, None, results)
+    assert not are_found(whole)
+    publish(storage, built(whole))
+    assert are_found(whole)
 
 
 def test_catalogues_are_read_back_and_older_ones_too() -> None:
@@ -565,13 +570,19 @@ def test_the_catalogue_file_has_the_tables(made: Made, tmp_path: Path) -> None:
 
 
 def test_run_info_names_the_series(storage: Storage) -> None:
-    run = consolidation_run(storage)
-    catalog = build_corpus_tables(run.config, storage, run.shards)
-    info = dict(map(dict.values, storage.read_parquet(catalog.tables["run_info"]).to_pylist()))  # type: ignore[arg-type]
+    run = consolidation_run(storage, consolidation=PUBLIC)
+
+    def info_of(config: Config) -> dict[str, str]:
+        made = corpus_tables().build(run_of(config, storage, {TOKENIZE: run.shards}))
+        rows = storage.read_parquet(made.tables["run_info"]).to_pylist()
+        return {row["key"]: row["value"] for row in rows}
+
+    info = info_of(run.config)
     assert info["series"] == "small: /small; large: /large"
     assert info["heldout_share"] == "0.5"
     assert int(info["heldout_documents"]) == sum(len(part.documents) for part in run.parts)
     assert int(info["heldout_tokens"]) == sum(part.n_tokens for part in run.parts)
+    assert info["loss_resamples"] == "200"
     assert "training_tokens" not in info
     trained = run.config.model_dump()
     trained["model"] = {}
@@ -579,9 +590,7 @@ def test_run_info_names_the_series(storage: Storage) -> None:
         "series": [{"name": "tiny", "shape": {"hidden_size": 64, "layers": 3, "heads": 2}}],
         "train": {"tokens": 5000, "vocabulary_size": 512},
     }
-    config = type(run.config).model_validate(trained)
-    catalog = build_corpus_tables(config, storage, run.shards)
-    info = dict(map(dict.values, storage.read_parquet(catalog.tables["run_info"]).to_pylist()))  # type: ignore[arg-type]
+    info = info_of(type(run.config).model_validate(trained))
     assert (info["model"], info["training_tokens"]) == ("tiny", "5000")
     assert info["series"] == "tiny: 3 blocks of width 64, trained here"
     assert info["tokenizer"] == "byte-level BPE of 512 tokens, trained on the corpus"

@@ -12,47 +12,45 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pytest
-from builders import commit_again, commit_found
-from consolidation_run import ConsolidationRun, consolidation_run
+from builders import commit_again, commit_found, run_of
+from consolidation_run import PUBLIC, WINDOW, ConsolidationRun, built, consolidation_run
 
 from infra.duck import Catalog
 from infra.manifest import Manifest
 from infra.storage import Storage
 from schemas.errors import ExpectationError, StorageError
 from schemas.expectations import SUITES
+from schemas.pretraining.section import losses_of
 from schemas.pretraining.table_expectations import CONSOLIDATION
 from schemas.tables import TABLES
-from schemas.work import Stage
-from tasks.engine import verdicts
+from tasks.corpus.tables import CorpusTables
+from tasks.corpus.tokenization import TOKENIZE
+from tasks.engine import checks
+from tasks.engine.checks import check_tables, expectations_table
 from tasks.engine.data_docs import Finding
-from tasks.engine.validation import check_tables, expectations_table
-from tasks.graph.tables import build_corpus_tables, publish
-from tasks.pretraining.checks import (
-    check_checkpoints,
-    check_generations,
-    check_growth,
-    check_losses,
-)
-from tasks.pretraining.tables import build_consolidation_tables
+from tasks.engine.run import Run
+from tasks.engine.tables import candidate, publish
+from tasks.pretraining.checkpoints import CHECKPOINTS
+from tasks.pretraining.generations import GENERATIONS
+from tasks.pretraining.growth import GROWTH
+from tasks.pretraining.losses import LOSSES
+from tasks.pretraining.tables import CONSOLIDATION as CONSOLIDATION_TABLES
 
-CHECKED: tuple[Stage, ...] = ("checkpoints", "losses", "growth", "generations")
+CHECKED = {stage.name: stage for stage in (CHECKPOINTS, LOSSES, GROWTH, GENERATIONS)}
 FIRST = ("small", 1)
 
 RunPlant = tuple[Callable[[ConsolidationRun], None], str]
 FramePlant = tuple[str, Callable[[pd.DataFrame], pd.DataFrame], str]
 
 
-def check(stage: Stage, run: ConsolidationRun, storage: Storage) -> None:
-    results = run.results
-    match stage:
-        case "checkpoints":
-            check_checkpoints(run.config, storage, results.checkpoints)
-        case "losses":
-            check_losses(run.config, storage, results.losses)
-        case "growth":
-            check_growth(run.config, storage, results.growth)
-        case "generations":
-            check_generations(run.config, storage, results.generations)
+def check(stage: str, run: ConsolidationRun, storage: Storage) -> None:
+    checks.check(run.on(storage), CHECKED[stage])
+
+
+def check_built(run: Run, catalog: Catalog | None = None) -> None:
+    """Hold its tables against their expectations; they are built if they are not given."""
+    catalog = catalog or built(run)
+    check_tables(run.config, run.storage, catalog, CONSOLIDATION_TABLES.beside(run.storage, catalog))
 
 
 def set_in(frame: pd.DataFrame, row: int, **values: Any) -> None:
@@ -136,7 +134,7 @@ def summed(plant: RunPlant) -> RunPlant:
     """The same with sums by document in place of single losses."""
 
     def change(run: ConsolidationRun) -> None:
-        losses = run.config.losses.model_copy(update={"keep_tokens": False})
+        losses = losses_of(run.config).model_copy(update={"keep_tokens": False})
         run.config = run.config.model_copy(update={"losses": losses})
         plant[0](run)
 
@@ -169,7 +167,7 @@ def one_part_twice(run: ConsolidationRun) -> None:
     run.grown[0] = replace(run.grown[0], features=(first, first))
 
 
-PLANTS: dict[Stage, dict[str, RunPlant]] = {
+PLANTS: dict[str, dict[str, RunPlant]] = {
     "checkpoints": {
         "one checkpoint a step": checkpoint(1, "model: small, step: 1, rows: 2", step=1),
         "steps ascend": (backwards, "model: small, step: 1, step_before: 10"),
@@ -304,7 +302,7 @@ TABLE_PLANTS: dict[str, FramePlant] = {
 }
 
 
-def without_great_expectations(storage: Storage, stage: Stage, findings: list[Finding]) -> dict[str, bool]:
+def without_great_expectations(storage: Storage, stage: str, findings: list[Finding]) -> dict[str, bool]:
     """What `judge` says, for the tests of single expectations: Great Expectations costs a second each."""
     return {finding.expectation.name: finding.count == 0 for finding in findings}
 
@@ -316,7 +314,7 @@ def storage(tmp_path: Path) -> Storage:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verdicts, "judge", without_great_expectations)
+    monkeypatch.setattr(checks, "judge", without_great_expectations)
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +322,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> tuple[Storage, Consolida
     """Good tables, only to be copied."""
     storage = Storage(str(tmp_path_factory.mktemp("good")))
     run = consolidation_run(storage)
-    return storage, run, build_consolidation_tables(run.config, storage, run.shards, run.write(storage))
+    return storage, run, built(run.write(storage))
 
 
 @pytest.fixture
@@ -352,7 +350,7 @@ def test_every_expectation_has_its_plant() -> None:
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(("stage", "name"), [(stage, name) for stage in CHECKED for name in PLANTS[stage]])
 def test_planted_rows_are_caught_and_named(
-    stage: Stage, name: str, copied: tuple[Storage, ConsolidationRun, Catalog]
+    stage: str, name: str, copied: tuple[Storage, ConsolidationRun, Catalog]
 ) -> None:
     storage, run, _ = copied
     plant, row = PLANTS[stage][name]
@@ -380,7 +378,7 @@ def test_planted_rows_of_tables_are_caught_and_named(
     storage.write_parquet(file, pa.Table.from_pandas(planted, schema=found.schema, preserve_index=False))
     commit_again(storage, file.rpartition("/")[0])
     with pytest.raises(ExpectationError) as raised:
-        check_tables(run.config, storage, catalog)
+        check_built(run.on(storage), catalog)
     told = told_of(raised.value, name)
     assert f"table {next(entry.table for entry in CONSOLIDATION if entry.name == name)} " in told
     assert row in told
@@ -391,8 +389,8 @@ def test_good_data_passes_and_is_shown(storage: Storage) -> None:
     run.write(storage)
     for stage in CHECKED:
         check(stage, run, storage)
-    catalog = build_consolidation_tables(run.config, storage, run.shards, run.results)
-    check_tables(run.config, storage, catalog)
+    catalog = built(run.on(storage))
+    check_built(run.on(storage), catalog)
     publish(storage, catalog)
     rows = expectations_table(storage).to_pylist()
     asked = {(row["stage"], row["expectation"]) for row in rows}
@@ -412,7 +410,7 @@ def test_what_was_passed_is_not_asked_again(storage: Storage, monkeypatch: pytes
     run.write(storage)
     for stage in CHECKED:
         check(stage, run, storage)
-    monkeypatch.delattr(verdicts, "judge")
+    monkeypatch.delattr(checks, "judge")
     for stage in CHECKED:
         check(stage, run, storage)
 
@@ -425,23 +423,20 @@ def test_sums_by_document_pass_and_wrong_kinds_do_not(storage: Storage) -> None:
     asked = {row["expectation"] for row in expectations_table(storage).to_pylist()}
     assert "every prediction is in a sum" in asked
     assert "loss keys are unique" not in asked
-    check_tables(
-        run.config, storage, build_consolidation_tables(run.config, storage, run.shards, run.results)
-    )
+    check_built(run.on(storage))
     # Sums that another share of function tokens gave have as many predictions, of other kinds.
-    config = run.config.model_copy(
+    run.config = run.config.model_copy(
         update={"function_tokens": run.config.function_tokens.model_copy(update={"share": 0.6})}
     )
-    catalog = build_consolidation_tables(config, storage, run.shards, run.results)
     with pytest.raises(ExpectationError, match="document_losses = predictions of the documents"):
-        check_tables(config, storage, catalog)
+        check_built(run.on(storage))
 
 
 @pytest.mark.usefixtures("quick")
 def test_a_consolidation_without_saes_or_texts_is_good(storage: Storage) -> None:
-    run = consolidation_run(storage)
-    results = replace(run.write(storage), growth=(), generations=(), training_losses={})
-    check_tables(run.config, storage, build_consolidation_tables(run.config, storage, run.shards, results))
+    run = consolidation_run(storage, consolidation=PUBLIC)
+    run.write(storage)
+    check_built(run.on(storage, growth=[], generations=[]))
     asked = {row["expectation"] for row in expectations_table(storage).to_pylist()}
     assert "loss shares sum to 1" in asked
     assert "one graph a checkpoint" not in asked
@@ -453,7 +448,7 @@ def test_missing_tables_are_named(copied: tuple[Storage, ConsolidationRun, Catal
     tables = {name: file for name, file in catalog.tables.items() if name != "loss_buckets"}
     sharded = {name: files for name, files in catalog.sharded.items() if name != "checkpoint_graph"}
     with pytest.raises(ExpectationError) as raised:
-        check_tables(run.config, storage, replace(catalog, tables=tables, sharded=sharded))
+        check_built(run.on(storage), replace(catalog, tables=tables, sharded=sharded))
     assert "{table: checkpoint_graph, column: model, type: VARCHAR, found: None}" in str(raised.value)
     n = len(TABLES["loss_buckets"]) + len(TABLES["checkpoint_graph"])
     assert storage.read_json("validation/tables.json")["results"][0]["observed"] == n
@@ -515,6 +510,9 @@ def test_a_consolidation_that_is_kept_is_asked_what_it_was_made_with(
             "graph": run.config.graph.model_copy(update={"rarefaction_m": 9}),
         }
     )
-    candidate = build_corpus_tables(other, storage, run.shards)
-    assert "consolidation" in candidate.lineage
-    check_tables(other, storage, candidate)
+    of_corpus = run_of(other, storage, {TOKENIZE: run.shards})
+    kept = candidate(storage, [CorpusTables().build(of_corpus)])
+    assert "consolidation" in kept.lineage
+    check_built(of_corpus, kept)
+    made_with = CONSOLIDATION_TABLES.beside(storage, kept)["made_with"].to_pylist()
+    assert made_with == [{"window": WINDOW, "resamples": 200, "m": 5}]

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+from builders import run_of
 
+from infra.progress import Progress, silent
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.errors import ModelError
 from schemas.pretraining.work import Checkpoint, GeneratedTexts
 from schemas.tables import SHARD_FILES
+from tasks.engine.run import Run, make
 from tasks.models.language_model import load_language_model
 from tasks.models.model import model_key
+from tasks.models.text_generation import continuation, prompt_ids
 from tasks.models.tokenizers import LoadedTokenizer, load_tokenizer
-from tasks.pretraining import checkpoint_jobs
-from tasks.pretraining.generations import continuation, find_generations, generate_texts, prompt_ids
+from tasks.pretraining import loading
+from tasks.pretraining.checkpoints import CHECKPOINTS
+from tasks.pretraining.generations import GENERATIONS
 
 PROMPTS = ["The river of", "", "Tokyo <eos> was"]
 
@@ -31,7 +37,26 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-Prepared = tuple[Config, Storage, list[Checkpoint]]
+@dataclass(frozen=True)
+class Prepared:
+    config: Config
+    storage: Storage
+    checkpoints: list[Checkpoint]
+
+    def run(self) -> Run:
+        """A new look at the run."""
+        return run_of(self.config, self.storage, {CHECKPOINTS: self.checkpoints})
+
+    def make(self, progress: Progress = silent) -> list[GeneratedTexts]:
+        return make(self.run(), GENERATIONS, progress)
+
+    def found(self) -> list[GeneratedTexts] | None:
+        run = self.run()
+        return run.result(GENERATIONS) if run.is_finished(GENERATIONS) else None
+
+    def with_tokenizer(self, folder: Path) -> Prepared:
+        model = self.config.model.model_copy(update={"tokenizer": str(folder)})
+        return replace(self, config=self.config.model_copy(update={"model": model}))
 
 
 def prepare(parts: Path, root: Path, prepend_bos: bool = True, **generations: Any) -> Prepared:
@@ -49,14 +74,11 @@ def prepare(parts: Path, root: Path, prepend_bos: bool = True, **generations: An
     )
     storage = Storage(str(root))
     models = {step: config.model.model_copy(update={"name": str(parts / f"step-{step}")}) for step in (0, 10)}
-    return (
-        config,
-        storage,
-        [
-            Checkpoint(series="tiny", step=step, model=model, key=model_key(model, storage))
-            for step, model in models.items()
-        ],
-    )
+    checkpoints = [
+        Checkpoint(series="tiny", step=step, model=model, key=model_key(model, storage))
+        for step, model in models.items()
+    ]
+    return Prepared(config, storage, checkpoints)
 
 
 def rows(made: list[GeneratedTexts], storage: Storage) -> list[list[dict[str, Any]]]:
@@ -71,11 +93,12 @@ def test_each_prompt_is_continued_greedily_and_sampled(
 ) -> None:
     from transformers import AutoTokenizer
 
-    config, storage, checkpoints = prepare(parts, tmp_path, prepend_bos)
+    prepared = prepare(parts, tmp_path, prepend_bos)
+    storage, checkpoints = prepared.storage, prepared.checkpoints
     reports: list[tuple[int, int, str]] = []
-    made = generate_texts(config, storage, checkpoints, lambda *report: reports.append(report))
+    made = prepared.make(lambda *report: reports.append(report))
     assert [texts.checkpoint for texts in made] == checkpoints
-    assert reports == [(done, 12, "texts, generations") for done in range(13)]
+    assert list(dict.fromkeys(reports)) == [(done, 12, "texts, generations") for done in range(13)]
     tokenizer = AutoTokenizer.from_pretrained(parts / "step-0")
     found = rows(made, storage)
     for checkpoint, texts in zip(checkpoints, found, strict=True):
@@ -100,51 +123,50 @@ def test_a_second_call_generates_nothing_and_a_lost_checkpoint_alone_is_made_aga
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared = prepare(parts, tmp_path)
-    config, storage, checkpoints = prepared
-    assert find_generations(*prepared) is None
-    made = generate_texts(*prepared)
+    storage = prepared.storage
+    assert prepared.found() is None
+    made = prepared.make()
     before = [storage.read_bytes(f"{texts.folder}/generations.parquet") for texts in made]
-    load, loaded = checkpoint_jobs.load_language_model, []
+    load, loaded = loading.load_language_model, []
 
     def counting(*arguments: Any) -> Any:
         loaded.append(arguments[0].name)
         return load(*arguments)
 
-    monkeypatch.setattr(checkpoint_jobs, "load_language_model", counting)
-    assert generate_texts(*prepared) == made == find_generations(*prepared)
+    monkeypatch.setattr(loading, "load_language_model", counting)
+    assert prepared.make() == made == prepared.found()
     assert loaded == []
     storage.delete(made[1].folder)
-    assert find_generations(*prepared) is None
-    assert find_generations(config, storage, checkpoints[:1]) == made[:1]
-    assert generate_texts(*prepared) == made
+    assert prepared.found() is None
+    assert GENERATIONS.lines(prepared.run().find(GENERATIONS).missing) == ["tiny, step 10"]
+    assert replace(prepared, checkpoints=prepared.checkpoints[:1]).found() == made[:1]
+    assert prepared.make() == made
     assert loaded == [str(parts / "step-10")]
     assert [storage.read_bytes(f"{texts.folder}/generations.parquet") for texts in made] == before
     for changed in ({"seed": 4}, {"prompts": PROMPTS[:2]}, {"max_new_tokens": 8}, {"top_p": 0.5}):
-        assert find_generations(*prepare(parts, tmp_path, **changed)) is None
-    assert find_generations(*prepare(parts, tmp_path, prepend_bos=False)) is None
+        assert prepare(parts, tmp_path, **changed).found() is None
+    assert prepare(parts, tmp_path, prepend_bos=False).found() is None
 
 
 def test_texts_that_end_elsewhere_are_others(parts: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    config, storage, checkpoints = prepare(parts, tmp_path / "run", max_new_tokens=2)
-    own = load_tokenizer(config.model, storage)
-    generate_texts(config, storage, checkpoints)
+    prepared = prepare(parts, tmp_path / "run", max_new_tokens=2)
+    own = load_tokenizer(prepared.config.model, prepared.storage)
+    prepared.make()
     # A token that was special before, so that the tokenizer's key is the same.
     ending = AutoTokenizer.from_pretrained(parts / "step-0")
     ending.eos_token, ending.sep_token = "<pad>", "<eos>"
     ending.save_pretrained(tmp_path / "ending")
-    model = config.model.model_copy(update={"tokenizer": str(tmp_path / "ending")})
-    assert load_tokenizer(model, storage).key == own.key
-    assert find_generations(config, storage, checkpoints) is not None
-    assert find_generations(config.model_copy(update={"model": model}), storage, checkpoints) is None
+    other = prepared.with_tokenizer(tmp_path / "ending")
+    assert load_tokenizer(other.config.model, other.storage).key == own.key
+    assert prepared.found() is not None
+    assert other.found() is None
 
 
 def test_another_seed_changes_what_is_sampled_alone(parts: Path, tmp_path: Path) -> None:
     one, other = prepare(parts, tmp_path), prepare(parts, tmp_path, seed=4)
-    for left, right in zip(
-        rows(generate_texts(*one), one[1]), rows(generate_texts(*other), one[1]), strict=True
-    ):
+    for left, right in zip(rows(one.make(), one.storage), rows(other.make(), one.storage), strict=True):
         same = [a["continuation"] == b["continuation"] for a, b in zip(left, right, strict=True)]
         assert same[::2] == [True] * len(PROMPTS)
         assert False in same[1::2]
@@ -153,8 +175,9 @@ def test_another_seed_changes_what_is_sampled_alone(parts: Path, tmp_path: Path)
 def test_a_text_ends_at_the_tokenizers_end(parts: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    config, storage, checkpoints = prepare(parts, tmp_path / "long")
-    tokenizer = load_tokenizer(config.model, storage)
+    prepared = prepare(parts, tmp_path / "long")
+    storage, checkpoints = prepared.storage, prepared.checkpoints
+    tokenizer = load_tokenizer(prepared.config.model, storage)
     model = load_language_model(checkpoints[0].model, storage)
     ids = prompt_ids(PROMPTS[0], tokenizer, prepend_bos=True)
     (new,) = model.generate([ids], 9)
@@ -162,10 +185,8 @@ def test_a_text_ends_at_the_tokenizers_end(parts: Path, tmp_path: Path) -> None:
     ending = AutoTokenizer.from_pretrained(parts / "step-0")
     ending.eos_token = ending.convert_ids_to_tokens(new[4])
     ending.save_pretrained(tmp_path / "ending")
-    config = config.model_copy(
-        update={"model": config.model.model_copy(update={"tokenizer": str(tmp_path / "ending")})}
-    )
-    (texts,) = rows(generate_texts(config, storage, checkpoints[:1]), storage)
+    ended = replace(prepared.with_tokenizer(tmp_path / "ending"), checkpoints=checkpoints[:1])
+    (texts,) = rows(ended.make(), storage)
     expected = new[: new.index(new[4])]
     assert texts[0]["continuation"] == tokenizer.tokenizer.decode(expected, skip_special_tokens=True)
 
@@ -175,7 +196,7 @@ def test_a_prompt_that_does_not_fit_names_the_checkpoint(parts: Path, tmp_path: 
     with pytest.raises(
         ModelError, match=r"\[generations\] checkpoint tiny, step 0: a prompt of \d+ tokens and 9 new ones"
     ):
-        generate_texts(*prepared)
+        prepared.make()
 
 
 def test_an_empty_prompt_needs_a_bos(parts: Path, tmp_path: Path) -> None:
@@ -185,12 +206,9 @@ def test_an_empty_prompt_needs_a_bos(parts: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "nobos")
     tokenizer.bos_token = None
     tokenizer.save_pretrained(tmp_path / "nobos")
-    config, storage, checkpoints = prepare(parts, tmp_path, prepend_bos=False)
-    config = config.model_copy(
-        update={"model": config.model.model_copy(update={"tokenizer": str(tmp_path / "nobos")})}
-    )
+    prepared = prepare(parts, tmp_path, prepend_bos=False).with_tokenizer(tmp_path / "nobos")
     with pytest.raises(ModelError, match="checkpoint tiny, step 0: an empty prompt needs a BOS token"):
-        generate_texts(config, storage, checkpoints)
+        prepared.make()
 
 
 def test_a_decoder_that_drops_the_first_space_does_not_join_words() -> None:

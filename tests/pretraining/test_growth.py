@@ -11,26 +11,37 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import plain
 import pytest
 import reference
 import torch
-from plain import InThisProcess
+from builders import run_of
 from tiny import D_MODEL, N_LAYERS, build_sae, save_model, texts, write_jsonl
 
+from infra.progress import Progress, silent
 from infra.storage import Storage
-from schemas.config import Config, Model
+from schemas.config import Config
 from schemas.errors import ConfigError, CorpusError, DictionaryError
+from schemas.pretraining.section import consolidation_of
 from schemas.pretraining.work import Checkpoint, GrownSae
+from schemas.sections import Model, Sae
 from schemas.work import CorpusShards, Dictionary
-from tasks.corpus import tokenization
+from tasks.corpus.graph_documents import graph_shards
 from tasks.corpus.heldout import heldout_documents
+from tasks.corpus.tokenization import TOKENIZE
 from tasks.corpus.windows import read_heldout_tokens
 from tasks.dictionaries import training as dictionary_training
-from tasks.dictionaries.dictionaries import load_dictionary
+from tasks.dictionaries.dictionaries import DICTIONARIES, load_dictionary
+from tasks.dictionaries.residuals import Residuals
+from tasks.dictionaries.sample import ResidualSample, left_out_documents
+from tasks.engine.run import Run, make
 from tasks.graph import features
-from tasks.graph.features import find_feature_shards
+from tasks.graph.features import FEATURES
 from tasks.models.model import model_key
-from tasks.pretraining import growth, learned_features
+from tasks.pretraining import growth, judgement
+from tasks.pretraining.checkpoints import CHECKPOINTS
+from tasks.pretraining.growth import GROWTH, growth_of, judging_parts
+from tasks.pretraining.judgement import Judging, learned_row
 
 TRAIN: dict[str, Any] = {
     "d_sae": 16,
@@ -52,6 +63,21 @@ class Place:
     shards: CorpusShards
     checkpoints: list[Checkpoint]
     documents: list[str]
+
+    def run(self, **changes: Any) -> Run:
+        """A new look at the run, its SAE series changed."""
+        given = {TOKENIZE: self.shards, CHECKPOINTS: self.checkpoints}
+        return run_of(with_growth(self.config, **changes), self.storage, given)
+
+    def own_run(self, checkpoint: Checkpoint, **sections: Any) -> Run:
+        """The spine on a checkpoint."""
+        config = self.config.model_copy(update={"model": checkpoint.model, **sections})
+        return run_of(config, self.storage, {TOKENIZE: self.shards})
+
+    def missing(self) -> tuple[int, list[str]]:
+        """How many SAEs are done, and a line for each that is not."""
+        found = self.run().find(GROWTH)
+        return len(found.units) - len(found.missing), list(GROWTH.lines(found.missing))
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +113,7 @@ def place(
         }
     )
     storage = Storage(config.storage.root)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenization, "_Watched", InThisProcess)
-        shards = tokenization.tokenize_corpus(config, storage)
+    shards = plain.finished(config, storage, TOKENIZE).result(TOKENIZE)
     checkpoints = [checkpoint_of(folder, step, storage) for step, folder in enumerate(models, start=1)]
     return Place(config, storage, shards, checkpoints, documents)
 
@@ -100,15 +124,13 @@ def checkpoint_of(folder: Path, step: int, storage: Storage, series: str = "a") 
 
 
 def with_growth(config: Config, **changes: Any) -> Config:
-    section = config.consolidation
-    assert section is not None
-    assert section.growth is not None
-    changed = section.growth.model_copy(update=changes)
+    section = consolidation_of(config)
+    changed = growth_of(config).model_copy(update=changes)
     return config.model_copy(update={"consolidation": section.model_copy(update={"growth": changed})})
 
 
-def grow(here: Place, **changes: Any) -> list[GrownSae]:
-    return growth.grow(with_growth(here.config, **changes), here.storage, here.shards, here.checkpoints)
+def grow(here: Place, progress: Progress = silent, **changes: Any) -> list[GrownSae]:
+    return make(here.run(**changes), GROWTH, progress)
 
 
 @pytest.fixture(scope="module")
@@ -339,11 +361,10 @@ def test_a_planted_dictionary_counts_as_by_hand(documents: list[str], tmp_path: 
 
 
 def judged_by_planted_sae(here: Place) -> dict[str, Any]:
-    parts = learned_features.judging_parts(here.config, here.storage, here.shards)
+    parts = judging_parts(here.config, here.storage, here.shards)
     dictionary = plant_sae(here.storage)
-    folder = learned_features.write_learned(here.config, here.storage, here.checkpoints[0], dictionary, parts)
-    [row] = here.storage.read_parquet(f"{folder}/learned.parquet").to_pylist()
-    return dict(row)
+    judged = make(here.run(), Judging(here.checkpoints[0], dictionary, parts))
+    return learned_row(growth_of(here.config), dictionary, judged)
 
 
 def vocabulary_size(folder: Path) -> int:
@@ -370,7 +391,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for module, name, what in (
         (dictionary_training, "train_dictionary", "train"),
         (features, "compute_features", "features"),
-        (learned_features, "judge", "judge"),
+        (judgement, "judge", "judge"),
     ):
         real = getattr(module, name)
 
@@ -385,20 +406,20 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_second_run_does_nothing(grown: tuple[Place, list[GrownSae]], work: list[str]) -> None:
     here, made = grown
     assert grow(here) == made
-    assert growth.find_growth(here.config, here.storage, here.shards, here.checkpoints) == made
-    assert growth.missing_growth(here.config, here.storage, here.shards, here.checkpoints) == (2, [])
+    assert here.missing() == (2, [])
+    assert here.run().result(GROWTH) == made
     assert work == []
     assert [one.checkpoint.step for one in made] == [1, 2]
     for one in made:
-        own = here.config.model_copy(update={"model": one.checkpoint.model})
-        assert find_feature_shards(own, here.storage, here.shards, [one.dictionary]) == list(one.features)
+        own = here.own_run(one.checkpoint, sae=[Sae(layer=1, train=growth_of(here.config).train)])
+        assert own.result(DICTIONARIES) == [one.dictionary]
+        assert own.result(FEATURES) == list(one.features)
         assert sum(shard.part.n_tokens for shard in one.features) == here.shards.n_tokens
 
 
 def test_other_bounds_need_no_forward(grown: tuple[Place, list[GrownSae]], work: list[str]) -> None:
     here, made = grown
-    changed = with_growth(here.config, min_density=0.0, max_density=1.0)
-    assert growth.find_growth(changed, here.storage, here.shards, here.checkpoints) is None
+    assert not here.run(min_density=0.0, max_density=1.0).is_finished(GROWTH)
     again = grow(here, min_density=0.0, max_density=1.0)
     assert work == []
     for before, after in zip(made, again, strict=True):
@@ -417,9 +438,7 @@ def test_a_new_checkpoint_trains_its_own_sae_alone_where_they_start_fresh(
     outer = replace(here, checkpoints=[here.checkpoints[0], here.checkpoints[2]])
     first = grow(outer)
     work.clear()
-    whole = here.config, here.storage, here.shards, here.checkpoints
-    assert growth.missing_growth(*whole) == (2, ["SAE of a at step 2"])
-    assert growth.find_growth(*whole) is None
+    assert here.missing() == (2, ["SAE of a at step 2"])
     made = grow(here)
     assert [made[0], made[2]] == first
     assert (work.count("train"), work.count("judge")) == (1, 1)
@@ -432,11 +451,10 @@ def test_a_new_checkpoint_trains_those_after_it_again_where_each_starts_from_the
     here = place(models, documents, tmp_path, start="previous")
     outer = replace(here, checkpoints=[here.checkpoints[0], here.checkpoints[2]])
     first = grow(outer)
-    assert growth.find_growth(outer.config, outer.storage, outer.shards, outer.checkpoints) == first
+    assert outer.run().result(GROWTH) == first
     assert grow(outer) == first
     work.clear()
-    lines = ["SAE of a at step 2", "SAE of a at step 3"]
-    assert growth.missing_growth(here.config, here.storage, here.shards, here.checkpoints) == (1, lines)
+    assert here.missing() == (1, ["SAE of a at step 2", "SAE of a at step 3"])
     made = grow(here)
     assert made[0] == first[0]
     assert made[2].dictionary.key != first[1].dictionary.key
@@ -444,21 +462,19 @@ def test_a_new_checkpoint_trains_those_after_it_again_where_each_starts_from_the
 
 
 def test_the_first_of_every_series_starts_fresh(
-    models: list[Path], documents: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: list[Path], documents: list[str], tmp_path: Path
 ) -> None:
     here = place(models[:2], documents, tmp_path, start="previous")
-    starts: list[str | None] = []
-    real = growth.prepare_dictionaries
-
-    def watched(config: Config, *rest: Any) -> Any:
-        assert config.sae[0].train is not None
-        starts.append(config.sae[0].train.start_from)
-        return real(config, *rest)
-
-    monkeypatch.setattr(growth, "prepare_dictionaries", watched)
     twice = [*here.checkpoints, *(replace(one, series="b") for one in here.checkpoints)]
-    made = growth.grow(here.config, here.storage, here.shards, twice)
+    run = replace(here, checkpoints=twice).run()
+    made = make(run, GROWTH)
     before = here.storage.url(made[0].dictionary.folder)
+    starts = []
+    for unit in run.find(GROWTH).units:
+        assert unit.own is not None
+        [entry] = unit.own.config.sae
+        assert entry.train is not None
+        starts.append(entry.train.start_from)
     assert starts == [None, before, None, before]
     assert [one.dictionary for one in made[:2]] == [one.dictionary for one in made[2:]]
 
@@ -472,9 +488,11 @@ def test_a_layer_that_a_series_does_not_have_is_refused_first(
     here, _ = grown
     deep = [*here.checkpoints, replace(here.checkpoints[0], series="deep", layer=N_LAYERS)]
     with pytest.raises(DictionaryError, match=rf"checkpoint deep, step 1: .*{N_LAYERS} decoder blocks"):
-        growth.grow(here.config, here.storage, here.shards, deep)
+        grow(replace(here, checkpoints=deep))
     assert work == []
-    assert growth.find_growth(here.config, here.storage, here.shards, deep) is None
+    # `status` says the same.
+    with pytest.raises(DictionaryError, match=rf"checkpoint deep, step 1: .*{N_LAYERS} decoder blocks"):
+        replace(here, checkpoints=deep).missing()
 
 
 def test_a_series_may_have_its_own_layer(models: list[Path], documents: list[str], tmp_path: Path) -> None:
@@ -495,7 +513,7 @@ def test_an_sae_that_falls_short_is_named_by_checkpoint(
 def test_progress_says_which_checkpoint(models: list[Path], documents: list[str], tmp_path: Path) -> None:
     here = place(models[:2], documents, tmp_path)
     seen: list[tuple[int, int, str]] = []
-    growth.grow(here.config, here.storage, here.shards, here.checkpoints, lambda *told: seen.append(told))
+    grow(here, lambda *told: seen.append(told))
     said = [what for what, _ in itertools.groupby(what for _, _, what in seen)]
     steps = [
         "tokens, residuals",
@@ -511,27 +529,20 @@ def test_progress_says_which_checkpoint(models: list[Path], documents: list[str]
 
 
 def judging_documents(here: Place) -> list[int]:
-    parts = learned_features.judging_parts(here.config, here.storage, here.shards)
+    parts = judging_parts(here.config, here.storage, here.shards)
     return [part.shard.doc_offset + number for part in parts for number in part.documents]
 
 
-def test_heldout_documents_judge_and_are_never_trained_on(
-    grown: tuple[Place, list[GrownSae]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tasks.corpus.graph_documents import graph_shards
-    from tasks.dictionaries.residuals import write_residuals
-    from tasks.dictionaries.sample import ResidualSample, left_out_documents
-
+def test_heldout_documents_judge_and_are_never_trained_on(grown: tuple[Place, list[GrownSae]]) -> None:
     here, _ = grown
-    own = here.config.model_copy(update={"model": here.checkpoints[0].model})
-    residuals = write_residuals(own, here.storage, graph_shards(own, here.shards, here.storage), [1])
-    section = here.config.consolidation
-    assert section is not None
-    assert section.growth is not None
-    train = section.growth.train.model_copy(update={"max_tokens": 10**6})
-    sample = ResidualSample(here.storage, residuals, train, left_out_documents(own, here.storage, residuals))
+    own = here.own_run(here.checkpoints[0])
+    parts_of_graph = graph_shards(own.config, here.shards, here.storage)
+    residuals = list(make(own, Residuals(parts_of_graph, [1])).values())
+    train = growth_of(here.config).train.model_copy(update={"max_tokens": 10**6})
+    left_out = left_out_documents(own.config, here.storage, residuals)
+    sample = ResidualSample(here.storage, residuals, train, left_out)
     unlimited = ResidualSample(here.storage, residuals, train)
-    parts = learned_features.judging_parts(here.config, here.storage, here.shards)
+    parts = judging_parts(here.config, here.storage, here.shards)
     judged = sum(part.n_tokens for part in parts)
     assert sample.n_rows(heldout=True) + sample.n_rows(heldout=False) == here.shards.n_tokens - judged
     assert unlimited.n_rows(heldout=True) + unlimited.n_rows(heldout=False) == here.shards.n_tokens
@@ -566,7 +577,7 @@ def test_where_all_documents_are_held_out_those_that_were_not_trained_on_judge(
     assert judging_documents(here) == list(range(within, 25))
     tokens = [
         read_heldout_tokens(here.storage, part)
-        for part in learned_features.judging_parts(here.config, here.storage, here.shards)
+        for part in judging_parts(here.config, here.storage, here.shards)
     ]
     assert sum(len(part.rows) for part in tokens) == sum(map(len, ids[within:25]))
     [one] = grow(here)
@@ -585,5 +596,5 @@ def test_max_tokens_limits_what_judges(grown: tuple[Place, list[GrownSae]]) -> N
     here, _ = grown
     few = replace(here, config=with_growth(here.config, max_tokens=200))
     assert 0 < len(judging_documents(few)) < len(judging_documents(here))
-    parts = learned_features.judging_parts(few.config, few.storage, few.shards)
+    parts = judging_parts(few.config, few.storage, few.shards)
     assert sum(part.n_tokens for part in parts) <= 200

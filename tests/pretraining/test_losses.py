@@ -20,13 +20,13 @@ import torch
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.errors import ModelError
-from schemas.pretraining.work import Checkpoint, LossShard
-from schemas.work import CorpusShards
-from tasks.corpus.tokenization import tokenize_corpus
-from tasks.graph.tables import build_corpus_tables
-from tasks.pretraining import checkpoint_jobs, losses
-from tasks.pretraining.checkpoints import find_checkpoints
-from tasks.pretraining.losses import compute_losses, find_losses, missing_losses
+from schemas.pretraining.work import LossShard
+from tasks.corpus.tables import CorpusTables
+from tasks.engine.run import Run, make
+from tasks.models import devices
+from tasks.pretraining import loading
+from tasks.pretraining.checkpoints import CHECKPOINTS
+from tasks.pretraining.losses import LOSSES
 
 STEPS = (0, 10)
 DOCUMENTS = [
@@ -49,11 +49,6 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.corpus.tokenization._Watched", plain.InThisProcess)
-
-
 def config_for(parts: Path, root: Path, **sections: Any) -> Config:
     values: dict[str, Any] = {
         "corpus": {"urls": [str(parts / "corpus.jsonl")], "shard_tokens": 250},
@@ -73,15 +68,25 @@ def config_for(parts: Path, root: Path, **sections: Any) -> Config:
     return Config.model_validate(values)
 
 
-Prepared = tuple[Config, Storage, CorpusShards, list[Checkpoint]]
+def prepare(config: Config) -> Run:
+    """A new look at a run whose checkpoints are there."""
+    run: Run = plain.finished(config, None, CHECKPOINTS)
+    return run
 
 
-def prepare(config: Config) -> Prepared:
-    storage = Storage(config.storage.root)
-    shards = tokenize_corpus(config, storage)
-    checkpoints = find_checkpoints(config, storage, shards)
-    assert checkpoints is not None
-    return config, storage, shards, checkpoints
+def compute(config: Config) -> list[LossShard]:
+    return make(prepare(config), LOSSES)
+
+
+def found_of(config: Config) -> list[LossShard] | None:
+    run = prepare(config)
+    return run.result(LOSSES) if run.is_finished(LOSSES) else None
+
+
+def to_do(config: Config) -> tuple[int, list[str]]:
+    """How many loss shards are done, and a line for each that is missing."""
+    found = prepare(config).find(LOSSES)
+    return len(found.done), list(LOSSES.lines(found.missing))
 
 
 def kept(made: list[LossShard], storage: Storage) -> Loss:
@@ -150,9 +155,8 @@ def function_tokens(folder: Path) -> set[int]:
 
 @pytest.mark.parametrize("prepend_bos", [True, False])
 def test_losses_are_those_of_the_plainest_code(parts: Path, tmp_path: Path, prepend_bos: bool) -> None:
-    prepared = prepare(config_for(parts, tmp_path, windows={"prepend_bos": prepend_bos}))
-    made = compute_losses(*prepared)
-    storage = prepared[1]
+    run = prepare(config_for(parts, tmp_path, windows={"prepend_bos": prepend_bos}))
+    made, storage = make(run, LOSSES), run.storage
     assert [shard.checkpoint.step for shard in made] == sorted(shard.checkpoint.step for shard in made)
     n_parts = len(made) // 2
     assert n_parts >= 3
@@ -179,9 +183,9 @@ def test_losses_are_those_of_the_plainest_code(parts: Path, tmp_path: Path, prep
 def test_the_batch_size_changes_nothing_to_speak_of(parts: Path, tmp_path: Path) -> None:
     one = prepare(config_for(parts, tmp_path, activations={"batch_tokens": 1}))
     other = prepare(config_for(parts, tmp_path, activations={"batch_tokens": 4096}))
-    alone, together = compute_losses(*one), compute_losses(*other)
+    alone, together = make(one, LOSSES), make(other, LOSSES)
     assert {shard.folder for shard in alone}.isdisjoint(shard.folder for shard in together)
-    a, b = kept(alone, one[1]), kept(together, other[1])
+    a, b = kept(alone, one.storage), kept(together, other.storage)
     assert set(a) == set(b)
     assert max(abs(a[key]["loss"] - b[key]["loss"]) for key in a) < 1e-5
 
@@ -189,30 +193,30 @@ def test_the_batch_size_changes_nothing_to_speak_of(parts: Path, tmp_path: Path)
 def test_sums_by_document_are_those_of_the_kept_losses_to_the_bit(parts: Path, tmp_path: Path) -> None:
     single = prepare(config_for(parts, tmp_path))
     summed = prepare(config_for(parts, tmp_path, losses={"keep_tokens": False}))
-    singles, sums = compute_losses(*single), compute_losses(*summed)
+    singles, sums = make(single, LOSSES), make(summed, LOSSES)
     function = function_tokens(parts / "series")
     assert [shard.n_predictions for shard in sums] == [shard.n_predictions for shard in singles]
     for one, other in zip(singles, sums, strict=True):
-        name = Path(single[1].full(one.folder), "token_losses.parquet")
+        name = Path(single.storage.full(one.folder), "token_losses.parquet")
         expected = duckdb.execute(
             f"""SELECT doc, current_token_id IN $function, token_id IN $function, count(*)::BIGINT,
             sum((loss::DOUBLE * 4294967296)::BIGINT)::BIGINT FROM '{name}' GROUP BY ALL ORDER BY ALL""",
             {"function": sorted(function)},
         ).fetchall()
-        table = summed[1].read_parquet(f"{other.folder}/document_losses.parquet")
+        table = summed.storage.read_parquet(f"{other.folder}/document_losses.parquet")
         assert [tuple(row.values()) for row in table.to_pylist()] == expected
-        assert not summed[1].exists(f"{other.folder}/token_losses.parquet")
+        assert not summed.storage.exists(f"{other.folder}/token_losses.parquet")
 
 
 def test_a_second_call_computes_nothing_and_a_lost_unit_comes_back_alone(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepared = prepare(config_for(parts, tmp_path))
-    storage = prepared[1]
-    assert find_losses(*prepared) is None
-    done, lines = missing_losses(*prepared)
+    config = config_for(parts, tmp_path)
+    storage = Storage(config.storage.root)
+    assert found_of(config) is None
+    done, lines = to_do(config)
     reports: list[tuple[int, int, str]] = []
-    made = compute_losses(*prepared, lambda *report: reports.append(report))
+    made = make(prepare(config), LOSSES, lambda *report: reports.append(report))
     assert (done, len(lines)) == (0, len(made))
     assert all(line.startswith("tiny, step ") and "corpus.jsonl" in line for line in lines)
     n_tokens = sum(shard.part.n_tokens for shard in made)
@@ -220,15 +224,15 @@ def test_a_second_call_computes_nothing_and_a_lost_unit_comes_back_alone(
     assert reports[-1] == (n_tokens, n_tokens, "tokens, losses")
     assert len(reports) == len(made) + 1
     before = contents(made, storage)
-    load, loaded = checkpoint_jobs.load_language_model, []
+    load, loaded = loading.load_language_model, []
 
     def counting(*arguments: Any) -> Any:
         loaded.append(arguments[0].name)
         return load(*arguments)
 
-    monkeypatch.setattr(checkpoint_jobs, "load_language_model", counting)
-    assert compute_losses(*prepared) == made == find_losses(*prepared)
-    assert missing_losses(*prepared) == (len(made), [])
+    monkeypatch.setattr(loading, "load_language_model", counting)
+    assert compute(config) == made == found_of(config)
+    assert to_do(config) == (len(made), [])
     assert loaded == []
     lost = made[-1]
     storage.delete(lost.folder)
@@ -236,11 +240,11 @@ def test_a_second_call_computes_nothing_and_a_lost_unit_comes_back_alone(
         shard.folder: Path(storage.full(shard.folder), "manifest.json").stat().st_mtime_ns
         for shard in made[:-1]
     }
-    assert find_losses(*prepared) is None
-    _, lines = missing_losses(*prepared)
+    assert found_of(config) is None
+    _, lines = to_do(config)
     assert len(lines) == 1
     assert lines[0].startswith("tiny, step 10: ")
-    assert compute_losses(*prepared) == made
+    assert compute(config) == made
     assert loaded == [str(parts / "series" / "step-10")]
     assert contents(made, storage) == before
     assert all(
@@ -250,13 +254,13 @@ def test_a_second_call_computes_nothing_and_a_lost_unit_comes_back_alone(
 
 
 def test_what_losses_depend_on(parts: Path, tmp_path: Path) -> None:
-    made = compute_losses(*prepare(config_for(parts, tmp_path)))
-    summed = compute_losses(*prepare(config_for(parts, tmp_path, losses={"keep_tokens": False})))
+    made = compute(config_for(parts, tmp_path))
+    summed = compute(config_for(parts, tmp_path, losses={"keep_tokens": False}))
     assert {shard.folder for shard in made}.isdisjoint(shard.folder for shard in summed)
     other_share = {"function_tokens": {"share": 0.2}}
 
     def found(**sections: Any) -> list[LossShard] | None:
-        return find_losses(*prepare(config_for(parts, tmp_path, **sections)))
+        return found_of(config_for(parts, tmp_path, **sections))
 
     assert found(losses={"resamples": 107}) == made
     assert found(**other_share) == made
@@ -267,8 +271,7 @@ def test_what_losses_depend_on(parts: Path, tmp_path: Path) -> None:
 
 
 def test_held_out_tokens_are_limited(parts: Path, tmp_path: Path) -> None:
-    prepared = prepare(config_for(parts, tmp_path, losses={"max_tokens": 300}))
-    made = compute_losses(*prepared)
+    made = compute(config_for(parts, tmp_path, losses={"max_tokens": 300}))
     assert 150 < sum(shard.part.n_tokens for shard in made if shard.checkpoint.step == 0) <= 300
 
 
@@ -283,9 +286,8 @@ def test_equal_files_and_equal_checkpoints_are_read_once(parts: Path, tmp_path: 
         corpus={"urls": [f"{tmp_path}/corpus/*.jsonl"]},
         consolidation={"series": [{"name": "twins", "folder": str(tmp_path / "series")}]},
     )
-    prepared = prepare(config)
-    made = compute_losses(*prepared)
-    found = kept(made, prepared[1])
+    made = compute(config)
+    found = kept(made, Storage(config.storage.root))
     assert {step for step, _, _ in found} == {1, 2}
     assert {doc_id % 6 for _, doc_id, _ in found} == {doc_id for _, doc_id, _ in found if doc_id < 6}
     assert len({shard.folder for shard in made}) * 4 == len(made)
@@ -294,7 +296,7 @@ def test_equal_files_and_equal_checkpoints_are_read_once(parts: Path, tmp_path: 
 def test_a_loss_that_is_not_finite_names_checkpoint_and_source(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = checkpoint_jobs.load_language_model
+    load = loading.load_language_model
 
     def broken(model: Any, storage: Storage) -> Any:
         loaded = load(model, storage)
@@ -303,13 +305,13 @@ def test_a_loss_that_is_not_finite_names_checkpoint_and_source(
                 loaded.blocks[2].mlp.dense_4h_to_h.bias.fill_(float("nan"))
         return loaded
 
-    monkeypatch.setattr(checkpoint_jobs, "load_language_model", broken)
-    prepared = prepare(config_for(parts, tmp_path))
+    monkeypatch.setattr(loading, "load_language_model", broken)
+    config = config_for(parts, tmp_path)
     with pytest.raises(
         ModelError, match=r"\[losses\] checkpoint tiny, step 10: .*not finite in .*corpus.jsonl"
     ):
-        compute_losses(*prepared)
-    done, lines = missing_losses(*prepared)
+        compute(config)
+    done, lines = to_do(config)
     assert done == len(lines) > 0
     assert all("step 10" in line for line in lines)
 
@@ -323,7 +325,7 @@ def refused(parts: Path, tmp_path: Path, message: str, **sections: Any) -> None:
     series = {"series": [{"name": "odd", "folder": str(tmp_path / "series")}]}
     config = config_for(parts, tmp_path / "run", consolidation=series, **sections)
     with pytest.raises(ModelError, match=f"checkpoint odd, step 7: {message}"):
-        compute_losses(*prepare(config))
+        compute(config)
 
 
 def test_a_checkpoint_with_another_tokenizer_is_refused(parts: Path, tmp_path: Path) -> None:
@@ -339,7 +341,19 @@ def test_a_checkpoint_with_another_tokenizer_is_refused(parts: Path, tmp_path: P
     tokenizer["added_tokens"] = []
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     series = {"series": [{"name": "odd", "folder": str(tmp_path / "series")}]}
-    assert compute_losses(*prepare(config_for(parts, tmp_path / "run", consolidation=series)))
+    assert compute(config_for(parts, tmp_path / "run", consolidation=series))
+
+
+def test_what_does_not_fit_the_corpus_is_said_before_any_forward(parts: Path, tmp_path: Path) -> None:
+    shutil.copytree(parts / "series" / "step-0", tmp_path / "series" / "step-3")
+    folder = in_a_series(parts / "series" / "step-10", tmp_path)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    one, other = list(vocabulary)[10:12]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    refused(parts, tmp_path, "its own tokenizer is another")
+    assert not Storage(str(tmp_path / "run")).sizes("losses")
 
 
 def test_a_checkpoint_with_too_small_a_vocabulary_is_refused(parts: Path, tmp_path: Path) -> None:
@@ -359,10 +373,9 @@ def test_a_checkpoint_whose_embedding_lacks_the_padding_id_is_read(parts: Path, 
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     assert tokenizer.pad_token_id == 400
     config = config_for(parts, tmp_path / "run", model={"tokenizer": str(tmp_path / "tokenizer")})
-    prepared = prepare(config)
-    found = kept(compute_losses(*prepared), prepared[1])
-    plainly = prepare(config_for(parts, tmp_path / "plain"))
-    expected = kept(compute_losses(*plainly), plainly[1])
+    found = kept(compute(config), Storage(config.storage.root))
+    plainly = config_for(parts, tmp_path / "plain")
+    expected = kept(compute(plainly), Storage(plainly.storage.root))
     shared = set(found) & set(expected)
     assert len(shared) > 0.9 * len(expected)
     assert all(found[key]["loss"] == pytest.approx(expected[key]["loss"], abs=1e-5) for key in shared)
@@ -392,7 +405,7 @@ def test_workers_take_whole_checkpoints(parts: Path, tmp_path: Path, monkeypatch
 
     here = prepare(config_for(parts, tmp_path / "here"))
     there = prepare(config_for(parts, tmp_path / "there"))
-    expected = contents(compute_losses(*here), here[1])
+    expected = contents(make(here, LOSSES), here.storage)
     jobs: list[int] = []
 
     @contextmanager
@@ -401,20 +414,24 @@ def test_workers_take_whole_checkpoints(parts: Path, tmp_path: Path, monkeypatch
         with Client(processes=False, n_workers=2, threads_per_worker=1, dashboard_address=None) as client:
             yield client
 
-    monkeypatch.setattr(checkpoint_jobs, "extraction_client", two_workers)
+    monkeypatch.setattr(devices, "extraction_client", two_workers)
     reports: list[tuple[int, int, str]] = []
-    made = compute_losses(*there, lambda *report: reports.append(report))
+    made = make(there, LOSSES, lambda *report: reports.append(report))
     assert jobs == [2]
-    assert len(reports) == 3
-    assert reports[-1][0] == reports[-1][1] == sum(shard.part.n_tokens for shard in made)
-    assert contents(made, there[1]) == expected
+    n_tokens = sum(shard.part.n_tokens for shard in made)
+    assert (reports[0], reports[-1]) == (
+        (0, n_tokens, "tokens, losses"),
+        (n_tokens, n_tokens, "tokens, losses"),
+    )
+    assert [done for done, _, _ in reports] == sorted(done for done, _, _ in reports)
+    assert contents(made, there.storage) == expected
 
 
 def test_function_tokens_are_those_of_the_table(parts: Path, tmp_path: Path) -> None:
-    config, storage, shards, _ = prepare(config_for(parts, tmp_path, losses={"keep_tokens": False}))
-    ids = losses._function_ids(config, storage, shards)
+    run = prepare(config_for(parts, tmp_path, losses={"keep_tokens": False}))
+    ids = run.find(LOSSES).units[0].function_ids
     assert ids is not None
-    name = build_corpus_tables(config, storage, shards).tables["tokens"]
-    rows = storage.read_parquet(name).to_pylist()
+    name = CorpusTables().build(run).tables["tokens"]
+    rows = run.storage.read_parquet(name).to_pylist()
     assert ids.tolist() == sorted(row["token_id"] for row in rows if row["is_function"])
     assert set(ids.tolist()) == function_tokens(parts / "series")

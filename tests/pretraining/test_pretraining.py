@@ -21,7 +21,7 @@ from trained import BATCH_TOKENS, STEPS, Training, series_of
 
 from infra.manifest import load
 from schemas.config import Config
-from schemas.errors import ConfigError, CorpusError, ModelError, TrainingError
+from schemas.errors import ConfigError, CorpusError, FunctokError, ModelError, TrainingError
 from schemas.tables import SHARD_FILES
 from tasks.corpus import heldout
 from tasks.models.tokenizers import load_tokenizer
@@ -32,11 +32,11 @@ from tasks.pretraining import plan as pretraining_plan
 from tasks.pretraining import trainer as pretraining_trainer
 from tasks.pretraining import training as pretraining
 from tasks.pretraining import worker as pretraining_worker
-from tasks.pretraining.launch import FAILURE, _failure, as_written
+from tasks.pretraining.checkpoints import CHECKPOINTS
 from tasks.pretraining.model import PackedLanguageModel, default_intermediate_size
 from tasks.pretraining.plan import TrainingPlan, log_spaced, plan_training
 from tasks.pretraining.trainer import Trainer, shares
-from tasks.pretraining.training import find_trained, started_training, train_series, training_losses_file
+from tasks.pretraining.training import FAILURE, _failure, as_written
 
 HERE = {"device": "cpu", "precision": "float32", "compiled": False, "processes": 1, "sharded": False}
 """What a step of a training in these tests is computed with."""
@@ -93,7 +93,7 @@ def test_keeps_checkpoints_that_load_by_themselves(trained: Training) -> None:
     from transformers import AutoModelForCausalLM
 
     config = trained.config()
-    found = find_trained(config, trained.storage, trained.shards(), series_of(config))
+    found = trained.checkpoints(config)
     assert found is not None
     assert [checkpoint.step for checkpoint in found] == [1, 3, 7, 20]
     assert [checkpoint.tokens for checkpoint in found] == [step * BATCH_TOKENS for step in (1, 3, 7, 20)]
@@ -116,7 +116,7 @@ def test_keeps_checkpoints_that_load_by_themselves(trained: Training) -> None:
 
 def test_keeps_the_loss_curve_and_no_state(trained: Training) -> None:
     config = trained.config()
-    name = training_losses_file(config, trained.storage, trained.shards(), series_of(config))
+    name = trained.curve_file(config)
     assert trained.storage.read_parquet(name).schema.equals(SHARD_FILES["training_losses"])
     curve = trained.curve(config)
     assert curve["step"] == list(range(1, STEPS + 1))
@@ -214,7 +214,7 @@ def test_is_trained_once_and_again_only_for_steps_that_are_missing(
 ) -> None:
     made = trained.copy(tmp_path / "copy")
     with monkeypatch.context() as patch:
-        patch.setattr(pretraining_loop, "run_training", lambda *_: pytest.fail("trained again"))
+        patch.setattr(pretraining, "run_training", lambda *_: pytest.fail("trained again"))
         for same in (
             made.config(state_every=3),
             made.config(processes=2),
@@ -239,8 +239,8 @@ def test_goes_on_from_the_newest_state_before_which_nothing_is_missing(
     stop_before(10)
     assert untrained.states() == ["state-00000008"]
     config = untrained.config()
-    started = started_training(config, untrained.storage, untrained.shards(), series_of(config))
-    assert started == (8, 20)
+    missing = untrained.run(config).find(CHECKPOINTS).missing
+    assert CHECKPOINTS.lines(missing) == ["train small: goes on after step 8 of 20"]
     more = untrained.config(checkpoints=6)
     # Steps 2 and 6 are wanted now and behind the state; 3, 7 and 8 are not.
     untrained.train(more)
@@ -579,7 +579,7 @@ def test_refuses_what_does_not_fit(untrained: Training, monkeypatch: pytest.Monk
     tokenizer = load_tokenizer(untrained.config().model, untrained.storage)
     tokenizer.tokenizer.eos_token = None
     bare = dataclasses.replace(tokenizer, bos_id=None)
-    monkeypatch.setattr("tasks.models.tokenizers.load_tokenizer", lambda *_: bare)
+    monkeypatch.setattr(pretraining, "load_tokenizer", lambda *_: bare)
     with pytest.raises(ModelError, match="neither BOS nor EOS"):
         untrained.train(untrained.config())
 
@@ -625,17 +625,25 @@ def test_a_worker_tells_why_it_failed(untrained: Training, monkeypatch: pytest.M
 
 
 def test_a_configuration_goes_to_a_worker_as_it_was_written(tmp_path: Path) -> None:
-    from test_corpus_tokenizer import make_config
-
     from infra.storage import Storage
     from tasks.corpus.tokenizer_training import train_tokenizer, with_tokenizer
 
-    tiny.write_jsonl(tmp_path / "a.jsonl", tiny.texts(10))
+    corpus = tiny.write_jsonl(tmp_path / "a.jsonl", tiny.texts(10))
     storage = Storage(str(tmp_path / "elsewhere"))
-    config = make_config(tmp_path)
+    config = Config.model_validate(
+        {
+            "corpus": {"urls": [str(corpus)]},
+            "storage": {"root": str(tmp_path / "run")},
+            "consolidation": {
+                "series": [{"name": "small", "shape": {"hidden_size": 16, "layers": 2, "heads": 2}}],
+                "train": {"tokens": 1000, "vocabulary_size": 300},
+            },
+        }
+    )
     train_tokenizer(config, storage)
     resolved = with_tokenizer(config, storage)
     assert resolved is not None
+    assert resolved.model.tokenizer
     written = Config.model_validate_json(as_written(resolved, storage).model_dump_json())
     assert written.model == config.model
     assert written.storage.root == storage.root
@@ -651,7 +659,7 @@ def test_a_series_is_found_only_when_all_of_it_is_there(trained: Training, tmp_p
     made = trained.copy(tmp_path / "other")
     made.storage.delete(plan.folder)
     assert made.steps(config) is None
-    with pytest.raises(pretraining.FunctokError, match="is not trained yet"):
-        training_losses_file(config, made.storage, made.shards(), series_of(config))
-    train_series(config, made.storage, made.shards(), series_of(config))
+    with pytest.raises(FunctokError, match="the stage checkpoints is not finished"):
+        made.run(config).result(CHECKPOINTS)
+    made.train(config)
     assert made.steps(config) == [1, 3, 7, 20]

@@ -14,8 +14,9 @@ import torch
 from trained import BATCH_TOKENS, STEPS, Training
 
 from schemas.config import Config
-from tasks.pretraining.launch import as_written
+from tasks.pretraining.training import as_written
 
+pytestmark = pytest.mark.process
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = (
     *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),

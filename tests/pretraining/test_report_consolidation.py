@@ -31,7 +31,7 @@ from tasks.pretraining.findings import (
 from tasks.pretraining.findings import findings as findings_of
 from tasks.pretraining.report import final_losses
 from tasks.report import charts
-from tasks.report.report import write_report
+from tasks.stages import write_report
 
 HARDEST, FALLS, GAINS, GROWS = range(4)
 

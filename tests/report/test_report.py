@@ -15,8 +15,9 @@ from infra.storage import Storage
 from schemas.config import DuckDb
 from schemas.errors import ConfigError
 from schemas.tables import TABLES
+from tasks.models.token_texts import visible
 from tasks.report.report import REPORT, write_report
-from tasks.report.text import integer, percent, visible
+from tasks.report.text import integer, percent
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,9 @@ from PIL import Image
 
 from infra.duck import connect
 from infra.storage import Storage
+from tasks.models.token_texts import visible
 from tasks.report import charts, corpus, graph
-from tasks.report.text import listed, quoted, visible
+from tasks.report.text import listed, quoted
 from tasks.report.vocabulary import Column, Estimate, beyond, every
 
 
@@ -195,14 +196,14 @@ def test_charts_load_nothing(url: str) -> None:
 
 
 def test_ink_follows_the_readers_scheme_and_data_does_not() -> None:
-    rows = [{"kind": name, "rank": rank, "n": rank} for name in charts.KINDS.names for rank in (1, 2)]
+    rows = [{"kind": name, "rank": rank, "n": rank} for name in charts.KINDS.looks for rank in (1, 2)]
     drawn = charts.svg(
         charts.single(charts.series(rows, charts.log("rank", "r"), charts.log("n", "n"), charts.KINDS))
     )
     assert "prefers-color-scheme:dark" in drawn
     assert drawn.count(charts.INK) == 1
     assert drawn.count('="currentColor"') > 20
-    assert all(colour in drawn for colour in charts.KINDS.colours)
+    assert all(look.colour in drawn for look in charts.KINDS.looks.values())
 
 
 def test_a_series_has_marks_lines_and_a_band_of_its_rows() -> None:

@@ -71,6 +71,7 @@ assert "novelties" in LEFT_IN_PLACE and SUITES["novelties"][0] in SUITES["tables
 """
 
 
+@pytest.mark.process
 def test_a_new_experiment_is_a_folder_and_a_word_in_the_list(tmp_path: Path) -> None:
     (tmp_path / "novel").mkdir()
     (tmp_path / "novel" / "__init__.py").write_text(NOVEL)

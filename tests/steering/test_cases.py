@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import tiny
-from builders import Cut, Document, make_config, make_dictionary, write_corpus
+from builders import Cut, Document, make_config, make_dictionary, run_of, write_corpus
 
 from infra.config_file import load_config
 from infra.storage import Storage
@@ -19,10 +19,12 @@ from schemas.config import Config
 from schemas.errors import ConfigError, ModelError, StorageError
 from schemas.steering.section import Case, Cases, Steering, short
 from tasks.corpus.function_tokens import function_token_ids
+from tasks.corpus.tables import CorpusTables
+from tasks.corpus.tokenization import TOKENIZE
 from tasks.dictionaries.facts import Facts
-from tasks.graph.preflight import check_fit
-from tasks.graph.tables import build_corpus_tables
 from tasks.models.tokenizers import LoadedTokenizer, load_tokenizer
+from tasks.stages import check_fit
+from tasks.steering import EXPERIMENT
 from tasks.steering.cases import check_cases, check_clamps, check_feature_ids, place_of, read_cases
 from tasks.steering.prompts import Prompt, content_position, last_function_position, target_ids, tokenized
 
@@ -306,7 +308,7 @@ def test_the_function_tokens_are_those_of_the_table(tmp_path: Path) -> None:
     assert str(found.dtype) == "int32"
     assert 1 < len(expected) < 12
     assert not storage.sizes("tables"), "who only asks writes nothing"
-    name = build_corpus_tables(config, storage, shards).tables["tokens"]
+    name = CorpusTables().build(run_of(config, storage, {TOKENIZE: shards})).tables["tokens"]
     rows = storage.read_parquet(name).to_pylist()
     assert sorted(row["token_id"] for row in rows if row["is_function"]) == found.tolist()
     assert function_token_ids(config, storage, shards).tolist() == found.tolist()
@@ -684,9 +686,15 @@ def test_steering_at_a_layer_without_a_dictionary(setup: Setup) -> None:
 
 def test_a_configuration_without_cases(setup: Setup) -> None:
     config = setup.config.model_copy(update={"steering": None})
-    with pytest.raises(ConfigError, match="no steering section"):
-        check_cases(config, setup.storage)
     check_fit(config, setup.storage)
+    for stage in EXPERIMENT.stages:
+        assert not stage.applies(config)
+        assert str(stage.refuse(config)).startswith(
+            f"[{stage.name}] this configuration has no steering section"
+        )
+        assert stage.refuse(config).hint == "configs/steering.toml shows one"
+        assert stage.applies(setup.config)
+        assert stage.subject(setup.config) == "cases.toml"
 
 
 # What is shipped

@@ -18,7 +18,8 @@ from infra.storage import Storage
 from schemas.config import Model
 from schemas.errors import DictionaryError, ModelError
 from tasks.models.language_model import LanguageModel, load_language_model
-from tasks.steering.interventions import Directions, Intervention, change_norms, directions_of, steered
+from tasks.steering.directions import Directions, directions_of
+from tasks.steering.interventions import Intervention, change_norms, steered
 
 CPU = torch.device("cpu")
 MODELS = (*tiny.ARCHITECTURES, "gptj")

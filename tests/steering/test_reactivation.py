@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from builders import run_of
 
 from infra.manifest import MANIFEST
 from infra.storage import Storage
@@ -18,12 +19,15 @@ from schemas.config import Config
 from schemas.errors import ConfigError, ModelError
 from schemas.steering.work import CaseFeatures
 from schemas.tables import SHARD_FILES
-from schemas.work import CorpusShards, Dictionary
-from tasks.dictionaries.dictionaries import prepare_dictionaries
+from schemas.work import CorpusShards, StagePlan
+from tasks.corpus.tokenization import TOKENIZE
+from tasks.dictionaries.dictionaries import DICTIONARIES
+from tasks.engine import run as engine
+from tasks.engine.run import Run, make, plan
 from tasks.models.model import load_model
-from tasks.steering import reactivation
+from tasks.steering import prompt_features, reactivation
 from tasks.steering.prompt_features import residuals_of
-from tasks.steering.reactivation import compute_reactivations, find_reactivations, missing_reactivations
+from tasks.steering.reactivation import REACTIVATION
 
 SAES = {0: "jumprelu", 1: "standard", 2: "topk"}
 NO_CORPUS = CorpusShards(shards=(), tokenizer_key="t", vocabulary="vocabulary.parquet")
@@ -68,7 +72,6 @@ def write_cases(path: Path, cases: list[dict[str, Any]]) -> Path:
 
 
 FILES = ("prompt_tokens", "prompt_features")
-Prepared = tuple[Config, Storage, list[Dictionary]]
 
 
 def prepare(
@@ -76,23 +79,38 @@ def prepare(
     root: Path,
     architecture: str = "llama",
     cases: list[dict[str, Any]] = CASES,
-    saes: dict[int, str] | None = None,
+    saes: dict[int, str | None] | None = None,
     **sections: Any,
-) -> Prepared:
+) -> Run:
+    """A run whose dictionaries are there, without a corpus."""
     root.mkdir(exist_ok=True)
-    names = {layer: f"sae-{layer}" for layer in SAES} | (saes or {})
+    names = {layer: f"sae-{layer}" for layer in SAES} | (saes or {})  # None: no dictionary there
     config = Config.model_validate(
         {
             "corpus": {"urls": ["corpus.jsonl"]},
             "model": {"name": str(parts / architecture)},
-            "sae": [{"layer": layer, "path": str(parts / name)} for layer, name in names.items()],
+            "sae": [{"layer": layer, "path": str(parts / name)} for layer, name in names.items() if name],
             "steering": {"cases": str(write_cases(root / "cases.toml", cases))},
             "storage": {"root": str(root / "run")},
             **sections,
         }
     )
-    storage = Storage(config.storage.root)
-    return config, storage, prepare_dictionaries(config, storage, NO_CORPUS)
+    run = run_of(config, Storage(config.storage.root), {TOKENIZE: NO_CORPUS})
+    make(run, DICTIONARIES)
+    return run
+
+
+def planned(run: Run) -> StagePlan:
+    """What `functok status` says, looked for anew."""
+    run.forget(REACTIVATION)
+    (told,) = plan(run, [REACTIVATION])
+    return told
+
+
+def found(run: Run) -> list[CaseFeatures]:
+    """What is there, all of it."""
+    run.forget(REACTIVATION)
+    return run.result(REACTIVATION)
 
 
 def folders_of(case: CaseFeatures, name: str) -> list[str]:
@@ -100,15 +118,15 @@ def folders_of(case: CaseFeatures, name: str) -> list[str]:
 
 
 def rows(made: list[CaseFeatures], storage: Storage, name: str) -> list[list[dict[str, Any]]]:
-    found = []
+    read = []
     for case in made:
         tables = [storage.read_parquet(f"{folder}/{name}.parquet") for folder in folders_of(case, name)]
         assert all(table.schema == SHARD_FILES[name] for table in tables)
-        found.append([row for table in tables for row in table.to_pylist()])
+        read.append([row for table in tables for row in table.to_pylist()])
         if name == "prompt_features":
             layers = [[entry.layer] for entry in case.layers]
             assert [table["layer"].unique().to_pylist() for table in tables] == layers
-    return found
+    return read
 
 
 def plain_ids(folder: Path, prompt: str, prepend_bos: bool = True) -> tuple[list[int], set[int]]:
@@ -145,14 +163,12 @@ def test_features_are_what_plain_hooks_and_sae_encode_give(
 ) -> None:
     from sae_lens import SAE
 
-    config, storage, dictionaries = prepare(
-        parts, tmp_path, architecture, windows={"prepend_bos": prepend_bos}
-    )
-    made = compute_reactivations(config, storage, dictionaries)
+    run = prepare(parts, tmp_path, architecture, windows={"prepend_bos": prepend_bos})
+    made = make(run, REACTIVATION)
     assert [case.case for case in made] == [case["name"] for case in CASES]
-    found = {
+    read = {
         (row["prompt"], row["position"], row["layer"], row["feature_id"]): row["activation"]
-        for case in rows(made, storage, "prompt_features")
+        for case in rows(made, run.storage, "prompt_features")
         for row in case
     }
     saes = {layer: SAE.load_from_disk(str(parts / f"sae-{layer}")) for layer in SAES}
@@ -168,16 +184,16 @@ def test_features_are_what_plain_hooks_and_sae_encode_give(
                     expected[prompt, position, layer, feature] = float(features[position, feature])
     assert len(expected) > 2_000
     assert {key[2] for key in expected} == set(SAES)
-    assert len(set(found) ^ set(expected)) <= len(expected) / 2_000
+    assert len(set(read) ^ set(expected)) <= len(expected) / 2_000
     assert all(
-        found[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-5) for key in set(found) & set(expected)
+        read[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-5) for key in set(read) & set(expected)
     )
 
 
 def test_tokens_are_all_but_special_ones_and_say_where_prompts_differ(parts: Path, tmp_path: Path) -> None:
-    config, storage, dictionaries = prepare(parts, tmp_path)
-    made = compute_reactivations(config, storage, dictionaries)
-    capitals, odd, three = rows(made, storage, "prompt_tokens")
+    run = prepare(parts, tmp_path)
+    made = make(run, REACTIVATION)
+    capitals, odd, three = rows(made, run.storage, "prompt_tokens")
     assert [case.n_tokens for case in made] == [len(capitals), len(odd), len(three)]
     from transformers import AutoTokenizer
 
@@ -211,7 +227,7 @@ def test_tokens_are_all_but_special_ones_and_say_where_prompts_differ(parts: Pat
     assert {row["position"] for row in first} == set(range(1, len(ids))) - {at_end}
     assert [row["token"] for row in first if row["looked_at"]] == [" the", "."]
     assert len({row["prompt"] for row in three}) == 3
-    features = rows(made, storage, "prompt_features")
+    features = rows(made, run.storage, "prompt_features")
     for tokens, active in zip((capitals, odd, three), features, strict=True):
         places = {(row["prompt"], row["position"]) for row in tokens}
         assert {(row["prompt"], row["position"]) for row in active} <= places
@@ -231,10 +247,9 @@ def test_a_chat_template_is_seen_and_its_special_tokens_are_in_no_file(parts: Pa
     tokenizer = AutoTokenizer.from_pretrained(parts / "llama")
     tokenizer.chat_template = "{% for m in messages %}<bos>the {{ m['content'] }}<eos>{% endfor %} was"
     tokenizer.save_pretrained(tmp_path / "parts" / "llama")
-    config, storage, dictionaries = prepare(tmp_path / "parts", tmp_path, cases=CASES[:1])
+    run = prepare(tmp_path / "parts", tmp_path, cases=CASES[:1])
     ((table,), (active,)) = (
-        rows(compute_reactivations(config, storage, dictionaries), storage, name)
-        for name in ("prompt_tokens", "prompt_features")
+        rows(make(run, REACTIVATION), run.storage, name) for name in ("prompt_tokens", "prompt_features")
     )
     seen = [
         (row["position"], row["token"], row["in_text"], row["looked_at"])
@@ -258,24 +273,24 @@ def test_a_chat_template_is_seen_and_its_special_tokens_are_in_no_file(parts: Pa
 def test_a_second_call_makes_nothing_and_a_changed_case_alone_is_made_again(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepared = prepare(parts, tmp_path)
-    assert find_reactivations(*prepared) is None
+    run = prepare(parts, tmp_path)
+    assert (planned(run).done, planned(run).missing) == (0, 4 * len(CASES))
     reports: list[tuple[int, int, str]] = []
-    made = compute_reactivations(*prepared, lambda *report: reports.append(report))
+    made = make(run, REACTIVATION, lambda *report: reports.append(report))
     total = sum(case.n_tokens for case in made)
     assert reports[0] == (0, total, "tokens, cases")
     assert reports[-1] == (total, total, "tokens, cases")
     assert len(reports) == 4
-    assert find_reactivations(*prepared) == made
+    assert found(run) == made
     written: list[str] = []
-    commit = reactivation.commit
+    commit = engine.commit
 
     def counting(storage: Storage, folder: str, *rest: Any) -> Any:
         written.append(folder)
         return commit(storage, folder, *rest)
 
-    monkeypatch.setattr(reactivation, "commit", counting)
-    assert compute_reactivations(*prepared) == made
+    monkeypatch.setattr(engine, "commit", counting)
+    assert make(run, REACTIVATION) == made
     assert written == []
     folders = [folder for case in made for name in FILES for folder in folders_of(case, name)]
     assert len(set(folders)) == len(folders) == 4 * len(CASES)
@@ -288,10 +303,11 @@ def test_a_second_call_makes_nothing_and_a_changed_case_alone_is_made_again(
     ]
     for change, n_new in changes:
         changed = prepare(parts, tmp_path, cases=[CASES[0] | change, *CASES[1:]])
-        assert find_reactivations(*changed) is None
-        assert missing_reactivations(*changed)[0] == 2
+        told = planned(changed)
+        assert (told.done, told.missing) == (4 * len(CASES) - n_new, n_new)
+        assert told.details == (f"[[case]] {(CASES[0] | change)['name']!r}",)
         written.clear()
-        again = compute_reactivations(*changed)
+        again = make(changed, REACTIVATION)
         assert written == [again[0].folder, *(entry.folder for entry in again[0].layers)][:n_new]
         assert again[1:] == made[1:]
         assert again[0].folder not in folders
@@ -301,8 +317,8 @@ def test_a_second_call_makes_nothing_and_a_changed_case_alone_is_made_again(
 def test_another_dictionary_makes_its_layer_alone_again_and_reads_each_prompt_once(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepared = prepare(parts, tmp_path)
-    made = compute_reactivations(*prepared)
+    first = prepare(parts, tmp_path)
+    made, storage = make(first, REACTIVATION), first.storage
     asked: list[list[int]] = []
 
     def counting(model: Any, ids: Any, layers: Any) -> Any:
@@ -311,12 +327,15 @@ def test_another_dictionary_makes_its_layer_alone_again_and_reads_each_prompt_on
 
     monkeypatch.setattr(reactivation, "residuals_of", counting)
     other = prepare(parts, tmp_path, saes={1: "other-sae"})
-    assert find_reactivations(*other) is None
-    assert missing_reactivations(*other) == (0, [f"[[case]] {case['name']!r}, layer 1" for case in CASES])
-    before = prepared[1].sizes("reactivation")
-    again = compute_reactivations(*other)
+    told = planned(other)
+    assert (told.done, told.missing) == (3 * len(CASES), len(CASES))
+    assert told.details == tuple(f"[[case]] {case['name']!r}, layer 1" for case in CASES)
+    before = storage.sizes("reactivation")
+    reports: list[tuple[int, int, str]] = []
+    again = make(other, REACTIVATION, lambda *report: reports.append(report))
     assert asked == [[1]] * sum(len(case["prompts"]) for case in CASES)
-    new = prepared[1].sizes("reactivation").keys() - before.keys()
+    assert reports[-1][1] == sum(case.n_tokens for case in again)
+    new = storage.sizes("reactivation").keys() - before.keys()
     assert new == {
         f"{case.layers[1].folder}/{name}" for case in again for name in ("prompt_features.parquet", MANIFEST)
     }
@@ -324,25 +343,26 @@ def test_another_dictionary_makes_its_layer_alone_again_and_reads_each_prompt_on
         assert replace(one, layers=()) == replace(two, layers=())
         assert [old == now for old, now in zip(one.layers, two.layers, strict=True)] == [True, False, True]
     # What was done in part goes on with the rest of it.
-    storage = other[1]
     for entry in (again[0].layers[0], again[0].layers[2]):
         kept = storage.read_bytes(f"{entry.folder}/prompt_features.parquet")
         storage.delete(f"{entry.folder}/{MANIFEST}")
         storage.write_bytes(f"{entry.folder}/prompt_features.parquet", kept[:10])
     asked.clear()
-    assert missing_reactivations(*other)[1] == [f"[[case]] {CASES[0]['name']!r}, layers 0, 2"]
-    assert compute_reactivations(*other) == again
+    assert planned(other).details == (f"[[case]] {CASES[0]['name']!r}, layers 0, 2",)
+    reports.clear()
+    assert make(other, REACTIVATION, lambda *report: reports.append(report)) == again
     assert asked == [[0, 2]] * 2
+    assert reports == [(done, again[0].n_tokens, "tokens, cases") for done in (0, again[0].n_tokens)]
     assert storage.read_bytes(f"{again[0].layers[2].folder}/prompt_features.parquet") == kept
     # A layer more is read alone, and the others stay.
-    config, _, dictionaries = other
-    fewer = compute_reactivations(config, storage, dictionaries[:2])
-    assert [case.layers for case in fewer] == [case.layers[:2] for case in again]
+    fewer = prepare(parts, tmp_path, saes={1: "other-sae", 2: None})
+    assert [case.layers for case in make(fewer, REACTIVATION)] == [case.layers[:2] for case in again]
+    assert asked == [[0, 2]] * 2
 
 
 def test_cases_of_the_same_prompts_share_what_is_active(parts: Path, tmp_path: Path) -> None:
     twin = {**CASES[0], "name": "twin", "relation": "another"}
-    one, _, _, two = compute_reactivations(*prepare(parts, tmp_path, cases=[*CASES, twin]))
+    one, _, _, two = make(prepare(parts, tmp_path, cases=[*CASES, twin]), REACTIVATION)
     assert one.layers == two.layers
     assert one.folder != two.folder
 
@@ -350,62 +370,62 @@ def test_cases_of_the_same_prompts_share_what_is_active(parts: Path, tmp_path: P
 def test_a_case_is_the_same_whatever_stands_beside_it(parts: Path, tmp_path: Path) -> None:
     whole = prepare(parts, tmp_path / "whole")
     alone = prepare(parts, tmp_path / "alone", cases=CASES[2:])
-    made, one = compute_reactivations(*whole), compute_reactivations(*alone)
+    made, one = make(whole, REACTIVATION), make(alone, REACTIVATION)
     assert one == made[2:]
     for name in FILES:
         for folder in folders_of(one[0], name):
             file = f"{folder}/{name}.parquet"
-            assert alone[1].read_bytes(file) == whole[1].read_bytes(file)
-    assert compute_reactivations(*prepare(parts, tmp_path / "whole", cases=CASES[::-1])) == made[::-1]
+            assert alone.storage.read_bytes(file) == whole.storage.read_bytes(file)
+    assert make(prepare(parts, tmp_path / "whole", cases=CASES[::-1]), REACTIVATION) == made[::-1]
 
 
 def test_another_model_or_precision_makes_cases_again(parts: Path, tmp_path: Path) -> None:
-    made = compute_reactivations(*prepare(parts, tmp_path))
-    prepared = [
+    made = make(prepare(parts, tmp_path), REACTIVATION)
+    others = [
         prepare(parts, tmp_path, "gemma2"),
         prepare(parts, tmp_path, activations={"mantissa_bits": 23}),
         prepare(parts, tmp_path, windows={"prepend_bos": False}),
     ]
-    for other in prepared:
-        assert find_reactivations(*other) is None
-    exact = rows(compute_reactivations(*prepared[1]), prepared[1][1], "prompt_features")
-    rounded = rows(made, prepared[1][1], "prompt_features")
+    # The tokens of the first two are there.
+    assert [planned(other).missing for other in others] == [9, 9, 12]
+    exact = rows(make(others[1], REACTIVATION), others[1].storage, "prompt_features")
+    rounded = rows(made, others[1].storage, "prompt_features")
     for one, other in zip(exact, rounded, strict=True):
         assert [row["feature_id"] for row in one] == [row["feature_id"] for row in other]
         assert [r["activation"] for r in one] == pytest.approx([r["activation"] for r in other], rel=2**-16)
         assert [row["activation"] for row in one] != [row["activation"] for row in other]
     # Nothing that another stage reads makes them be made again.
     again = prepare(parts, tmp_path, duckdb={"memory_limit": "1GB"}, activations={"batch_tokens": 77})
-    assert find_reactivations(*again) == made
+    assert found(again) == made
 
 
 def test_no_case_is_no_work(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepared = prepare(parts, tmp_path)
+    run = prepare(parts, tmp_path)
     cases = "[[trait]]\nname = 't'\nlayer = 1\nfeatures = [1]\nvalues = [1.0]\n"
     (tmp_path / "cases.toml").write_text(
         cases + "[[steer]]\ntraits = ['t']\nprompt = 'the river'\ntarget = ' of'\n"
     )
-    monkeypatch.setattr(reactivation, "load_model", lambda *_: pytest.fail("the model was loaded"))
-    assert find_reactivations(*prepared) == []
-    assert compute_reactivations(*prepared) == []
+    monkeypatch.setattr(prompt_features, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    assert found(run) == []
+    assert make(run, REACTIVATION) == []
 
 
 def test_a_case_that_cannot_be_used_names_itself_and_the_stage(parts: Path, tmp_path: Path) -> None:
     uneven = {"name": "uneven", "relation": "r", "prompts": ["the Moscow is", "the naïve café is"]}
-    prepared = prepare(parts, tmp_path, cases=[CASES[0], uneven])
-    for ask in (find_reactivations, compute_reactivations):
+    run = prepare(parts, tmp_path, cases=[CASES[0], uneven])
+    for ask in (planned, lambda run: make(run, REACTIVATION)):
         with pytest.raises(ConfigError, match=r"^\[reactivation\] \[\[case\]\] 'uneven'"):
-            ask(*prepared)
+            ask(run)
 
 
 def test_residuals_are_those_of_the_whole_model(parts: Path, tmp_path: Path) -> None:
-    config, storage, _ = prepare(parts, tmp_path)
-    model = load_model(config.model, storage)
+    run = prepare(parts, tmp_path)
+    model = load_model(run.config.model, run.storage)
     ids, _ = plain_ids(parts / "llama", CASES[0]["prompts"][0])
-    found = residuals_of(model, ids, [2, 0, 2])
+    read = residuals_of(model, ids, [2, 0, 2])
     expected = plain_residuals(parts / "llama", ids)
-    assert set(found) == {0, 2}
-    for layer, residuals in found.items():
+    assert set(read) == {0, 2}
+    for layer, residuals in read.items():
         assert residuals.dtype == torch.float32
         torch.testing.assert_close(residuals, expected[layer])
     assert residuals_of(model, ids, []) == {}

@@ -21,10 +21,9 @@ from steering_catalogue import Made
 
 from infra.duck import connect
 from infra.storage import Storage
-from tasks.graph.tables import publish
 from tasks.report import charts
-from tasks.report.report import write_report
 from tasks.report.vocabulary import Estimate
+from tasks.stages import write_report
 from tasks.steering import findings as steering_findings
 from tasks.steering.findings import Reactivation, measure_reactivation, measure_steering, middle_strength
 from tasks.steering.heat_maps import GROUND, heat_map, heat_map_chart, heat_maps
@@ -40,7 +39,6 @@ from tasks.steering.report import (
     steered_texts,
     token_scores_table,
 )
-from tasks.steering.tables import build_steering_tables
 
 NAN = math.nan
 
@@ -363,7 +361,7 @@ def test_a_long_prompt_loses_its_middle(tmp_path: Path) -> None:
         run.tokens[case] += [{**template, "prompt": prompt, "position": p} for p in range(5, 65)]
     for row in run.features[case]:
         row["position"] += 60 * (row["position"] > 4)
-    publish(storage, build_steering_tables(run.config, storage, run.shards, run.write(storage)))
+    catalogue.published(run.write(storage))
     with closing(connect(storage)) as connection:
         (found,) = heat_maps(connection)
     for panel in found.panels:
@@ -425,7 +423,7 @@ def test_charts_show_the_tables(connection: Any) -> None:
         assert drawn == {
             (row["layer"], name): (row[f"{score}_low"], row[score], row[f"{score}_high"])
             for row in whole
-            for score, name in zip(("own", "counterfactual", "unrelated"), SCORES.names, strict=True)
+            for score, name in zip(("own", "counterfactual", "unrelated"), SCORES.looks, strict=True)
             if row["kind"] == kind
         }
     effects = effect_rows(connection)
@@ -534,7 +532,7 @@ def test_cases_without_own_features_say_so(tmp_path: Path) -> None:
     run = catalogue.steering_run(storage, Made(cases=1, experiments=0))
     for rows in run.features.values():
         rows[:] = [row for row in rows if row["position"] not in (3, 4)]
-    publish(storage, build_steering_tables(run.config, storage, run.shards, run.write(storage)))
+    catalogue.published(run.write(storage))
     write_report(storage)
     html = read(storage)
     assert "No prompt of any case has a feature of its own" in html

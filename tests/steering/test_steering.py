@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,27 +14,28 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from builders import commit_again
-from plain import InThisProcess
+from builders import commit_again, run_of
+from plain import finished
 from pydantic import ValidationError
 
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.errors import ConfigError, DictionaryError, FunctokError, ModelError
-from schemas.steering.work import SteeredPrompt, TraitFeatures
+from schemas.steering.work import Steered
 from schemas.tables import SHARD_FILES
-from schemas.work import CorpusShards, Dictionary
-from tasks.corpus import tokenization
+from schemas.work import CorpusShards
 from tasks.corpus.function_tokens import function_token_ids
-from tasks.dictionaries.dictionaries import prepare_dictionaries
+from tasks.corpus.tokenization import TOKENIZE
+from tasks.dictionaries.dictionaries import DICTIONARIES
+from tasks.engine.run import Run, make, plan
 from tasks.models import language_model as language_models
 from tasks.models.language_model import LanguageModel
-from tasks.steering import steering, traits
+from tasks.steering import prompt_features, steering
 from tasks.steering import sweep as steering_sweep
 from tasks.steering.conditions import moved_features, random_features
 from tasks.steering.loaded_traits import TraitFeature, load_trait
 from tasks.steering.measures import divergences
-from tasks.steering.steering import find_steering, missing_steering, run_steering
+from tasks.steering.steering import STEERING
 
 LAYERS = (1, 2)
 PLANTED, PLANTED_TOKEN, PLANTED_LAYER = 7, 300, 2
@@ -81,30 +83,41 @@ class World:
 
 @dataclass(frozen=True)
 class Here:
-    """A test's own storage and configuration."""
+    """A test's own run, of which corpus and dictionaries are there."""
 
-    config: Config
-    storage: Storage
-    shards: CorpusShards
-    dictionaries: list[Dictionary]
+    run: Run
 
-    def run(self, *progress: Any) -> tuple[list[TraitFeatures], list[SteeredPrompt]]:
-        return run_steering(self.config, self.storage, self.shards, self.dictionaries, *progress)
+    @property
+    def storage(self) -> Storage:
+        return self.run.storage
 
-    def find(self) -> tuple[list[TraitFeatures], list[SteeredPrompt]] | None:
-        return find_steering(self.config, self.storage, self.shards, self.dictionaries)
+    def make(self, *progress: Any) -> Steered:
+        return make(self.run, STEERING, *progress)
 
-    def missing(self) -> tuple[int, list[str]]:
-        return missing_steering(self.config, self.storage, self.shards, self.dictionaries)
+    def find(self) -> Steered | None:
+        """What is there, looked for anew; None if any of it is missing."""
+        return self.run.result(STEERING) if self.status() == [] else None
+
+    def status(self) -> list[str]:
+        """What is missing, as `functok status` lists it, looked for anew."""
+        return self.planned()[1]
+
+    def planned(self) -> tuple[int, list[str]]:
+        """The folders that are done, and what is missing."""
+        self.run.forget(STEERING)
+        (told,) = plan(self.run, [STEERING])
+        return told.done, [*told.details]
 
     def tables(self) -> list[list[dict[str, Any]]]:
-        tables = [self.storage.read_parquet(f"{made.folder}/steering.parquet") for made in self.run()[1]]
+        made = self.make().experiments
+        tables = [self.storage.read_parquet(f"{one.folder}/steering.parquet") for one in made]
         assert all(table.schema == SHARD_FILES["steering"] for table in tables)
         return [table.to_pylist() for table in tables]
 
     @property
     def function_ids(self) -> set[int]:
-        return set(function_token_ids(self.config, self.storage, self.shards).tolist())
+        shards = self.run.result(TOKENIZE)
+        return set(function_token_ids(self.run.config, self.storage, shards).tolist())
 
 
 @pytest.fixture(scope="module")
@@ -125,12 +138,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         sae.save_model(str(folder / f"sae-{layer}"))
     tiny.write_jsonl(folder / "corpus.jsonl", tiny.texts(40, longest=60))
     world = World(folder, CorpusShards(shards=(), tokenizer_key="", vocabulary=""))
-    config = world.config(folder / "run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenization, "_Watched", InThisProcess)
-        shards = tokenization.tokenize_corpus(config, Storage(config.storage.root))
-    prepare_dictionaries(config, Storage(config.storage.root), shards)
-    return World(folder, shards)
+    run = finished(world.config(folder / "run"), None, DICTIONARIES)
+    return World(folder, run.result(TOKENIZE))
+
+
+def here_of(config: Config, shards: CorpusShards) -> Here:
+    run = run_of(config, Storage(config.storage.root), {TOKENIZE: shards})
+    make(run, DICTIONARIES)
+    return Here(run)
 
 
 def prepare(
@@ -159,9 +174,7 @@ def prepare(
         "batch_size": 8,
         **steering,
     }
-    config = world.config(root / "run", architecture, steering=section)
-    storage = Storage(config.storage.root)
-    return Here(config, storage, world.shards, prepare_dictionaries(config, storage, world.shards))
+    return here_of(world.config(root / "run", architecture, steering=section), world.shards)
 
 
 NAMES = ("mode", "place", "control", "draw", "strength")
@@ -306,7 +319,7 @@ def test_a_sweeps_numbers_are_the_plain_twins(world: World, tmp_path: Path, arch
     single, both = here.tables()
     twin = Twin(world.folder / architecture, 1)
     check_against_twin(twin, single, {"features": [3, 11], "add": [2.0, 3.0], "clamp": [2.0, 3.0]})
-    found, given, _ = (load_trait(here.storage, trait) for trait in here.run()[0])
+    found, given, _ = (load_trait(here.storage, trait) for trait in here.make().traits)
     kept = [*found.features[1][:3], *given.features[1]]
     own: dict[int, tuple[float, float]] = {}
     for feature in kept:
@@ -564,9 +577,9 @@ def test_a_text_that_ends_at_once_has_no_perplexity(world: World, tmp_path: Path
     # The same tokenizer, but for its end, which is now the planted token.
     twin.tokenizer.eos_token = twin.tokenizer.convert_ids_to_tokens(PLANTED_TOKEN)
     twin.tokenizer.save_pretrained(tmp_path / "ending")
-    model = here.config.model.model_copy(update={"tokenizer": str(tmp_path / "ending")})
-    config = here.config.model_copy(update={"model": model})
-    (rows,) = Here(config, here.storage, here.shards, here.dictionaries).tables()
+    model = here.run.config.model.model_copy(update={"tokenizer": str(tmp_path / "ending")})
+    config = here.run.config.model_copy(update={"model": model})
+    (rows,) = here_of(config, world.shards).tables()
     found = by_condition(rows)
     for place in ("last function token", "all positions"):
         ended = found["add", place, "trait", 0, 1000.0]
@@ -601,15 +614,18 @@ def test_a_killed_sweep_goes_on_with_what_it_lacks(
 
     def killing(done: int, total: int, what: str) -> None:
         reports.append((done, total, what))
-        if what == "steered texts, steering" and done > 42:
+        if total == 84 and done > 42:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        here.run(killing)
+        here.make(killing)
     assert here.find() is None
-    # 42 conditions an experiment, in batches of 7
-    assert [done for done, _, what in reports if what == "steered texts, steering"] == list(range(0, 50, 7))
-    assert {total for _, total, what in reports if what == "steered texts, steering"} == {84}
+    assert {what for _, _, what in reports} == {"texts, steering"}
+    # 6 prompts of the trait that is looked for, then 42 conditions an experiment, in batches of 7
+    assert reports[:2] == [(0, 6, "texts, steering"), (6, 6, "texts, steering")]
+    seen = [done for done, total, _ in reports if total == 84]
+    assert list(dict.fromkeys(seen)) == list(range(0, 50, 7))
+    assert {total for _, total, _ in reports} == {6, 84}
     run, swept, loaded = steering.sweep, [], []
 
     def counting(*arguments: Any) -> Any:
@@ -618,13 +634,16 @@ def test_a_killed_sweep_goes_on_with_what_it_lacks(
 
     monkeypatch.setattr(steering, "sweep", counting)
     reports.clear()
-    made = here.run(lambda *report: reports.append(report))
+    made = here.make(lambda *report: reports.append(report))
     assert swept == [STEER[1]["prompt"]]
-    assert reports == [(done, 42, "steered texts, steering") for done in range(0, 43, 7)]
-    assert [(one.case, one.prompt) for one in made[1]] == [("given", PROMPT), ("both", STEER[1]["prompt"])]
+    assert list(dict.fromkeys(reports)) == [(done, 42, "texts, steering") for done in range(0, 43, 7)]
+    assert [(one.case, one.prompt) for one in made.experiments] == [
+        ("given", PROMPT),
+        ("both", STEER[1]["prompt"]),
+    ]
     whole = prepare(world, tmp_path / "whole")
-    assert [one.folder for one in whole.run()[1]] == [one.folder for one in made[1]]
-    for one in made[1]:
+    assert [one.folder for one in whole.make().experiments] == [one.folder for one in made.experiments]
+    for one in made.experiments:
         name = f"{one.folder}/steering.parquet"
         assert here.storage.read_bytes(name) == whole.storage.read_bytes(name)
 
@@ -632,21 +651,46 @@ def test_a_killed_sweep_goes_on_with_what_it_lacks(
         loaded.append(arguments)
         raise AssertionError("nothing needs weights any more")
 
-    for module in (steering, traits):
+    for module in (steering, prompt_features):
         for name in ("load_language_model", "load_model", "load_dictionary"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, load)
     reports.clear()
-    assert here.run(lambda *report: reports.append(report)) == made == here.find()
+    assert here.make(lambda *report: reports.append(report)) == made == here.find()
     assert reports == []
-    here.storage.delete(made[1][0].folder)
+    here.storage.delete(made.experiments[0].folder)
     assert here.find() is None
+
+
+def test_the_model_without_its_head_is_gone_before_the_one_with_it_is_loaded(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The first experiment's trait is given, and known from the beginning; the other's is to be found.
+    here = prepare(world, tmp_path, strengths=[1.0], random_controls=0, modes=["add"])
+    load, load_whole = prompt_features.load_model, steering.load_language_model
+    without_head: list[Any] = []
+    n_loaded = []
+
+    def loaded(*arguments: Any) -> Any:
+        model = load(*arguments)
+        without_head.append(weakref.ref(model.module))
+        return model
+
+    def whole(*arguments: Any) -> Any:
+        n_loaded.append(len(without_head))
+        assert all(model() is None for model in without_head)
+        return load_whole(*arguments)
+
+    monkeypatch.setattr(prompt_features, "load_model", loaded)
+    monkeypatch.setattr(steering, "load_language_model", whole)
+    here.make()
+    assert n_loaded == [1]
 
 
 def test_what_rows_depend_on_makes_them_anew_and_nothing_else_does(world: World, tmp_path: Path) -> None:
     steer = [dict(STEER[0])]
     small = {"strengths": [1.0], "random_controls": 0, "modes": ["add"]}
-    made = prepare(world, tmp_path, steer=steer, **small).run()
+    made = prepare(world, tmp_path, steer=steer, **small).make()
 
     def found(steer: Sequence[dict[str, Any]] = steer, **changed: Any) -> Any:
         return prepare(world, tmp_path, steer=steer, **(small | changed)).find()
@@ -673,10 +717,10 @@ def test_what_rows_depend_on_makes_them_anew_and_nothing_else_does(world: World,
 
 def with_saes(here: Here, saes: dict[int, Path]) -> Here:
     """The same with other dictionaries, or with one more."""
-    entries = {entry.layer: entry.model_dump() for entry in here.config.sae}
+    entries = {entry.layer: entry.model_dump() for entry in here.run.config.sae}
     entries |= {layer: {"layer": layer, "path": str(path)} for layer, path in saes.items()}
-    config = Config.model_validate(here.config.model_dump() | {"sae": [*entries.values()]})
-    return Here(config, here.storage, here.shards, prepare_dictionaries(config, here.storage, here.shards))
+    config = Config.model_validate(here.run.config.model_dump() | {"sae": [*entries.values()]})
+    return here_of(config, here.run.result(TOKENIZE))
 
 
 def test_another_dictionary_makes_its_layer_alone_again(
@@ -686,9 +730,9 @@ def test_another_dictionary_makes_its_layer_alone_again(
     steer = [*STEER, {"traits": ["planted"], "prompt": PROMPT, "target": " London"}]
     here = prepare(world, tmp_path, steer=steer, strengths=[1.0], random_controls=1, modes=["add"])
     tiny.build_sae("jumprelu", seed=8).save_model(str(tmp_path / "other"))
-    traits_made, made = here.run()
+    first = here.make()
     assert [table[0]["layer"] for table in here.tables()] == [1, 1, 2]
-    found, given, planted = (trait.layers for trait in traits_made)
+    found, given, planted = (trait.layers for trait in first.traits)
     swept: list[str] = []
     run = steering.sweep
 
@@ -698,32 +742,31 @@ def test_another_dictionary_makes_its_layer_alone_again(
 
     monkeypatch.setattr(steering, "sweep", counting)
     more = with_saes(here, {0: tmp_path / "other"})
-    again, steered = more.run()
-    assert steered == made
+    again = more.make()
+    assert again.experiments == first.experiments
     assert swept == []
-    assert [trait.layers[-len(old) :] for trait, old in zip(again, (found, given, planted), strict=True)] == [
-        *(found, given, planted)
-    ]
-    assert [len(trait.layers) for trait in again] == [3, 1, 1]
+    pairs = list(zip(again.traits, (found, given, planted), strict=True))
+    assert [trait.layers[-len(old) :] for trait, old in pairs] == [found, given, planted]
+    assert [len(trait.layers) for trait in again.traits] == [3, 1, 1]
     other = with_saes(here, {2: tmp_path / "other"})
     before = here.storage.sizes("traits").keys()
-    again, steered = other.run()
-    assert [one == two for one, two in zip(made, steered, strict=True)] == [True, True, False]
+    again = other.make()
+    same = [one == two for one, two in zip(first.experiments, again.experiments, strict=True)]
+    assert same == [True, True, False]
     assert swept == [PROMPT]
-    assert [trait.layers == old for trait, old in zip(again, (found, given, planted), strict=True)] == [
-        *(False, True, False)
-    ]
-    assert again[0].layers[0] == found[0]
+    pairs = list(zip(again.traits, (found, given, planted), strict=True))
+    assert [trait.layers == old for trait, old in pairs] == [False, True, False]
+    assert again.traits[0].layers[0] == found[0]
     new = {name.rsplit("/", 1)[0] for name in here.storage.sizes("traits").keys() - before}
-    assert new == {again[0].layers[1].folder, again[2].layers[0].folder}
+    assert new == {again.traits[0].layers[1].folder, again.traits[2].layers[0].folder}
 
 
 def test_an_experiment_is_what_it_moves(world: World, tmp_path: Path) -> None:
     small = {"strengths": [1.0], "random_controls": 0, "modes": ["add"]}
-    prepare(world, tmp_path, **small).run()
+    prepare(world, tmp_path, **small).make()
     # How many features are steered together is no matter where they are given.
     fewer = prepare(world, tmp_path, features=2, **small)
-    assert fewer.missing() == (4, [f"[[steer]] 'both', '{STEER[1]['prompt']}'"])
+    assert fewer.planned() == (5, [f"[[steer]] 'both', '{STEER[1]['prompt']}'"])
 
 
 def test_experiments_are_judged_by_their_own_traits(
@@ -731,25 +774,27 @@ def test_experiments_are_judged_by_their_own_traits(
 ) -> None:
     small = {"strengths": [1.0], "random_controls": 0, "modes": ["add"]}
     here = prepare(world, tmp_path, **small)
-    made, steered = here.run()
-    monkeypatch.setattr(traits, "load_model", no_model)
-    monkeypatch.setattr(steering, "load_dictionary", no_model)
+    made = here.make()
+    monkeypatch.setattr(prompt_features, "load_model", no_model)
+    for module in (steering, prompt_features):
+        monkeypatch.setattr(module, "load_dictionary", no_model)
 
-    assert here.missing() == (5, [])
+    # The trait that is found has two layers, those that are given one each.
+    assert here.planned() == (6, [])
     unused = {**TRAITS[0], "name": "unused", "negative": [f"{p} the" for p in TRAITS[0]["negative"]]}
     new = prepare(world, tmp_path, trait=[unused, *TRAITS], **small)
-    assert new.missing() == (5, ["[[trait]] 'unused'"])
+    assert new.planned() == (6, ["[[trait]] 'unused'"])
     both, given = f"[[steer]] 'both', '{STEER[1]['prompt']}'", f"[[steer]] 'given', '{PROMPT}'"
     changed = {**TRAITS[0], "negative": unused["negative"]}
-    assert prepare(world, tmp_path, trait=[changed, *TRAITS[1:]], **small).missing() == (
+    assert prepare(world, tmp_path, trait=[changed, *TRAITS[1:]], **small).planned() == (
         3,
         ["[[trait]] 'found'", both],
     )
     # A trait whose features are given is known, found or not.
-    here.storage.delete(made[1].layers[0].folder)
-    assert prepare(world, tmp_path, **small).missing() == (4, ["[[trait]] 'given'"])
-    here.storage.delete(steered[0].folder)
-    assert here.missing() == (3, ["[[trait]] 'given'", given])
+    here.storage.delete(made.traits[1].layers[0].folder)
+    assert prepare(world, tmp_path, **small).planned() == (5, ["[[trait]] 'given'"])
+    here.storage.delete(made.experiments[0].folder)
+    assert here.planned() == (4, ["[[trait]] 'given'", given])
 
 
 def no_model(*_: Any, **__: Any) -> Any:
@@ -761,10 +806,10 @@ def test_cases_without_experiments_have_traits_alone(world: World, tmp_path: Pat
     text = '[[case]]\nname = "a"\nrelation = "b"\nprompts = ["the river in the", "the river to the"]\n'
     path = tmp_path / "cases.toml"
     path.write_text(text + path.read_text())
-    found, steered = here.run()
-    assert [trait.trait for trait in found] == [trait["name"] for trait in TRAITS]
-    assert steered == []
-    assert here.find() == (found, [])
+    made = here.make()
+    assert [trait.trait for trait in made.traits] == [trait["name"] for trait in TRAITS]
+    assert made.experiments == ()
+    assert here.find() == made
 
 
 # What is refused
@@ -792,7 +837,7 @@ def test_what_goes_wrong_while_generating_names_the_conditions_of_the_batch(
         rf"'given', '.*': layer 1, while generating with strength 0 {place}; strength 2 {place}: .*a way out"
     )
     with pytest.raises(ModelError, match=expected):
-        here.run()
+        here.make()
     assert here.find() is None
 
 
@@ -800,7 +845,7 @@ def test_what_cannot_be_steered_is_an_error_that_names_it(world: World, tmp_path
     def refused(kind: type[FunctokError], pattern: str, **changed: Any) -> None:
         here = prepare(world, tmp_path, **changed)
         with pytest.raises(kind, match=pattern) as caught:
-            here.run()
+            here.make()
         assert caught.value.stage == "steering"
         assert caught.value.hint
 
@@ -855,14 +900,15 @@ def test_a_dictionary_that_cannot_be_clamped_stops_before_traits_are_looked_for(
     world: World, tmp_path: Path
 ) -> None:
     here = prepare(world, tmp_path)
-    name = f"{here.dictionaries[0].folder}/cfg.json"
+    folder = here.run.result(DICTIONARIES)[0].folder
+    name = f"{folder}/cfg.json"
     saved = json.loads(here.storage.read_bytes(name))
     here.storage.write_bytes(name, json.dumps(saved | {"architecture": "topk", "k": 4}).encode())
-    commit_again(here.storage, here.dictionaries[0].folder)
+    commit_again(here.storage, folder)
     with pytest.raises(
         ConfigError, match=r"^\[steering\] \[\[steer\]\] 'given', .* layer 1 cannot be clamped"
     ):
-        here.run()
+        here.make()
     assert not here.storage.sizes("traits")
 
 
@@ -885,12 +931,12 @@ def test_what_no_weights_are_needed_for_is_refused_before_any_and_by_status(
     pattern: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(traits, "load_model", no_model)
-    monkeypatch.setattr(traits, "load_encoders", no_model)
+    for name in ("load_model", "load_dictionary"):
+        monkeypatch.setattr(prompt_features, name, no_model)
     here = prepare(world, tmp_path, modes=["add"], **changed)
-    for ask in (run_steering, missing_steering):
+    for ask in (here.make, here.planned):
         with pytest.raises(ConfigError, match=rf"^\[steering\] \[\[steer\]\] {pattern}") as caught:
-            ask(here.config, here.storage, here.shards, here.dictionaries)
+            ask()
         assert caught.value.hint
     assert not here.storage.sizes("traits")
     if changed["steer"] == STEER[:1]:
@@ -906,11 +952,11 @@ def test_given_values_below_a_threshold_are_refused_before_a_model_is_loaded(
     # With a trait that is to be found, what is moved is known when it is found.
     both = prepare(world, tmp_path, trait=[TRAITS[0], low], steer=STEER[1:])
     with pytest.raises(DictionaryError, match=rf"^\[steering\] \[\[steer\]\] 'both', .*{expected}"):
-        both.run()
-    monkeypatch.setattr(traits, "load_model", no_model)
-    monkeypatch.setattr(traits, "load_encoders", no_model)
+        both.make()
+    for name in ("load_model", "load_dictionary"):
+        monkeypatch.setattr(prompt_features, name, no_model)
     both.storage.delete("traits")
     alone = prepare(world, tmp_path, trait=[TRAITS[0], low], steer=[STEER[0], STEER[1]])
     with pytest.raises(DictionaryError, match=rf"^\[steering\] \[\[steer\]\] 'given', .*{expected}"):
-        alone.run()
+        alone.make()
     assert not alone.storage.sizes("traits")

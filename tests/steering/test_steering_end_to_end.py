@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,15 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from plain import InThisProcess, run_plain
+from plain import run_plain
 from s3 import S3Root
 
 from infra.duck import connect
 from infra.storage import Storage
 from schemas.config import Config
-from tasks.corpus import tokenization
-from tasks.engine.plan import is_up_to_date, plan_run, stages_of
-from tasks.graph import extraction
+from tasks.stages import is_up_to_date, plan_run, stages_of
 
+pytestmark = pytest.mark.slow
 SAES = {0: "standard", 1: "jumprelu"}
 CASES = """
 [[case]]
@@ -52,12 +52,6 @@ traits = ["given"]
 prompt = "said the lazy"
 target = " dog jumps"
 """
-
-
-@pytest.fixture(autouse=True)
-def _here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenization, "_Watched", InThisProcess)
-    extraction.forget_loaded()
 
 
 @pytest.fixture(scope="module")
@@ -130,14 +124,22 @@ def plainest_reactivations(parts: Path, storage: Storage, architecture: str) -> 
     return found
 
 
-@pytest.mark.s3
+@pytest.fixture(scope="module")
+def root(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a run of the llama is finished, to be left as it is."""
+    folder = tmp_path_factory.mktemp("steered") / "root"
+    run_plain(config_for(parts, folder))
+    return folder
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
-def test_from_cases_to_the_report(parts: Path, tmp_path: Path, moto_root: S3Root, architecture: str) -> None:
+def test_from_cases_to_the_report(parts: Path, root: Path, moto_root: S3Root, architecture: str) -> None:
     """The one on this disk, the other on S3, its cases too."""
-    config = config_for(parts, tmp_path / "root", architecture)
+    config = config_for(parts, root, architecture)
     if architecture == "gpt_neox":
         Storage(moto_root.url).write_bytes("cases.toml", CASES.encode())
         config = config_for(parts, moto_root.url, architecture, cases=f"{moto_root.url}/cases.toml")
+        run_plain(config)
     assert [*stages_of(config)] == [
         "tokenize",
         "dictionaries",
@@ -147,7 +149,7 @@ def test_from_cases_to_the_report(parts: Path, tmp_path: Path, moto_root: S3Root
         "tables",
         "report",
     ]
-    storage = run_plain(config)
+    storage = Storage(config.storage.root)
     with connect(storage) as connection:
         rows = connection.sql(
             'SELECT "case", prompt, position, token_id, is_function, layer, feature_id FROM reactivations'
@@ -168,7 +170,7 @@ def test_from_cases_to_the_report(parts: Path, tmp_path: Path, moto_root: S3Root
 
 
 def test_another_case_is_computed_alone_and_the_tables_are_those_of_a_fresh_run(
-    parts: Path, tmp_path: Path
+    parts: Path, root: Path, tmp_path: Path
 ) -> None:
     more = """
 [[case]]
@@ -176,8 +178,8 @@ name = "river"
 relation = "places"
 prompts = ["one river with the fox of the", "one mountain with the fox of the"]
 """
-    config = config_for(parts, tmp_path / "root")
-    storage = run_plain(config)
+    shutil.copytree(root, tmp_path / "root")
+    storage = Storage(str(tmp_path / "root"))
     before = storage.sizes("reactivation") | storage.sizes("steering") | storage.sizes("traits")
     changed = tmp_path / "cases.toml"
     changed.write_text(CASES + more)
@@ -190,9 +192,8 @@ prompts = ["one river with the fox of the", "one mountain with the fox of the"]
     assert contents(storage) == contents(fresh)
 
 
-def test_a_run_that_asks_for_no_steering_has_none(parts: Path, tmp_path: Path) -> None:
-    config = config_for(parts, tmp_path / "root").model_copy(update={"steering": None})
-    storage = run_plain(config)
+def test_a_run_that_asks_for_no_steering_has_none(finished: Path) -> None:
+    storage = Storage(str(finished / "run"))
     with connect(storage) as connection:
         views = {row[0] for row in connection.sql("SHOW TABLES").fetchall()}
     assert "coverage" in views

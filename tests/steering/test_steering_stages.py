@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import plain
 import pytest
 import tiny
+from builders import run_of
+from plain import finished
 
 from infra.storage import Storage
 from schemas.config import Config
-from schemas.errors import ConfigError
-from schemas.steering.work import SteeringResults
-from schemas.work import CorpusShards, Dictionary
-from tasks.corpus import tokenization
-from tasks.dictionaries import dictionaries
-from tasks.engine import validation
-from tasks.engine.plan import is_up_to_date, plan_run, stages_of
-from tasks.graph import extraction, features, tables
-from tasks.steering import reactivation, steering
-from tasks.steering.checks import check_reactivation, check_steering
-from tasks.steering.results import find_steering_results, plan_steering, steering_stages
-from tasks.steering.tables import build_steering_tables
+from schemas.errors import ConfigError, FunctokError
+from schemas.steering.work import Steered
+from tasks.corpus.tables import CorpusTables
+from tasks.corpus.tokenization import TOKENIZE
+from tasks.dictionaries.dictionaries import DICTIONARIES
+from tasks.engine.checks import check, check_tables
+from tasks.engine.run import Run, make, plan
+from tasks.engine.tables import are_published, candidate, publish
+from tasks.graph.features import FEATURES
+from tasks.graph.tables import GRAPH
+from tasks.stages import is_up_to_date, open_run, plan_run, stages_of, table_groups, working_stages
+from tasks.steering import EXPERIMENT, prompt_features, steering
+from tasks.steering.reactivation import REACTIVATION
+from tasks.steering.steering import STEERING
+from tasks.steering.tables import STEERING_GROUP
 
 CASES = """
 [[case]]
@@ -78,21 +81,10 @@ def storage(config: Config) -> Storage:
     return Storage(config.storage.root)
 
 
-Spine = tuple[CorpusShards, list[Dictionary]]
-
-
-@pytest.fixture
-def spine(config: Config, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> Spine:
-    monkeypatch.setattr("tasks.corpus.tokenization._Watched", plain.InThisProcess)
-    extraction.forget_loaded()
-    shards = tokenization.tokenize_corpus(config, storage)
-    return shards, dictionaries.prepare_dictionaries(config, storage, shards)
-
-
-def told(config: Config, storage: Storage, spine: Spine | None) -> dict[str, tuple[int, int | None]]:
-    plans, _ = plan_steering(config, storage, *(spine or (None, None)))
-    assert [plan.stage for plan in plans] == list(STEPS)
-    return {plan.stage: (plan.done, plan.missing) for plan in plans}
+def told(run: Run) -> dict[str, tuple[int, int | None]]:
+    """Folders that are done and that are missing, looked for anew."""
+    again = open_run(run.config, run.storage)
+    return {one.stage: (one.done, one.missing) for one in plan(again, EXPERIMENT.stages)}
 
 
 def no_model(*_: Any, **__: Any) -> None:
@@ -100,22 +92,20 @@ def no_model(*_: Any, **__: Any) -> None:
 
 
 def test_stages_apply_where_cases_are_configured(config: Config) -> None:
-    assert steering_stages(config) == STEPS
     assert stages_of(config) == ("tokenize", "dictionaries", "features", *STEPS, "tables", "report")
     assert stages_of(config, start_from="steering") == ("steering", "tables", "report")
+    assert working_stages(config)[3:] == [REACTIVATION, STEERING]
+    assert STEERING_GROUP in table_groups(config)
     counting = config.model_copy(update={"steering": None})
-    assert steering_stages(counting) == ()
     assert stages_of(counting) == ("tokenize", "dictionaries", "features", "tables", "report")
+    assert STEERING_GROUP not in table_groups(counting)
+    with pytest.raises(FunctokError, match=r"the stage steering does not apply .*configs/steering\.toml"):
+        stages_of(counting, only="steering")
 
 
 def test_from_nothing_to_a_finished_run(
-    config: Config,
-    storage: Storage,
-    parts: Path,
-    request: pytest.FixtureRequest,
-    monkeypatch: pytest.MonkeyPatch,
+    config: Config, storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert told(config, storage, None) == {"reactivation": (0, None), "steering": (0, None)}
     assert [(plan.stage, plan.missing) for plan in plan_run(config, storage)] == [
         ("tokenize", 1),
         ("dictionaries", None),
@@ -125,71 +115,95 @@ def test_from_nothing_to_a_finished_run(
         ("tables", None),
         ("report", None),
     ]
-    spine: Spine = request.getfixturevalue("spine")
-    shards, made = spine
+    run = finished(config, storage, DICTIONARIES)
     before = storage.sizes()
-    assert told(config, storage, spine) == {"reactivation": (0, 1), "steering": (0, 2)}
+    # A case's tokens and its layer; a trait's layer and an experiment.
+    assert told(run) == {"reactivation": (0, 2), "steering": (0, 2)}
     assert storage.sizes() == before
-    assert find_steering_results(config, storage, shards, made) is None
-    read = reactivation.compute_reactivations(config, storage, made)
-    assert told(config, storage, spine) == {"reactivation": (1, 0), "steering": (0, 2)}
-    assert find_steering_results(config, storage, shards, made) is None
-    traits, steered = steering.run_steering(config, storage, shards, made)
-    check_reactivation(config, storage, shards, made, read)
-    check_steering(config, storage, made, traits, steered)
+    read = make(run, REACTIVATION)
+    assert told(run) == {"reactivation": (2, 0), "steering": (0, 2)}
+    steered = make(run, STEERING)
+    for stage in EXPERIMENT.stages:
+        check(run, stage)
 
-    for module in ("models.load_model", "reactivation.load_model", "traits.load_model"):
-        monkeypatch.setattr(f"tasks.{module}", no_model)
-    monkeypatch.setattr("tasks.steering.steering.load_language_model", no_model)
-    assert told(config, storage, spine) == {"reactivation": (1, 0), "steering": (2, 0)}
-    results = find_steering_results(config, storage, shards, made)
-    assert results == SteeringResults(cases=tuple(read), traits=tuple(traits), experiments=tuple(steered))
-    assert plan_steering(config, storage, *spine)[1] == results
-    assert_changes_are_noticed(config, storage, spine)
+    monkeypatch.setattr(prompt_features, "load_model", no_model)
+    monkeypatch.setattr(steering, "load_language_model", no_model)
+    assert told(run) == {"reactivation": (2, 0), "steering": (2, 0)}
+    again = open_run(config, storage)
+    assert (again.result(REACTIVATION), again.result(STEERING)) == (read, steered)
+    assert_changes_are_noticed(run)
 
 
-def assert_changes_are_noticed(config: Config, storage: Storage, spine: Spine) -> None:
+def assert_changes_are_noticed(run: Run) -> None:
+    config = run.config
     assert config.steering is not None
-    shards, made = spine
     more = config.steering.model_copy(update={"strengths": [0.0, 1.0, 3.0]})
-    swept = config.model_copy(update={"steering": more})
+    swept = open_run(config.model_copy(update={"steering": more}), run.storage)
     # The trait stays as it was found; the experiment is swept again.
-    assert told(swept, storage, spine) == {"reactivation": (1, 0), "steering": (1, 1)}
-    other = [Dictionary(**(vars(entry) | {"key": "other"})) for entry in made]
-    assert told(config, storage, (shards, other)) == {"reactivation": (0, 1), "steering": (0, 2)}
+    assert told(swept) == {"reactivation": (2, 0), "steering": (1, 1)}
+    rough = config.model_copy(
+        update={"activations": config.activations.model_copy(update={"mantissa_bits": 7})}
+    )
+    assert told(open_run(rough, run.storage)) == {"reactivation": (1, 1), "steering": (2, 0)}
     path = Path(config.steering.cases)
     path.write_text(CASES.replace("Moscow", "Zürich"))
-    assert told(config, storage, spine) == {"reactivation": (0, 1), "steering": (2, 0)}
+    assert told(run) == {"reactivation": (0, 2), "steering": (2, 0)}
     path.write_text(CASES)
 
 
-def test_tables_are_current_until_their_results_change(
-    config: Config, storage: Storage, spine: Spine
-) -> None:
-    shards, made = spine
-    activated = features.extract_features(config, storage, shards, made)
-    reactivation.compute_reactivations(config, storage, made)
-    steering.run_steering(config, storage, shards, made)
-    results = find_steering_results(config, storage, shards, made)
-    assert results is not None
+def test_tables_are_current_until_their_results_change(config: Config, storage: Storage) -> None:
+    run = finished(config, storage, FEATURES, REACTIVATION, STEERING)
+    others = [CorpusTables([EXPERIMENT.facts]), GRAPH]
+    groups = [*others, STEERING_GROUP]
+    assert not are_published(run, groups)
+    publish(storage, candidate(storage, [group.build(run) for group in others]))
+    assert not are_published(run, groups)
+    catalog = candidate(storage, [group.build(run) for group in groups])
+    check_tables(config, storage, catalog)
+    publish(storage, catalog)
+    assert are_published(run, groups)
+    given = {stage: run.result(stage) for stage in (TOKENIZE, DICTIONARIES, FEATURES, REACTIVATION)}
+    assert not are_published(run_of(config, storage, {**given, STEERING: Steered()}), groups)
+    plans = plan_run(config, storage)
+    assert {plan.stage: plan.missing for plan in plans}["tables"] == 0
+    assert is_up_to_date(plans, ("tokenize", "dictionaries", "features", *STEPS, "tables"))
 
-    def current(found: SteeringResults | None, using: Sequence[Any] = (activated, made)) -> bool:
-        return tables.find_tables(config, storage, shards, *using, steering=found)
 
-    assert not current(results)
-    catalog = tables.build_graph_tables(config, storage, shards, activated, made)
-    tables.publish(storage, catalog)
-    assert not current(results)
-    tables.publish(storage, build_steering_tables(config, storage, shards, results, onto=catalog))
-    assert current(results)
-    assert not current(None)
-    assert not current(SteeringResults(cases=results.cases))
-    plans = {plan.stage: plan for plan in plan_run(config, storage)}
-    assert plans["tables"].missing == 0
-    assert is_up_to_date(list(plans.values()), ("tokenize", "dictionaries", "features", *STEPS, "tables"))
-    validation.check_tables(
-        config, storage, build_steering_tables(config, storage, shards, results, onto=catalog)
+def test_what_was_made_is_shown(config: Config, storage: Storage) -> None:
+    run = finished(config, storage, REACTIVATION, STEERING)
+    (cases,) = REACTIVATION.shown(run, run.result(REACTIVATION))
+    prompts = ("the river of Russia is that", "the river of Moscow is that")
+    assert (cases.name, [*cases.rows]) == (
+        "cases",
+        [{"case": "cities", "prompts": " / ".join(prompts), "tokens": run.result(REACTIVATION)[0].n_tokens}],
     )
+    traits, texts = STEERING.shown(run, run.result(STEERING))
+    assert (traits.name, texts.name) == ("traits", "steered-texts")
+    assert {(row["trait"], row["layer"]) for row in traits.rows} == {("east", 1)}
+    assert [row["place"] for row in traits.rows] == [*range(1, len(traits.rows) + 1)]
+    assert 1 <= len(traits.rows) <= 5
+    assert [(row["place"], row["strength"]) for row in texts.rows] == [
+        ("last function token", 0.0),
+        ("last function token", 1.0),
+    ]
+    assert texts.rows[0]["steered_text"] == texts.rows[0]["baseline_text"]
+    assert "place: last function token" in texts.description
+
+
+def test_run_info_says_what_was_asked(config: Config, storage: Storage) -> None:
+    run = finished(config, storage, TOKENIZE)
+    name = CorpusTables([EXPERIMENT.facts]).build(run).tables["run_info"]
+    told = {row["key"]: row["value"] for row in storage.read_parquet(name).to_pylist()}
+    assert config.steering is not None
+    assert {key: value for key, value in told.items() if key.startswith("steering_")} == {
+        "steering_cases": config.steering.cases,
+        "steering_chat_template": "true",
+        "steering_decomposition": "activations",
+        "steering_features": "4",
+        "steering_random_controls": "1",
+        "steering_resamples": "100",
+        "steering_seed": "0",
+    }
 
 
 def test_cases_that_cannot_be_used_are_refused_before_any_stage(config: Config, storage: Storage) -> None:

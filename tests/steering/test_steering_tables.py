@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,26 +14,30 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import steering_catalogue
-from builders import make_config
+from builders import make_config, run_of
 from steering_catalogue import LAYERS, RESAMPLES, Made, SteeringRun, steering_run
 
 from infra.duck import Catalog, ShardFile, connect, open_duckdb, read_catalog
 from infra.storage import Storage
+from schemas.config import Config
 from schemas.errors import ExpectationError
 from schemas.steering.table_expectations import STEERING_TABLES
-from schemas.steering.work import SteeringResults
+from schemas.steering.work import Steered
 from schemas.tables import TABLES
+from tasks.corpus.tables import CorpusTables, corpus_group
+from tasks.corpus.tokenization import TOKENIZE
+from tasks.engine.catalog_file import write_catalog_file
+from tasks.engine.checks import check_tables
 from tasks.engine.offenders import find_in_views
-from tasks.engine.table_plan import EXPERIMENT_TABLES, REACTIVATION_TABLES, TRAIT_TABLES
-from tasks.engine.validation import check_tables
-from tasks.graph.tables import build_corpus_tables, publish, write_catalog_file
+from tasks.engine.tables import candidate, merged
 from tasks.steering.intervals import EFFECTS, SCORES
-from tasks.steering.table_plan import steering_group
-from tasks.steering.tables import build_steering_tables
+from tasks.steering.reactivation import REACTIVATION
+from tasks.steering.steering import STEERING
+from tasks.steering.tables import OF_CASES, OF_EXPERIMENTS, OF_TRAITS, STEERING_GROUP
 
 Row = dict[str, Any]
 
-MADE = (*REACTIVATION_TABLES, *TRAIT_TABLES, *EXPERIMENT_TABLES)
+MADE = (*OF_CASES, *OF_TRAITS, *OF_EXPERIMENTS)
 RANDOM = Made(
     cases=3,
     relations=("a", "b", "c"),
@@ -61,8 +65,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Tables:
     storage = Storage(str(tmp_path_factory.mktemp("made")))
     run = steering_run(storage, RANDOM)
     _make_uneven(run)
-    catalog = build_steering_tables(run.config, storage, run.shards, run.write(storage))
-    publish(storage, catalog)
+    catalog = steering_catalogue.published(run.write(storage))
     rows = {table: storage.read_parquet(catalog.tables[table]).to_pylist() for table in MADE}
     return Tables(storage, run, catalog, rows)
 
@@ -344,10 +347,9 @@ def test_neither_order_nor_threads_change_a_byte(made: Tables, tmp_path: Path) -
         storage = Storage(str(tmp_path / str(seed)))
         run = steering_run(storage, RANDOM)
         _make_uneven(run)
-        config = run.config.model_copy(
-            update={"duckdb": run.config.duckdb.model_copy(update={"threads": threads})}
-        )
-        catalog = build_steering_tables(config, storage, run.shards, run.write(storage, seed))
+        threaded = run.config.duckdb.model_copy(update={"threads": threads})
+        run.config = run.config.model_copy(update={"duckdb": threaded})
+        catalog = steering_catalogue.published(run.write(storage, seed))
         for table in MADE:
             assert storage.read_parquet(catalog.tables[table]).equals(
                 made.storage.read_parquet(made.catalog.tables[table])
@@ -369,73 +371,68 @@ def test_one_case_and_one_experiment_have_no_intervals(tmp_path: Path) -> None:
 
 def test_only_what_a_run_has_is_made(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
-    run = steering_run(storage, Made(cases=2, experiments=2))
-    everything = run.write(storage)
-    cases, steer, nothing = (
-        replace(everything, traits=(), experiments=()),
-        replace(everything, cases=()),
-        SteeringResults(),
-    )
+    made = steering_run(storage, Made(cases=2, experiments=2))
+    whole = made.write(storage)
+    cases, steered = whole.result(REACTIVATION), whole.result(STEERING)
     keys = set()
-    for results, tables in (
-        (everything, MADE),
-        (cases, REACTIVATION_TABLES),
-        (steer, (*TRAIT_TABLES, *EXPERIMENT_TABLES)),
-        (nothing, ()),
+    for some, more, tables in (
+        (cases, steered, MADE),
+        (cases, Steered(), OF_CASES),
+        ([], steered, (*OF_TRAITS, *OF_EXPERIMENTS)),
+        ([], Steered(), ()),
     ):
-        group = steering_group(run.config, run.shards, results)
+        run = run_of(made.config, storage, {TOKENIZE: made.shards, REACTIVATION: some, STEERING: more})
+        group = STEERING_GROUP.planned(run)
         assert tuple(group.tables) == tables
         assert group.made == list(group.tables.values())
         keys.add(group.key)
-        catalog = build_steering_tables(run.config, storage, run.shards, results, onto=Catalog())
-        assert set(catalog.tables) == {"tokens", "run_info", *tables}
+        built = STEERING_GROUP.build(run)
+        assert built == group
+        assert all(storage.exists(name) for name in built.made)
     assert len(keys) == 4
+
+
+def with_corpus(made: SteeringRun, storage: Storage, config: Config) -> Catalog:
+    """What would be published with the corpus' tables alone made anew."""
+    return candidate(storage, [CorpusTables().build(run_of(config, storage, {TOKENIZE: made.shards}))])
 
 
 def test_the_group_goes_with_its_corpus_and_stays_beside_the_others(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
-    run, _ = steering_catalogue.built(storage, Made(cases=1, experiments=1))
-    assert "steering" in build_corpus_tables(run.config, storage, run.shards).tables
-    other = run.config.model_copy(
-        update={"function_tokens": run.config.function_tokens.model_copy(update={"share": 0.2})}
-    )
-    gone = build_corpus_tables(other, storage, run.shards)
+    made, _ = steering_catalogue.built(storage, Made(cases=1, experiments=1))
+    assert "steering" in with_corpus(made, storage, made.config).tables
+    function_tokens = made.config.function_tokens.model_copy(update={"share": 0.2})
+    other = made.config.model_copy(update={"function_tokens": function_tokens})
+    gone = with_corpus(made, storage, other)
     assert not set(MADE) & set(gone.tables)
     assert "steering" not in gone.lineage
-    graph_only = run.config.model_copy(update={"steering": None})
-    assert build_corpus_tables(graph_only, storage, run.shards).lineage.keys() == {"corpus", "steering"}
+    graph_only = made.config.model_copy(update={"steering": None})
+    assert with_corpus(made, storage, graph_only).lineage.keys() == {"corpus", "steering"}
     retrained = graph_only.model_copy(
-        update={"sae": [entry.model_copy(update={"path": "new"}) for entry in run.config.sae]}
+        update={"sae": [entry.model_copy(update={"path": "new"}) for entry in made.config.sae]}
     )
-    assert build_corpus_tables(retrained, storage, run.shards).lineage.keys() == {"corpus"}
+    assert with_corpus(made, storage, retrained).lineage.keys() == {"corpus"}
     published = read_catalog(storage)
     onto = Catalog(
         sharded={"edges": [ShardFile(name="x.parquet")]},
         lineage=published.lineage,
         about=published.about | {"graph": published.about["steering"]},
     )
-    built = build_steering_tables(run.config, storage, run.shards, run.write(storage), onto=onto)
+    run = made.write(storage)
+    built = merged(onto, corpus_group(run.config, made.shards), STEERING_GROUP.planned(run))
     assert built.sharded["edges"] == onto.sharded["edges"]
-    changed = make_config(storage, LAYERS, steering={"cases": "cases.toml", "resamples": 101})
-    results = run.write(storage)
-    assert (
-        steering_group(changed, run.shards, results).key
-        != steering_group(run.config, run.shards, results).key
-    )
+    key = STEERING_GROUP.planned(run).key
+    made.config = make_config(storage, LAYERS, steering={"cases": "cases.toml", "resamples": 101})
+    assert STEERING_GROUP.planned(made.write(storage)).key != key
 
 
 def test_a_finished_group_is_not_made_again(tmp_path: Path) -> None:
-    storage = Storage(str(tmp_path))
-    run = steering_run(storage, Made(cases=1, experiments=1))
-    results, told = run.write(storage), list[str]()
-    build_steering_tables(
-        run.config, storage, run.shards, results, lambda done, total, what: told.append(what)
-    )
-    assert [what for what in told if what in {"reactivation scores", "steering effects"}] != []
+    storage, told = Storage(str(tmp_path)), list[str]()
+    run = steering_run(storage, Made(cases=1, experiments=1)).write(storage)
+    STEERING_GROUP.build(run, lambda done, total, what: told.append(what))
+    assert {"reactivation scores", "steering effects"} <= set(told)
     told.clear()
-    build_steering_tables(
-        run.config, storage, run.shards, results, lambda done, total, what: told.append(what)
-    )
+    STEERING_GROUP.build(run, lambda done, total, what: told.append(what))
     assert set(told) == {"steering tables"}
 
 

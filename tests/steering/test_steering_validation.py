@@ -10,23 +10,27 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from builders import commit_again, commit_found, make_config, make_dictionary, token_text
+from builders import commit_again, commit_found, make_config, make_dictionary, run_of, token_text
 
 from infra.manifest import Manifest
 from infra.storage import Storage
 from schemas.config import Config
+from schemas.corpus.tables import VOCABULARY
 from schemas.errors import DamagedError, ExpectationError, StorageError
 from schemas.expectations import SUITES
-from schemas.steering.work import CaseFeatures, LayerFolder, SteeredPrompt, TraitFeatures
-from schemas.tables import SHARD_FILES, VOCABULARY
-from schemas.work import CorpusShards, Dictionary, Stage
-from tasks.engine import verdicts
+from schemas.steering.work import CaseFeatures, LayerFolder, Steered, SteeredPrompt, TraitFeatures
+from schemas.tables import SHARD_FILES
+from schemas.work import CorpusShards, Dictionary
+from tasks.corpus.tokenization import TOKENIZE
+from tasks.dictionaries.dictionaries import DICTIONARIES
+from tasks.engine import checks
+from tasks.engine.checks import expectations_table
 from tasks.engine.data_docs import Finding
-from tasks.engine.verdicts import expectations_table
-from tasks.steering.checks import check_reactivation, check_steering
+from tasks.steering.reactivation import REACTIVATION
+from tasks.steering.steering import STEERING
 
 Row = dict[str, Any]
-CHECKED: tuple[Stage, ...] = ("reactivation", "steering")
+CHECKED = {stage.name: stage for stage in (REACTIVATION, STEERING)}
 LAYERS, D_SAE, VOCABULARY_SIZE = (1, 4), 40, 30
 CASES: dict[str, list[Row]] = {
     "case": [
@@ -81,11 +85,14 @@ class Run:
                 storage.write_parquet(f"{folder}/{name}.parquet", table)
             commit_found(storage, folder, Manifest(stage="test", inputs={}))
 
-    def check(self, stage: Stage, storage: Storage) -> None:
-        if stage == "reactivation":
-            check_reactivation(self.config, storage, self.shards, self.dictionaries, self.cases)
-        else:
-            check_steering(self.config, storage, self.dictionaries, self.traits, self.steered)
+    def check(self, stage: str, storage: Storage) -> None:
+        given = {
+            TOKENIZE: self.shards,
+            DICTIONARIES: self.dictionaries,
+            REACTIVATION: self.cases,
+            STEERING: Steered(traits=tuple(self.traits), experiments=tuple(self.steered)),
+        }
+        checks.check(run_of(self.config, storage, given), CHECKED[stage])
 
 
 def good_run(storage: Storage, cases: dict[str, list[Row]] | None = None, **steering: Any) -> Run:
@@ -289,7 +296,7 @@ AT_ONE = {"mode": "add", "place": "last function token", "control": "trait", "st
 AT_ZERO = AT_ONE | {"strength": 0.0}
 RANDOM = {"control": "random", "draw": 2}
 
-PLANTS: dict[Stage, dict[str, Plant]] = {
+PLANTS: dict[str, dict[str, Plant]] = {
     "reactivation": {
         "every case has its folder": fewer("cases", "case: three, is_wanted: True, folders: 0"),
         "every layer of a case has its folder": without_layer(
@@ -350,7 +357,7 @@ PLANTS: dict[Stage, dict[str, Plant]] = {
     },
 }
 
-MORE: list[tuple[Stage, str, Plant]] = [
+MORE: list[tuple[str, str, Plant]] = [
     ("reactivation", "positions ascend", cell(TWO, TOKENS, "position: -1", 0, position=-1)),
     (
         "reactivation",
@@ -436,7 +443,7 @@ MORE: list[tuple[Stage, str, Plant]] = [
 ]
 
 
-def without_great_expectations(storage: Storage, stage: Stage, findings: list[Finding]) -> dict[str, bool]:
+def without_great_expectations(storage: Storage, stage: str, findings: list[Finding]) -> dict[str, bool]:
     """What `judge` says, for the tests of single expectations: Great Expectations costs a second each."""
     return {finding.expectation.name: finding.count == 0 for finding in findings}
 
@@ -448,7 +455,7 @@ def storage(tmp_path: Path) -> Storage:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verdicts, "judge", without_great_expectations)
+    monkeypatch.setattr(checks, "judge", without_great_expectations)
 
 
 def test_every_expectation_has_its_plant() -> None:
@@ -463,7 +470,7 @@ def test_every_expectation_has_its_plant() -> None:
     [(stage, name, plant) for stage in CHECKED for name, plant in PLANTS[stage].items()] + MORE,
 )
 def test_planted_rows_are_caught_and_named(
-    stage: Stage, name: str, planted: Plant, storage: Storage, monkeypatch: pytest.MonkeyPatch
+    stage: str, name: str, planted: Plant, storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant, row = planted
     # Asked alone, which is quick; of good data all are asked.
@@ -502,7 +509,7 @@ def test_what_was_passed_is_not_asked_again_until_something_changes(
     for stage in CHECKED:
         run.check(stage, storage)
     with monkeypatch.context() as patch:
-        patch.delattr(verdicts, "judge")
+        patch.delattr(checks, "judge")
         for stage in CHECKED:
             run.check(stage, storage)
     run.dictionaries = [replace(entry, d_sae=10) for entry in run.dictionaries]
@@ -516,26 +523,19 @@ def test_conditions_are_the_configurations(storage: Storage) -> None:
     run = good_run(storage)
     run.write(storage)
     others = [
-        ("strengths", [0.0, 1.0]),
-        ("places", ["all positions"]),
-        ("modes", ["add"]),
-        ("random_controls", 3),
+        ("strengths", [0.0, 1.0], "every condition is tried once"),
+        ("places", ["all positions"], "every condition is tried once"),
+        ("modes", ["add"], "every condition is tried once"),
+        ("random_controls", 3, "every condition is tried once"),
+        ("layer", 1, "steered at the layer chosen"),
     ]
-    for name, value in others:
-        assert run.config.steering is not None
-        section = run.config.steering.model_copy(update={name: value})
-        other = run.config.model_copy(update={"steering": section})
-        with pytest.raises(ExpectationError, match="every condition is tried once"):
-            check_steering(other, storage, run.dictionaries, run.traits, run.steered)
-    section = run.config.steering.model_copy(update={"layer": 1})
-    with pytest.raises(ExpectationError, match="steered at the layer chosen"):
-        check_steering(
-            run.config.model_copy(update={"steering": section}),
-            storage,
-            run.dictionaries,
-            run.traits,
-            run.steered,
-        )
+    config = run.config
+    for name, value, unmet in others:
+        assert config.steering is not None
+        section = config.steering.model_copy(update={name: value})
+        run.config = config.model_copy(update={"steering": section})
+        with pytest.raises(ExpectationError, match=unmet):
+            run.check("steering", storage)
 
 
 @pytest.mark.usefixtures("quick")

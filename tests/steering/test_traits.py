@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 import tiny
 import torch
+from builders import run_of
 
 from infra.storage import Storage
 from schemas.config import Config
@@ -20,10 +21,13 @@ from schemas.errors import ConfigError, DictionaryError
 from schemas.steering.section import Trait
 from schemas.steering.work import LayerFolder, TraitFeatures
 from schemas.tables import SHARD_FILES
-from schemas.work import CorpusShards, Dictionary
-from tasks.dictionaries.dictionaries import prepare_dictionaries
-from tasks.dictionaries.encoding import build_encoder
-from tasks.steering import contrasts, traits
+from schemas.work import CorpusShards, StagePlan
+from tasks.corpus.tokenization import TOKENIZE
+from tasks.dictionaries.dictionaries import DICTIONARIES
+from tasks.dictionaries.encoding import Encoder
+from tasks.engine import run as engine
+from tasks.engine.run import Run, make, plan
+from tasks.steering import contrasts, prompt_features, steering, traits
 from tasks.steering.contrasts import LARGEST_SEPARATION, contrasted, decompose, explained_variance, tell_apart
 from tasks.steering.loaded_traits import (
     LoadedTrait,
@@ -34,14 +38,30 @@ from tasks.steering.loaded_traits import (
     load_layers,
     load_trait,
 )
-from tasks.steering.traits import compute_traits, find_traits, missing_traits
+from tasks.steering.steering import STEERING
 
 LAYERS = (0, 1, 2)
-NO_CORPUS = CorpusShards(shards=(), tokenizer_key="t", vocabulary="vocabulary.parquet")
 FEATURE, WEAK, OPPOSITE = 7, 12, 11
 GAIN, SIZE = 3.0, 5.0
 POSITIVE = ["the Russia is.", "the river Russia was not.", "Russia and the river.", "for his Russia of the."]
 NEGATIVE = ["the fox is.", "the river quick was not.", "mountain and the river.", "for his fox of the."]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeUp(CorpusShards):
+    """Stands for a corpus of which only the function tokens are known."""
+
+    shards: tuple[Any, ...] = ()
+    tokenizer_key: str = "t"
+    vocabulary: str = "vocabulary.parquet"
+    function: tuple[int, ...] = ()
+
+
+@pytest.fixture(autouse=True)
+def _function_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        steering, "function_token_ids", lambda config, storage, shards: np.array(shards.function, np.int32)
+    )
 
 
 def plant(folder: Path) -> Path:
@@ -104,7 +124,6 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-Prepared = tuple[Config, Storage, list[Dictionary], np.ndarray[Any, np.dtype[np.int32]]]
 RUSSIA = {"name": "Russia", "positive": POSITIVE, "negative": NEGATIVE}
 GIVEN = {"name": "given", "layer": 1, "features": [9, 3, 21], "values": [2.5, 0.5, 1.0]}
 
@@ -117,7 +136,7 @@ def write_cases(path: Path, entries: list[dict[str, Any]]) -> Path:
             f"{key} = {json.dumps(value, ensure_ascii=False)}".replace("NaN", "nan")
             for key, value in entry.items()
         ]
-    lines += ["[[steer]]", f"traits = ['{entries[0]['name']}']", "prompt = 'the river.'", "target = ' of'"]
+    lines += ["[[case]]", "name = 'c'", "relation = 'r'", "prompts = ['the river of', 'the fox of']"]
     path.write_text("\n".join(lines) + "\n")
     return path
 
@@ -131,7 +150,8 @@ def prepare(
     saes: tuple[str, ...] = ("planted-sae",) * 3,
     function: str = "the . is of",
     **steering: Any,
-) -> Prepared:
+) -> Run:
+    """A run whose dictionaries are there, of a corpus with these function tokens, that steers nothing."""
     root.mkdir(exist_ok=True)
     config = Config.model_validate(
         {
@@ -142,9 +162,27 @@ def prepare(
             "storage": {"root": str(root / "run")},
         }
     )
-    storage = Storage(config.storage.root)
     ids = sorted({ids_of(parts / model, f" {word}")[-1] for word in function.split()})
-    return config, storage, prepare_dictionaries(config, storage, NO_CORPUS), np.array(ids, np.int32)
+    run = run_of(config, Storage(config.storage.root), {TOKENIZE: MadeUp(function=tuple(ids))})
+    make(run, DICTIONARIES)
+    return run
+
+
+def find_traits(run: Run, *progress: Any) -> list[TraitFeatures]:
+    return list(make(run, STEERING, *progress).traits)
+
+
+def planned(run: Run) -> StagePlan:
+    """What `functok status` says, looked for anew."""
+    run.forget(STEERING)
+    (told,) = plan(run, [STEERING])
+    return told
+
+
+def found_traits(run: Run) -> list[TraitFeatures]:
+    """What is there, all of it."""
+    run.forget(STEERING)
+    return list(run.result(STEERING).traits)
 
 
 def ids_of(folder: Path, text: str) -> list[int]:
@@ -180,8 +218,8 @@ def planted_by_hand(folder: Path, prompt: str) -> float:
 def test_a_planted_feature_is_found_as_computed_by_hand(
     parts: Path, tmp_path: Path, decomposition: str
 ) -> None:
-    config, storage, dictionaries, function = prepare(parts, tmp_path, [RUSSIA], decomposition=decomposition)
-    (found,) = compute_traits(config, storage, dictionaries, function)
+    run = prepare(parts, tmp_path, [RUSSIA], decomposition=decomposition)
+    (found,), storage, config = find_traits(run), run.storage, run.config
     sizes = [planted_by_hand(parts / "planted", prompt) for prompt in POSITIVE]
     assert all(planted_by_hand(parts / "planted", prompt) == 0 for prompt in NEGATIVE)
     expected = float(np.mean(sizes))
@@ -214,16 +252,16 @@ def test_a_planted_feature_is_found_as_computed_by_hand(
 
 
 def test_a_layer_without_features_is_kept_and_refused_where_it_is_chosen(parts: Path, tmp_path: Path) -> None:
-    config, storage, dictionaries, function = prepare(parts, tmp_path, [RUSSIA])
-    (found,) = compute_traits(config, storage, dictionaries, function)
+    run = prepare(parts, tmp_path, [RUSSIA])
+    (found,), storage = find_traits(run), run.storage
     # Before block 1 a last token knows nothing of the words before it.
     assert 0 not in {row["layer"] for row in rows(found, storage, "trait_features")}
     loaded = load_trait(storage, found)
     assert loaded.features[0] == ()
-    at_0 = prepare(parts, tmp_path, [RUSSIA], layer=0)[0]
+    at_0 = prepare(parts, tmp_path, [RUSSIA], layer=0).config
     with pytest.raises(ConfigError, match=r"^\[steering\] \[\[trait\]\] 'Russia' .* layer 0: .* 1, 2\)"):
         choose_layer(at_0, [loaded])
-    assert choose_layer(prepare(parts, tmp_path, [RUSSIA], layer=2)[0], [loaded]) == 2
+    assert choose_layer(prepare(parts, tmp_path, [RUSSIA], layer=2).config, [loaded]) == 2
 
 
 def slow_scores(positive: torch.Tensor, negative: torch.Tensor) -> list[tuple[float, float]]:
@@ -308,7 +346,7 @@ def test_a_random_model_gives_what_plain_code_gives(parts: Path, tmp_path: Path,
     # The prompts go on after their last function token.
     positive, negative = ([f"{p} river fox" for p in prompts] for prompts in (POSITIVE, NEGATIVE))
     entry = {"name": "random", "positive": positive, "negative": negative}
-    config, storage, dictionaries, function = prepare(
+    run = prepare(
         parts,
         tmp_path,
         [entry],
@@ -317,7 +355,7 @@ def test_a_random_model_gives_what_plain_code_gives(parts: Path, tmp_path: Path,
         function=".",
         decomposition=decomposition,
     )
-    (found,) = compute_traits(config, storage, dictionaries, function)
+    (found,), storage, config = find_traits(run), run.storage, run.config
     residuals = plain_residuals(parts / "llama", [*positive, *negative], ".")
     layers = {row["layer"]: row for row in rows(found, storage, "trait_layers")}
     features = rows(found, storage, "trait_features")
@@ -366,7 +404,7 @@ def test_a_random_model_gives_what_plain_code_gives(parts: Path, tmp_path: Path,
 
 def test_only_the_strongest_features_are_kept() -> None:
     sae = tiny.build_sae("standard", d_sae=300, seed=1)
-    encoder = build_encoder(sae, torch.device("cpu"))
+    encoder = Encoder(sae, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     sides = (
         torch.randn(6, tiny.D_MODEL, generator=generator),
@@ -383,7 +421,7 @@ def test_only_the_strongest_features_are_kept() -> None:
 @pytest.mark.parametrize("normalize", ["layer_norm", "constant_norm_rescale"])
 def test_dictionaries_that_scale_what_they_read_are_decomposed_as_they_read_it(normalize: str) -> None:
     sae = tiny.build_sae("standard", d_sae=64, normalize_activations=normalize)
-    encoder = build_encoder(sae, torch.device("cpu"))
+    encoder = Encoder(sae, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     positive, negative = (torch.randn(5, tiny.D_MODEL, generator=generator) * 9 for _ in range(2))
     found = decompose(encoder, positive, negative, "encoder", 64)
@@ -403,7 +441,7 @@ class Temporal:
 
     def __init__(self) -> None:
         whole = tiny.build_sae("standard", d_sae=64)
-        self.encode = build_encoder(whole, torch.device("cpu"))
+        self.encode = Encoder(whole, torch.device("cpu"))
         self.d_sae = 64
         self.sae = SimpleNamespace(
             cfg=SimpleNamespace(architecture=lambda: "temporal"), W_dec=whole.W_dec, decode=whole.decode
@@ -426,12 +464,11 @@ def test_given_features_pass_through_without_a_model(
 ) -> None:
     from sae_lens import SAE
 
-    prepared = prepare(parts, tmp_path, [GIVEN], saes=("sae-0", "sae-1", "sae-2"))
-    config, storage, *_ = prepared
-    monkeypatch.setattr(traits, "load_model", lambda *_: pytest.fail("the model was loaded"))
-    assert find_traits(*prepared) is None
-    (found,) = compute_traits(*prepared)
-    assert find_traits(*prepared) == [found]
+    run = prepare(parts, tmp_path, [GIVEN], saes=("sae-0", "sae-1", "sae-2"))
+    monkeypatch.setattr(prompt_features, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    assert planned(run).missing == 1
+    (found,), storage, config = find_traits(run), run.storage, run.config
+    assert found_traits(run) == [found]
     (layer,) = rows(found, storage, "trait_layers")
     assert layer == {
         "trait": "given",
@@ -480,17 +517,17 @@ def made_up(trait: str, separations: dict[int, float | None]) -> LoadedTrait:
 
 
 def test_several_traits_are_steered_where_their_separations_sum_highest(parts: Path, tmp_path: Path) -> None:
-    config = prepare(parts, tmp_path, [RUSSIA])[0]
+    config = prepare(parts, tmp_path, [RUSSIA]).config
     one, other = made_up("one", {0: 5.0, 1: 4.0, 2: -1.0}), made_up("other", {0: 1.0, 1: 3.0, 2: 3.0})
     assert choose_layer(config, [one]) == 0
     assert choose_layer(config, [other]) == 1
     assert choose_layer(config, [one, other]) == 1
     assert choose_layer(config, [one, made_up("given", {2: None})]) == 2
-    assert choose_layer(prepare(parts, tmp_path, [RUSSIA], layer=2)[0], [one, other]) == 2
+    assert choose_layer(prepare(parts, tmp_path, [RUSSIA], layer=2).config, [one, other]) == 2
 
 
 def test_traits_are_steered_where_all_have_features(parts: Path, tmp_path: Path) -> None:
-    config = prepare(parts, tmp_path, [RUSSIA])[0]
+    config = prepare(parts, tmp_path, [RUSSIA]).config
     one, other = made_up("one", {0: 5.0, 1: 4.0, 2: -1.0}), made_up("other", {0: 1.0, 1: 3.0, 2: 3.0})
     lacking = replace(one, features={**one.features, 0: (), 1: ()})
     assert choose_layer(config, [replace(one, features={**one.features, 0: ()})]) == 1
@@ -505,37 +542,39 @@ def test_a_second_call_finds_nothing_new_and_a_changed_trait_alone_is_found_agai
     other = {"name": "fox", "positive": NEGATIVE, "negative": POSITIVE}
     given = {**GIVEN, "layer": 2}
     entries = [RUSSIA, given, other]
-    prepared = prepare(parts, tmp_path, entries)
-    assert find_traits(*prepared) is None
+    run = prepare(parts, tmp_path, entries)
+    assert planned(run).details == ("[[trait]] 'Russia'", "[[trait]] 'given'", "[[trait]] 'fox'")
     reports: list[tuple[int, int, str]] = []
-    made = compute_traits(*prepared, lambda *report: reports.append(report))
-    assert reports == [(done, 16, "prompts, traits") for done in (0, 8, 8, 16)]
+    made = find_traits(run, lambda *report: reports.append(report))
+    assert reports == [(done, 16, "texts, steering") for done in (0, 8, 16)]
     assert [found.trait for found in made] == ["Russia", "given", "fox"]
-    assert find_traits(*prepared) == made
+    assert found_traits(run) == made
     written: list[str] = []
-    commit = traits.commit
+    commit = engine.commit
 
     def counting(storage: Storage, folder: str, *rest: Any) -> Any:
         written.append(folder)
         return commit(storage, folder, *rest)
 
-    monkeypatch.setattr(traits, "commit", counting)
-    assert compute_traits(*prepared) == made
+    monkeypatch.setattr(engine, "commit", counting)
+    assert find_traits(run) == made
     assert written == []
     # Content is a function of the trait alone.
-    assert compute_traits(*prepare(parts, tmp_path, entries[::-1])) == made[::-1]
+    assert find_traits(prepare(parts, tmp_path, entries[::-1])) == made[::-1]
     assert written == []
     alone = prepare(parts, tmp_path / "alone", [other])
-    assert compute_traits(*alone) == made[2:]
+    assert find_traits(alone) == made[2:]
     for name in ("trait_layers", "trait_features"):
         for entry in made[2].layers:
             file = f"{entry.folder}/{name}.parquet"
-            assert alone[1].read_bytes(file) == prepared[1].read_bytes(file)
+            assert alone.storage.read_bytes(file) == run.storage.read_bytes(file)
 
-    def remade(prepared: Prepared) -> list[str]:
-        assert find_traits(*prepared) is None
+    def remade(run: Run) -> list[str]:
+        told = planned(run)
+        assert told.missing
         written.clear()
-        again = compute_traits(*prepared)
+        again = find_traits(run)
+        assert len(written) == told.missing
         new = [found for found in again if found not in made]
         assert {entry.folder for found in new for entry in found.layers if entry not in old} == set(written)
         return [found.trait for found in new]
@@ -554,17 +593,17 @@ def test_a_second_call_finds_nothing_new_and_a_changed_trait_alone_is_found_agai
     assert remade(prepare(parts, tmp_path, entries, decomposition="encoder")) == ["Russia", "fox"]
     assert remade(prepare(parts, tmp_path, entries, features=65)) == ["Russia", "fox"]
     # Another last function token is another trait; function tokens that no prompt ends with are not.
-    assert find_traits(*prepare(parts, tmp_path, entries, function="the . river")) == made
+    assert found_traits(prepare(parts, tmp_path, entries, function="the . river")) == made
     assert remade(prepare(parts, tmp_path, entries, function="the is river of")) == ["Russia", "fox"]
     # What is steered, how and how strongly is no part of what a trait is.
-    assert find_traits(*prepare(parts, tmp_path, entries, strengths=[3.0], seed=4, modes=["add"])) == made
+    assert found_traits(prepare(parts, tmp_path, entries, strengths=[3.0], seed=4, modes=["add"])) == made
 
 
 def test_another_dictionary_makes_its_layer_alone_again_and_reads_each_prompt_once(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepared = prepare(parts, tmp_path, [RUSSIA, GIVEN])
-    (made, given), storage = compute_traits(*prepared), prepared[1]
+    run = prepare(parts, tmp_path, [RUSSIA, GIVEN])
+    (made, given), storage = find_traits(run), run.storage
     asked: list[list[int]] = []
     read = traits.residuals_of
 
@@ -574,19 +613,20 @@ def test_another_dictionary_makes_its_layer_alone_again_and_reads_each_prompt_on
 
     monkeypatch.setattr(traits, "residuals_of", counting)
     other = prepare(parts, tmp_path, [RUSSIA, GIVEN], saes=("sae-0", "planted-sae", "sae-2"))
-    assert missing_traits(*other) == ([given], ["[[trait]] 'Russia', layers 0, 2"])
-    again, same = compute_traits(*other)
+    told = planned(other)
+    assert (told.done, told.missing, told.details) == (2, 2, ("[[trait]] 'Russia', layers 0, 2",))
+    again, same = find_traits(other)
     assert same == given
     assert asked == [[0, 2]] * 8
     assert [old == now for old, now in zip(made.layers, again.layers, strict=True)] == [False, True, False]
     # How well a layer tells prompts apart is no matter of its dictionary: the layer chosen is the same.
     assert best_of(made, storage) == best_of(again, storage) == [1]
     fresh = prepare(parts, tmp_path / "fresh", [RUSSIA, GIVEN], saes=("sae-0", "planted-sae", "sae-2"))
-    assert compute_traits(*fresh) == [again, given]
+    assert find_traits(fresh) == [again, given]
     for entry in again.layers:
         for name in ("trait_layers", "trait_features"):
             file = f"{entry.folder}/{name}.parquet"
-            assert storage.read_bytes(file) == fresh[1].read_bytes(file)
+            assert storage.read_bytes(file) == fresh.storage.read_bytes(file)
 
 
 def test_of_equal_layers_the_lowest_is_the_most_informative(tmp_path: Path) -> None:
@@ -615,16 +655,16 @@ def test_of_equal_layers_the_lowest_is_the_most_informative(tmp_path: Path) -> N
 def test_what_cannot_be_used_names_its_trait(
     parts: Path, tmp_path: Path, entry: dict[str, Any], function: str, message: str
 ) -> None:
-    prepared = prepare(parts, tmp_path, [entry], saes=("sae-0", "sae-1", "sae-2"), function=function)
-    for ask in (find_traits, compute_traits):
+    run = prepare(parts, tmp_path, [entry], saes=("sae-0", "sae-1", "sae-2"), function=function)
+    for ask in (planned, find_traits):
         with pytest.raises(ConfigError, match=message):
-            ask(*prepared)
+            ask(run)
 
 
 def test_a_dictionary_that_cannot_be_decomposed_names_the_trait(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepared = prepare(parts, tmp_path, [RUSSIA], decomposition="encoder")
+    run = prepare(parts, tmp_path, [RUSSIA], decomposition="encoder")
 
     def refusing(*_: Any) -> Any:
         raise DictionaryError("no encoder weights", hint="way out")
@@ -633,5 +673,5 @@ def test_a_dictionary_that_cannot_be_decomposed_names_the_trait(
     with pytest.raises(
         DictionaryError, match=r"^\[steering\] \[\[trait\]\] 'Russia': layer 0: no encoder weights \(way"
     ):
-        compute_traits(*prepared)
-    assert find_traits(*prepared) is None
+        find_traits(run)
+    assert planned(run).missing == 3

@@ -1,7 +1,8 @@
-"""What the flows share: the shape of a flow and of a step, what a stage needs, and where progress goes.
+"""What the flows share: the shape of a flow and of a step, the flow of every stage, and where progress goes.
 
 A step is a Prefect task around one function of `tasks/`. Its result stays in memory: the folders' own
-manifests say what is done, so neither Prefect's cache nor its result storage is used.
+manifests say what is done, so neither Prefect's cache nor its result storage is used. Steps are closures, as Prefect
+searches what it is given for futures, every shard of a corpus too.
 """
 
 from __future__ import annotations
@@ -9,35 +10,37 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
-from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from prefect import flow, get_run_logger, runtime, task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.tasks import exponential_backoff
 
+from flows.artifacts import shown_in_prefect
 from flows.retry import worth_retrying
-from infra.addresses import root_name, short_name, title_of
+from infra.addresses import root_name, title_of
 from infra.config_file import refuse_secrets
 from infra.interrupt import require_uninterrupted
 from infra.prefect_api import note_process
 from infra.progress import Progress
 from infra.storage import Storage
 from infra.terminal import PlainLines
-from schemas.errors import ConfigError, FunctokError
-from schemas.pretraining.section import Consolidation
-from schemas.steering.section import Steering
-from schemas.work import Stage
+from schemas.config import Config
+from schemas.errors import FunctokError
+from tasks.engine import checks
+from tasks.engine import run as engine
+from tasks.engine.run import Run
+from tasks.engine.stage import Stage
+from tasks.stages import open_run, stage_named
 
 if TYPE_CHECKING:
     from uuid import UUID
 
     from prefect import Flow, Task
-
-    from schemas.config import Config
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -70,11 +73,7 @@ def stage_flow(name: str, run_name: str) -> Callable[[Callable[P, R]], Flow[P, R
 
 
 def step(
-    stage: Stage | Literal["verify"],
-    what: str,
-    *,
-    retries: int = RETRIES,
-    first_delay: float = FIRST_DELAY_SECONDS,
+    stage: str, about: str, *, retries: int = RETRIES, first_delay: float = FIRST_DELAY_SECONDS
 ) -> Callable[[Callable[P, R]], Task[P, R]]:
     """Make a function of a stage a Prefect task.
 
@@ -83,8 +82,7 @@ def step(
 
     Args:
         stage: The stage that the step is part of.
-        what: A few words; `{layers}`, `{model}`, `{series}`, `{corpus}` and `{cases}` are filled in from the
-            configuration.
+        about: A few words.
         retries: Tries after the first one.
         first_delay: Seconds before the second try; each further wait is twice as long.
     """
@@ -101,7 +99,8 @@ def step(
 
         return task(
             name=f"{stage}: {function.__name__.replace('_', ' ')}",
-            task_run_name=functools.partial(_run_name, stage, what),
+            # A format string to Prefect, and what it is about may hold braces.
+            task_run_name=lambda: f"{stage}: {about}",
             retries=retries,
             retry_delay_seconds=exponential_backoff(first_delay),
             retry_condition_fn=worth_retrying,
@@ -112,23 +111,51 @@ def step(
     return decorate
 
 
-def _config() -> Config:
-    """The configuration that the running step was given."""
-    return cast("Config", runtime.task_run.parameters["config"])
+def run_stage(name: str, config: Config) -> None:
+    """The flow of a stage that makes units: see what is missing, make it, hold it against its expectations, show it.
+
+    Args:
+        name: The stage.
+        config: The whole configuration.
+
+    Raises:
+        FunctokError: if it does not apply to the configuration, a stage that it needs is not finished, or it fails.
+    """
+    stage = stage_named(name)
+    if not stage.applies(config):
+        raise stage.refuse(config)
+    about = stage.subject(config)
+    run = look(name, config, open_storage(config), stage.needs)
+
+    @step(name, about)
+    def make() -> None:
+        with reported_progress(name, config) as progress:
+            engine.make(run, stage, progress)
+
+    @step(name, f"check {about}")
+    def check() -> None:
+        checks.check(run, stage)
+
+    make()
+    check()
+    shown_in_prefect(run.storage, stage.shown(run, run.result(stage)))
 
 
-def _run_name(stage: str, what: str) -> str:
-    config = _config()
-    layers = ", ".join(str(entry.layer) for entry in config.sae)
-    files = [url.rstrip("/").rsplit("/", 1)[-1] for url in config.corpus.urls]
-    corpus = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
-    consolidation, steering = config.section(Consolidation), config.section(Steering)
-    series = "" if consolidation is None else consolidation.subject
-    cases = "" if steering is None else steering.cases.rsplit("/", 1)[-1]
-    filled = what.format(
-        layers=layers, model=short_name(config.subject), corpus=corpus, series=series, cases=cases
-    )
-    return f"{stage}: {filled}"
+def look(name: str, config: Config, storage: Storage, needs: Sequence[Stage[Any, Any]]) -> Run:
+    """A run whose stages `needs` are finished, for a stage that builds on them.
+
+    Raises:
+        FunctokError: naming the first that is not, and how to run it.
+    """
+
+    @step(name, "look for what it needs")
+    def look() -> Run:
+        run = open_run(config, storage)
+        for needed in needs:
+            run.result(needed)
+        return run
+
+    return look()
 
 
 def open_storage(config: Config) -> Storage:
@@ -144,35 +171,6 @@ def open_storage(config: Config) -> Storage:
     return storage
 
 
-def needed(found: R | None, stage: Stage, storage: Storage) -> R:
-    """What an earlier stage made.
-
-    Raises:
-        FunctokError: naming the stage to run, if `found` is None.
-    """
-    if found is None:
-        raise FunctokError(
-            f"the stage {stage} is not finished for this configuration in {storage.root}",
-            stage=stage,
-            hint=f"run it first: functok run CONFIG --only {stage} (functok status says what is missing)",
-        )
-    return found
-
-
-def require_layers(config: Config, stage: Stage) -> None:
-    """Do nothing where the configuration has a graph to make.
-
-    Raises:
-        ConfigError: if it counts tokens only.
-    """
-    if not config.sae:
-        raise ConfigError(
-            "this configuration has no sae entry, so it counts tokens only",
-            stage=stage,
-            hint="add [[sae]] entries, or run the stages tokenize, tables and report",
-        )
-
-
 @contextmanager
 def watching(progress: Progress | None) -> Iterator[None]:
     """Have the steps of this block report to `progress` (a terminal) as well as to Prefect."""
@@ -184,12 +182,11 @@ def watching(progress: Progress | None) -> Iterator[None]:
 
 
 @contextmanager
-def reported_progress(stage: Stage | Literal["verify"]) -> Iterator[Progress]:
+def reported_progress(stage: str, config: Config) -> Iterator[Progress]:
     """The progress of one step: to the terminal that watches or else to the log, and to an artifact."""
     logger = get_run_logger()
     watcher = _watcher.get() or PlainLines(logger.info, every=LOG_SECONDS)
-    storage = _config().storage
-    artifact = ProgressArtifact(stage, root_name(storage.root, storage.endpoint_url))
+    artifact = ProgressArtifact(stage, root_name(config.storage.root, config.storage.endpoint_url))
 
     def report(done: int, total: int, what: str) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -212,9 +209,7 @@ class ProgressArtifact:
         clock: Seconds that only grow.
     """
 
-    def __init__(
-        self, stage: Stage | Literal["verify"], root: str, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, stage: str, root: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._stage, self._root, self._clock = stage, root, clock
         self._id: UUID | None = None
         self._last, self._shown = 0.0, -1.0

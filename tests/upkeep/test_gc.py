@@ -22,9 +22,9 @@ from infra.manifest import Manifest, commit
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.errors import ConfigError
-from tasks.engine.gc import Garbage, delete_garbage, find_garbage
-from tasks.engine.verify import verify_root
 from tasks.graph import extraction
+from tasks.upkeep.gc import Garbage, delete_garbage, find_garbage
+from tasks.upkeep.verify import verify_root
 
 DAY = 24 * 3600.0
 
@@ -32,7 +32,6 @@ DAY = 24 * 3600.0
 @pytest.fixture
 def root(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the finished run, two days old; the local cache is empty."""
-    monkeypatch.setattr("tasks.corpus.tokenization._Watched", plain.InThisProcess)
     monkeypatch.setattr(storage_module, "LOCAL_CACHE", tmp_path / "cache")
     extraction.forget_loaded()
     shutil.copytree(finished / "run", tmp_path / "run")
@@ -47,7 +46,7 @@ def age(place: Path, days: float = 2) -> None:
 
 
 def config_of(finished: Path, root: Path) -> Config:
-    return load_config(finished / "tiny.toml", None, str(root))
+    return load_config(finished / "tiny.toml", root=str(root))
 
 
 def names(found: list[Garbage]) -> dict[str, str]:
@@ -219,6 +218,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.process
 def test_sae_lens_leaves_no_folders_of_wandb_when_it_is_killed(tmp_path: Path) -> None:
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     done = subprocess.run(

@@ -78,10 +78,6 @@ class _Root:
 def verify_root(storage: Storage, progress: Progress = silent) -> Verification:
     """Read everything under a root that manifests, receipts and the catalogue name, and all JSON.
 
-    Args:
-        storage: The root.
-        progress: Told of the bytes read.
-
     Raises:
         StorageError: if the storage fails.
     """
@@ -120,12 +116,7 @@ def verify_root(storage: Storage, progress: Progress = silent) -> Verification:
 
 
 def repair(storage: Storage, found: Verification, *, suspects: bool = True) -> list[str]:
-    """Remove what is damaged, and what was made from it, so that the next run makes it anew.
-
-    Args:
-        storage: The root.
-        found: What `verify_root` found.
-        suspects: Also what was made from what is damaged.
+    """Remove what is damaged and, with `suspects`, what was made from it, so that the next run makes it anew.
 
     Returns:
         The folders and files that were removed.
@@ -188,12 +179,7 @@ def _read_json(root: _Root, name: str, content: bytes, place: str) -> None:
         if name == RECEIPT:
             _expect(root, "", value["files"], value["hashes"])
         if name == CATALOG:
-            catalog = Catalog.from_json(value)
-            named = [
-                *catalog.tables.values(),
-                *(file.name for files in catalog.sharded.values() for file in files),
-            ]
-            gone = [file for file in dict.fromkeys(named) if file not in root.listing]
+            gone = [file for file in Catalog.from_json(value).files if file not in root.listing]
             if gone:
                 raise DamagedError(f"{place} names {gone[0]}, which is not there")
     except (KeyError, TypeError, AttributeError) as error:

@@ -33,12 +33,7 @@ from infra.storage import FoundFile, Storage, is_temporary, unsealed
 from infra.verified import read_bytes
 from schemas.config import Config
 from schemas.errors import ConfigError
-
-UNITS = (
-    *("tokenizers", "tokens", "dictionaries", "residuals", "features", "reactivation", "traits", "steering"),
-    *("models", "training", "checkpoints", "heldout", "losses", "growth", "generations", "tables"),
-)
-"""Top folders whose folders are each made as one."""
+from tasks.stages import open_run, plan_run, unit_folders, working_stages
 
 _UNIT = re.compile(r"[^/]+/([a-z0-9_-]+-)?[0-9a-f]{20}(/(\d{5}(-first-\d+)?|state-\d+))?")
 """How stages name the folders that they make: by a key, and below it shards and states by number."""
@@ -83,22 +78,24 @@ def find_garbage(
         DamagedError: if the catalogue is damaged.
     """
     reached = reached_by(storage, configs) if configs else None
+    units = unit_folders()
     before = (time.time() if now is None else now) - older_than
     catalog = read_catalog(storage)
     listing = storage.listing()
     finished = {name[: -len(MANIFEST) - 1] for name in listing if name.endswith(f"/{MANIFEST}")}
+    tops = {name.split("/", 1)[0] for name in listing}
     by_owner: dict[str, dict[str, FoundFile]] = {}
     loose: dict[str, dict[str, FoundFile]] = {}
     found: list[Garbage] = []
     for name, file in listing.items():
         owner, folder = _owner(name, finished), name.rpartition("/")[0]
         if is_temporary(name):
-            if file.modified < before:
-                why = "put aside by a writer that was killed"
-                found.append(Garbage(name=name, kind="file", n_bytes=file.size, why=why))
+            found += _of_file(name, file, before, "put aside by a writer that was killed")
+        elif name.startswith("index/") and name.split("/")[1].split(".")[0] not in tops:
+            found += _of_file(name, file, before, "an index of what is no longer there")
         elif owner is not None:
             by_owner.setdefault(owner, {})[name] = file
-        elif name.split("/", 1)[0] in UNITS and _UNIT.fullmatch(folder) and not name.endswith(".json"):
+        elif name.split("/", 1)[0] in units and _UNIT.fullmatch(folder) and not name.endswith(".json"):
             loose.setdefault(folder, {})[name] = file
     for folder, files in loose.items():
         if _newest(files) < before:
@@ -107,32 +104,19 @@ def find_garbage(
     named = _named(catalog)
     published = listing[CATALOG].modified if CATALOG in listing else 0.0
     for folder, files in sorted(by_owner.items()):
-        if _newest(files) >= before or folder in named or (reached is not None and folder in reached):
-            found += _unnamed(storage, folder, files, before)
-        elif folder.startswith("tables/"):
-            if _newest(files) < published:
-                why = "replaced: the catalogue does not name it"
-                found.append(_of_folder(folder, "table", files, why))
-        elif reached is not None and folder.split("/", 1)[0] in UNITS:
-            why = "no configuration given needs it"
-            found.append(_of_folder(folder, "unit", files, why))
+        top, newest = folder.split("/", 1)[0], _newest(files)
+        is_kept = newest >= before or folder in named or folder in (reached or ())
+        if not is_kept and top == "tables":
+            if newest < published:
+                found.append(_of_folder(folder, "table", files, "replaced: the catalogue does not name it"))
+        elif not is_kept and reached is not None and top in units:
+            found.append(_of_folder(folder, "unit", files, "no configuration given needs it"))
         else:
             found += _unnamed(storage, folder, files, before)
-    tops = {name.split("/", 1)[0] for name in listing}
-    for name, file in listing.items():
-        if (
-            name.startswith("index/")
-            and name.split("/")[1].split(".")[0] not in tops
-            and file.modified < before
-        ):
-            why = "an index of what is no longer there"
-            found.append(Garbage(name=name, kind="file", n_bytes=file.size, why=why))
     for upload in storage.unfinished_uploads():
         if upload.started < before:
-            why = "an upload that was never completed"
-            found.append(
-                Garbage(name=upload.name, kind="upload", n_bytes=0, why=why, upload_id=upload.upload_id)
-            )
+            why, upload_id = "an upload that was never completed", upload.upload_id
+            found.append(Garbage(name=upload.name, kind="upload", n_bytes=0, why=why, upload_id=upload_id))
     return sorted([*found, *_in_cache(before)], key=lambda entry: (entry.why, entry.name))
 
 
@@ -170,10 +154,8 @@ def reached_by(storage: Storage, configs: Sequence[Config]) -> set[str]:
         ConfigError: if one is of another root, or has anything to do.
     """
     from tasks.corpus.graph_documents import graph_shards
-    from tasks.corpus.tokenization import find_corpus_shards
-    from tasks.corpus.tokenizer_training import with_tokenizer
-    from tasks.dictionaries.residuals import find_residuals
-    from tasks.engine.plan import plan_run, stages_of
+    from tasks.corpus.tokenization import TOKENIZE
+    from tasks.dictionaries.residuals import Residuals
 
     reached: set[str] = set()
     for config in configs:
@@ -185,19 +167,19 @@ def reached_by(storage: Storage, configs: Sequence[Config]) -> set[str]:
         with asked_for() as asked:
             plans = plan_run(config, storage)
             # Of two configurations one has its tables published, and the other's are replaced ones.
-            working = set(stages_of(config)) - {"tables", "report"}
+            working = {stage.name for stage in working_stages(config)}
             undone = [plan.stage for plan in plans if plan.stage in working and plan.missing != 0]
-            resolved = with_tokenizer(config, storage)
-            shards = None if resolved is None or undone else find_corpus_shards(resolved, storage)
-            if resolved is None or shards is None:
+            if undone:
                 raise ConfigError(
-                    f"a configuration of {storage.root} has the stage {(undone or ['tokenize'])[0]} to do: what it "
-                    "needs is not known yet",
+                    f"a configuration of {storage.root} has the stage {undone[0]} to do: what it needs is not known "
+                    "yet",
                     hint="run it first, or leave its --config out: then only what is certainly dead is told",
                 )
-            if resolved.activations.keep_dense:
-                layers = [entry.layer for entry in resolved.sae]
-                find_residuals(resolved, storage, graph_shards(resolved, shards, storage), layers)
+            run = open_run(config, storage)
+            shards = run.result(TOKENIZE)
+            if config.activations.keep_dense:
+                layers = [entry.layer for entry in config.sae]
+                Residuals(graph_shards(config, shards, storage), layers).there(run)
         reached |= asked | {shard.folder for shard in shards.shards}
     return reached
 
@@ -217,17 +199,18 @@ def _unnamed(storage: Storage, folder: str, files: Mapping[str, FoundFile], befo
     value = unsealed(read_bytes(storage, f"{folder}/{MANIFEST}"), storage.url(f"{folder}/{MANIFEST}"))
     named = {f"{folder}/{name}" for name in (*value["files"], MANIFEST)}
     why = "in a finished folder whose manifest does not name it"
-    return [
-        Garbage(name=name, kind="file", n_bytes=file.size, why=why)
-        for name, file in files.items()
-        if name not in named and file.modified < before
-    ]
+    unnamed = files.keys() - named
+    return [entry for name in unnamed for entry in _of_file(name, files[name], before, why)]
 
 
 def _named(catalog: Catalog) -> set[str]:
     """The folders of what is published."""
-    names = [*catalog.tables.values(), *(file.name for files in catalog.sharded.values() for file in files)]
-    return {name.rpartition("/")[0] for name in names}
+    return {name.rpartition("/")[0] for name in catalog.files}
+
+
+def _of_file(name: str, file: FoundFile, before: float, why: str) -> list[Garbage]:
+    """A dead file, where it is old enough."""
+    return [Garbage(name=name, kind="file", n_bytes=file.size, why=why)] if file.modified < before else []
 
 
 def _of_folder(folder: str, kind: Kind, files: Mapping[str, FoundFile], why: str) -> Garbage:

@@ -1,88 +1,31 @@
-"""Work that reads checkpoint after checkpoint: loading one for the corpus, and giving each to a device."""
+"""Loading a checkpoint so that it reads the corpus as the spine's model does."""
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, Protocol, TypeVar
 
-from infra.cluster import extraction_client, one_at_a_time
 from infra.storage import Storage
-from schemas.config import Config, Model
+from schemas.config import Config
 from schemas.errors import FunctokError, ModelError
 from schemas.pretraining.work import Checkpoint
-from schemas.work import Stage
+from schemas.sections import Model
 from tasks.dictionaries.residuals import with_padding_for
-from tasks.models.devices import settle, usable_devices
 from tasks.models.files import explained, location, revision
 from tasks.models.language_model import LanguageModel, load_language_model
 from tasks.models.model import check_windows, context_length, model_key, require_key
 from tasks.models.tokenizers import LoadedTokenizer, load_tokenizer
-from tasks.pretraining.checkpoints import config_of
 
 
-class CheckpointJob(Protocol):
-    """What is to be done with one checkpoint."""
-
-    @property
-    def checkpoint(self) -> Checkpoint:
-        """Which one."""
-
-
-Job = TypeVar("Job", bound=CheckpointJob)
-
-
-def run_by_checkpoint(
-    config: Config, storage: Storage, jobs: Sequence[Job], steps: Callable[[Job], Iterator[int]]
-) -> Iterator[int]:
-    """Do one job a checkpoint: here, one after another, or on several GPUs or a Dask cluster, one a worker.
-
-    Args:
-        config: Says where (`dask.scheduler`, `model.device`).
-        storage: Where everything is.
-        jobs: What is to be done, one a checkpoint.
-        steps: Does a job, yielding the size of each finished piece; picklable.
-
-    Yields:
-        Sizes of what is done: pieces as they finish where they are done here, else whole jobs.
-    """
-    for job in jobs:
-        settle(job.checkpoint.model, storage)
-    with extraction_client(config.dask, partial(usable_devices, config.model), len(jobs)) as client:
-        if client is None:
-            for job in jobs:
-                yield from steps(job)
-                # Modules know each other in circles; the next checkpoint needs their memory.
-                gc.collect()
-        else:
-            yield from _on_workers(client, jobs, steps)
-
-
-def _on_workers(client: Any, jobs: Sequence[Job], steps: Callable[[Job], Iterator[int]]) -> Iterator[int]:
-    from distributed import as_completed
-
-    futures = [client.submit(_whole, steps, job, pure=False) for job in jobs]
-    for future in as_completed(futures):
-        yield future.result()
-
-
-@one_at_a_time
-def _whole(steps: Callable[[Job], Iterator[int]], job: Job) -> int:
-    done = sum(steps(job))
-    gc.collect()
-    return done
+def config_of(config: Config, checkpoint: Checkpoint) -> Config:
+    """The configuration under which the spine's functions read a checkpoint: its model, and no dictionary."""
+    return config.model_copy(update={"model": checkpoint.model, "sae": []})
 
 
 def open_checkpoint(
     config: Config, storage: Storage, checkpoint: Checkpoint
 ) -> tuple[LanguageModel, LoadedTokenizer]:
-    """A checkpoint's model, and the corpus' tokenizer as it suits the model (its padding id is in the vocabulary).
-
-    Raises:
-        ModelError: if it cannot be loaded, is another than where it was found, or as `check_checkpoint`.
-    """
+    """A checkpoint's model, and the corpus' tokenizer as it suits the model (its padding id is in the vocabulary)."""
     tokenizer = check_checkpoint(config, storage, checkpoint)
     model = load_language_model(checkpoint.model, storage)
     require_key(checkpoint.model, model_key(checkpoint.model, storage), checkpoint.key)
@@ -140,7 +83,7 @@ def _check_vocabulary(model: Model, storage: Storage, tokenizer: LoadedTokenizer
 
 
 @contextmanager
-def named(checkpoint: Checkpoint, stage: Stage, of: type[FunctokError] = ModelError) -> Iterator[None]:
+def named(checkpoint: Checkpoint, stage: str, of: type[FunctokError] = ModelError) -> Iterator[None]:
     """Say in every such error of the block, which knows no checkpoints, which one it is about, and in which stage."""
     try:
         yield

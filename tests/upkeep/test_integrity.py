@@ -22,10 +22,11 @@ from infra.manifest import MANIFEST, Manifest, commit
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.errors import DamagedError, FunctokError
-from tasks.engine.verify import repair, verify_root
+from tasks.engine.tables import are_published
 from tasks.graph import extraction
-from tasks.graph.tables import find_tables
 from tasks.report.report import is_report_current
+from tasks.stages import open_run, table_groups
+from tasks.upkeep.verify import repair, verify_root
 
 PLACES: dict[str, Callable[[int], int]] = {
     "first": lambda size: 0,
@@ -44,7 +45,6 @@ def flip(path: Path, place: str = "middle") -> None:
 @pytest.fixture
 def root(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the finished run."""
-    monkeypatch.setattr("tasks.corpus.tokenization._Watched", plain.InThisProcess)
     extraction.forget_loaded()
     shutil.copytree(finished / "run", tmp_path / "run")
     return tmp_path / "run"
@@ -59,7 +59,7 @@ def files_of(root: Path) -> list[str]:
 
 
 def config_of(finished: Path, root: Path) -> Config:
-    return load_config(finished / "tiny.toml", None, str(root))
+    return load_config(finished / "tiny.toml", root=str(root))
 
 
 def rows_of(storage: Storage, table: str) -> list[tuple[Any, ...]]:
@@ -294,11 +294,8 @@ def test_a_retry_cannot_mend_damage() -> None:
 
 
 def test_tables_are_not_current_where_a_catalogue_is_damaged(finished: Path, root: Path) -> None:
-    from tasks.corpus.tokenization import find_corpus_shards
-
     storage, config = Storage(str(root)), config_of(finished, root)
-    shards = find_corpus_shards(config, storage)
-    assert shards is not None
-    counting = config.model_copy(update={"sae": []})
+    groups = table_groups(config)
+    assert are_published(open_run(config, storage), groups)
     flip(root / CATALOG)
-    assert not find_tables(counting, storage, shards, None, None)
+    assert not are_published(open_run(config, storage), groups)

@@ -1,0 +1,1 @@
+"""Upkeep of a root: what is damaged, and what nothing reaches."""

@@ -1,0 +1,73 @@
+"""The experiment of CONTRIBUTING.md, put into a copy of the project: its own files, and one line elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BLOCK = re.compile(
+    r"^`(?P<file>[\w/]+\.(?:py|sql))`:.*?\n```\w+\n(?P<content>.*?)\n```$", re.MULTILINE | re.DOTALL
+)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project with the experiment in it."""
+    copy = tmp_path_factory.mktemp("project")
+    for package in ("functok", "flows", "tasks", "schemas", "infra", "sql", "configs"):
+        shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
+    written = {
+        match["file"]: match["content"] for match in BLOCK.finditer((ROOT / "CONTRIBUTING.md").read_text())
+    }
+    assert len(written) == 4
+    for name, content in written.items():
+        assert not (copy / name).exists()
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_text(content + "\n")
+    the_list = copy / "schemas" / "experiments.py"
+    before = the_list.read_text()
+    after = re.sub(r"(EXPERIMENTS: .*?)\)$", r'\1, "letters")', before, count=1, flags=re.MULTILINE)
+    assert after != before
+    the_list.write_text(after)
+    return copy
+
+
+def functok(project: Path, *arguments: str) -> str:
+    program = [sys.executable, "-m", "functok", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(project)}
+    ran = subprocess.run(program, cwd=project, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+@pytest.mark.server
+def test_one_line_adds_an_experiment(project: Path, finished: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    shutil.copytree(finished / "run", root)
+    config = tmp_path / "letters.toml"
+    config.write_text((finished / "tiny.toml").read_text() + "[letters]\nlower = true\n")
+
+    told = functok(project, "status", str(config), "--root", str(root))
+    assert re.search(r"letters\s*│\s*0\s*│\s*1\s*│", told)
+    ended = functok(project, "run", str(config), "--root", str(root))
+    assert "First letters: OWN. Most tokens that begin with a letter" in ended
+    counted = json.loads(
+        functok(project, "query", "SELECT * FROM letters", "--root", str(root), "--format", "json")
+    )
+    words = [json.loads(line)["text"] for line in (finished / "corpus.jsonl").read_text().splitlines()]
+    assert counted
+    assert {row["letter"] for row in counted} <= {letter.lower() for letter in "".join(words)}
+    asked = functok(
+        project, "query", "SELECT stage FROM expectations", "--root", str(root), "--format", "json"
+    )
+    assert "letters" in {row["stage"] for row in json.loads(asked)}
+    assert "First letters" in (root / "report.html").read_text()
+    assert functok(project, "run", str(config), "--root", str(root)).startswith("nothing to do")
