@@ -139,8 +139,7 @@ async def _deploy(config: Config) -> str:
     template = ProcessWorker.get_default_base_job_template()
     async with get_client() as client:
         await client.create_work_pool(
-            WorkPoolCreate(name="functok-cpu", type=ProcessWorker.type, base_job_template=template),
-            overwrite=True,
+            WorkPoolCreate(name="functok-cpu", type=ProcessWorker.type, base_job_template=template)
         )
         made = await client.create_deployment(
             flow_id=await client.create_flow(report),

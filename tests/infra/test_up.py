@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -45,6 +46,8 @@ def eventually(ready: Callable[[], Any], seconds: float, what: str) -> Any:
 def environment(tmp_path_factory: pytest.TempPathFactory, prefect_database: Path) -> dict[str, str]:
     """A Prefect home of its own, and a configuration that needs a tokenizer only."""
     folder = tmp_path_factory.mktemp("up")
+    (folder / "home").mkdir()
+    shutil.copy(prefect_database, folder / "home")
     save_tokenizer(folder / "model")
     write_jsonl(folder / "corpus.jsonl", texts(20))
     (folder / "tiny.toml").write_text(
@@ -53,7 +56,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory, prefect_database: Path
     )
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     return inherited | {
-        "PREFECT_HOME": str(prefect_database.parent),
+        "PREFECT_HOME": str(folder / "home"),
         "FUNCTOK_CONFIG": str(folder / "tiny.toml"),
         "FUNCTOK_TEST_ROOT": str(folder / "root"),
     }
@@ -436,7 +439,11 @@ def test_a_child_that_dies_ends_the_rest_and_is_quoted(tmp_path: Path) -> None:
 
 
 def web_servers(parent: psutil.Process) -> list[psutil.Process]:
-    return [child for child in parent.children() if "http.server" in child.cmdline()]
+    def found() -> list[psutil.Process]:
+        # A process that has just begun has no command line for a moment.
+        return [child for child in parent.children() if "http.server" in child.cmdline()]
+
+    return list(eventually(found, 10, "a web server"))
 
 
 @pytest.mark.process
