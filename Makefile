@@ -21,12 +21,13 @@ RUN_STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-for-tests
 SYSTEM_STAMP := $(VENV)/.system-packages
 
-.PHONY: help venv venv-tests system assets demo demo-steering demo-consolidation bench test test-fast lint format clean
+.PHONY: help venv venv-tests system assets demo demo-steering demo-consolidation demo-retention bench test test-fast lint format clean
 
 help:
 	@echo "make demo    environment, assets, and the whole pipeline on a real model and corpus"
 	@echo "make demo-steering   case studies and steering: do function tokens carry the context's features, and decide?"
 	@echo "make demo-consolidation   two models trained from scratch, and what their checkpoints learn (half an hour)"
+	@echo "make demo-retention   which tokens a model must keep: caches that forget, under every policy (not yet timed)"
 	@echo "make test    everything the tests need, then the tests"
 	@echo "make test-fast   those that start no process, server, cluster or browser: for the inner loop"
 	@echo "make bench   how fast, side by side: the table of bench/README.md (half an hour)"
@@ -76,6 +77,9 @@ demo-steering: assets
 demo-consolidation: assets
 	$(BIN)/functok run configs/consolidation.toml $(DEMO_OPTIONS)
 
+demo-retention: assets
+	$(BIN)/functok run configs/retention.toml $(DEMO_OPTIONS)
+
 bench: assets
 	$(BIN)/python -m bench.run_all
 
@@ -99,5 +103,5 @@ format: $(TEST_STAMP)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(ASSETS) runs/demo runs/steering runs/consolidation build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(ASSETS) runs/demo runs/steering runs/consolidation runs/retention build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -15,7 +15,7 @@ from schemas.room import Room
 if TYPE_CHECKING:
     from schemas.config import SpineConfig
 
-EXPERIMENTS: tuple[str, ...] = ("steering", "pretraining")
+EXPERIMENTS: tuple[str, ...] = ("steering", "pretraining", "retention")
 """In the order in which their stages run."""
 
 _SPINE = ("corpus", "dictionaries", "graph")
