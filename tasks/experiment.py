@@ -15,6 +15,7 @@ from tasks.dictionaries.facts import Facts
 from tasks.engine.run import Run
 from tasks.engine.stage import Stage
 from tasks.engine.tables import TableGroup
+from tasks.explore.vocabulary import PageAt
 from tasks.report.vocabulary import Part
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Experiment:
         check_fit: Asks, before any work, what can be known without weights: raises what is wrong. It is given what is
             known of the dictionaries, by layer.
         closing: Prints what a run ends with before them, from the published tables.
+        pages: What it shows in the explorer; their addresses begin with its name.
     """
 
     name: str
@@ -53,3 +55,4 @@ class Experiment:
     facts: Callable[[Run], Mapping[str, object]] = _nothing
     check_fit: Callable[[Config, Storage, Mapping[int, Facts]], None] = _no_check
     closing: Callable[[Any, Console], None] = _no_print
+    pages: tuple[PageAt, ...] = ()
