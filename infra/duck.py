@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -190,7 +191,7 @@ def create_views(
 
     A table kept by shard gets its global `doc_id` (and `source`, `layer`, `model`, `step`) from the small table
     `_shards_<table>` (in `shards_schema`, where given), so that a shard's file does not change when other
-    files join the corpus.
+    files join the corpus. Beside it stands `<table>_in(documents)`, which reads the shards of some documents alone.
 
     Args:
         connection: Where.
@@ -323,6 +324,56 @@ def view_of_shards(
         f"JOIN {shards} AS s ON s.url = f.filename"
     )
     _create_view(connection, storage, table, [file.name for file in files], select, checked, large_too)
+    if checked and "doc_id" in SHARDED_SELECT[table]:
+        _create_narrow(connection, storage, table, files, shards, large_too)
+
+
+def _create_narrow(
+    connection: Any, storage: Storage, table: str, files: list[ShardFile], shards: str, large_too: bool
+) -> None:
+    """Create `<table>_in([doc_id, …], layers := NULL)`: the view's rows of some documents, from their shards alone.
+
+    The view itself reads, and hashes when it is first bound, all shards; a page or a notebook that shows a document
+    needs one. Documents are literals or parameters, as what files are read must be known when a query is bound.
+    """
+    by_kind: dict[tuple[Any, ...], list[ShardFile]] = {}
+    for file in files:
+        by_kind.setdefault((file.layer, file.model, file.step), []).append(file)
+    kinds = {kind: sorted(of, key=lambda file: file.doc_offset) for kind, of in by_kind.items()}
+    offsets = {kind: [file.doc_offset for file in of] for kind, of in kinds.items()}
+
+    def narrowed(documents: list[int] | None, layers: list[int] | None) -> list[str]:
+        wanted: dict[str, None] = {}
+        for kind, of in kinds.items():
+            if layers is None or kind[0] is None or kind[0] in layers:
+                for document in documents or ():
+                    last = bisect_right(offsets[kind], document)
+                    # A shard without documents begins where the next one does.
+                    first = bisect_left(offsets[kind], offsets[kind][last - 1]) if last else 0
+                    wanted |= dict.fromkeys(file.name for file in of[first:last])
+        # A query that asks for no document of a shard needs columns too; its join leaves no row.
+        names = list(wanted) or [files[0].name]
+        with _noting_refusals():
+            check_files(storage, names, large_too=large_too)
+        return [storage.url(name) for name in names]
+
+    function = f"files_of_{table}_in"
+    with suppress(duckdb.Error):
+        connection.remove_function(function)
+    connection.create_function(
+        function, narrowed, ["BIGINT[]", "INTEGER[]"], "VARCHAR[]", null_handling="special"
+    )
+    # Joined by the number in the shard, which DuckDB hands on to the scan, so that other row groups are left alone.
+    connection.execute(
+        f"CREATE OR REPLACE MACRO {table}_in(documents, layers := NULL) AS TABLE "
+        f"SELECT {SHARDED_SELECT[table]} "
+        f"FROM read_parquet({function}(documents, layers), filename = true, hive_partitioning = false) AS f "
+        f"JOIN (SELECT *, (document - doc_offset)::INTEGER AS doc FROM {shards}, "
+        "(SELECT DISTINCT unnest(documents::BIGINT[]) AS document) "
+        "WHERE document - doc_offset BETWEEN 0 AND 2147483647) AS s "
+        "ON s.url = f.filename AND s.doc = f.doc "
+        "WHERE layers IS NULL OR s.layer IS NULL OR list_contains(layers, s.layer)"
+    )
 
 
 def _text(value: str) -> str:

@@ -1,7 +1,10 @@
-"""The spine's pages of the explorer, in the order in which they stand in the menu."""
+"""The spine's pages of the explorer, in the order in which they stand in the menu, and what its forms do."""
 
 from __future__ import annotations
 
-from tasks.explore.vocabulary import PageAt
+from tasks.explore.labels import LABEL
+from tasks.explore.vocabulary import Action, PageAt
 
 PAGES: tuple[PageAt, ...] = ()
+
+ACTIONS: tuple[Action, ...] = (LABEL,)

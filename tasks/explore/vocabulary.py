@@ -370,7 +370,8 @@ class Asked:
         lists: Of the query string, all of each name.
         tables: Names of the tables that are there.
         root: The run's root, as people write it.
-        context: What the server knows beside the tables (`functok.explorer` says what), by name.
+        context: What the server knows beside the tables, by name: `storage` (`infra.storage.Storage`) and `catalog`
+            (`infra.duck.Catalog`) of what is shown, and `encode` (`tasks.explore.encoding`) where a model was given.
     """
 
     connection: Any
@@ -440,3 +441,17 @@ class PageAt:
     title: str
     build: Callable[[Asked], Page]
     menu: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Action:
+    """An address that takes a `Note`: it is sent to, and what it does is kept beside the run.
+
+    Attributes:
+        path: Address with parts in braces: `/label/{layer}/{feature_id}`.
+        act: Does it, with what was written in `Asked.values`, and says which address is looked at next; raises
+            `Refused` or `NotThere`.
+    """
+
+    path: str
+    act: Callable[[Asked], str]

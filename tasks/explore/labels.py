@@ -1,0 +1,173 @@
+"""Labels and notes that people give to features, kept beside a run: the table `feature_labels`.
+
+Each is a file of its own below `labels/<key of the dictionary>/`, never replaced, so that two people who write at once
+lose nothing, and what was said of a feature before stays. The last one of a feature is what it is called; an empty one
+takes its label back. As they lie by dictionary, another dictionary of the layer has none of them, and this one has them
+back when it returns.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import duckdb
+
+from infra.duck import Catalog
+from infra.storage import Storage
+from schemas.errors import DamagedError
+from tasks.dictionaries.published import published_dictionaries
+from tasks.explore.vocabulary import Action, Asked, NotThere, Query, Refused, address
+
+FOLDER = "labels"
+LONGEST_LABEL, LONGEST_NOTE = 200, 10_000
+_AT_ONCE = 16
+
+COLUMNS = {
+    "layer": "INTEGER",
+    "feature_id": "INTEGER",
+    "label": "VARCHAR",
+    "note": "VARCHAR",
+    "written": "TIMESTAMP",
+}
+"""Of the table `feature_labels`: one row a feature that has a label or a note; `written` is in UTC."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Label:
+    """What somebody said of a feature.
+
+    Attributes:
+        feature_id: The feature, of one dictionary.
+        label: A few words; may be empty.
+        note: As much as there is to say.
+        written: When, as ISO 8601 in UTC.
+    """
+
+    feature_id: int
+    label: str
+    note: str
+    written: str
+
+
+def write_label(storage: Storage, dictionary: str, feature_id: int, label: str, note: str) -> Label:
+    """Keep a label and a note of a feature; both empty take back what was there.
+
+    Args:
+        storage: The run's.
+        dictionary: Key of the dictionary.
+        feature_id: The feature.
+        label: At most `LONGEST_LABEL` characters.
+        note: At most `LONGEST_NOTE` characters.
+
+    Raises:
+        Refused: if one is too long.
+        StorageError: if it cannot be written.
+    """
+    label, note = " ".join(label.split()), note.replace("\r\n", "\n").strip()
+    for text, most, what in ((label, LONGEST_LABEL, "label"), (note, LONGEST_NOTE, "note")):
+        if len(text) > most:
+            raise Refused(f"the {what} has {len(text):,} characters", hint=f"{most:,} are kept at most")
+    now = datetime.now(UTC)
+    kept = Label(
+        feature_id=feature_id, label=label, note=note, written=now.isoformat(timespec="microseconds")
+    )
+    name = f"{FOLDER}/{dictionary}/{feature_id}-{now:%Y%m%dT%H%M%S%f}-{uuid.uuid4().hex[:8]}.json"
+    storage.write_json(name, vars(kept))
+    return kept
+
+
+def labels_of(storage: Storage, dictionary: str, feature_id: int | None = None) -> list[Label]:
+    """What was ever said of a dictionary's features, or of one of them, the last first.
+
+    A file that is not what was written is left out: a label is no result, and the others are still wanted.
+    """
+    folder = f"{FOLDER}/{dictionary}"
+    start = "" if feature_id is None else f"{feature_id}-"
+    names = [name for name in storage.sizes(folder) if name.removeprefix(f"{folder}/").startswith(start)]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        found = [label for label in pool.map(lambda name: _read(storage, name), names) if label is not None]
+    return sorted(found, key=lambda label: (label.written, label.label, label.note), reverse=True)
+
+
+def feature_labels(storage: Storage, dictionaries: Mapping[int, str]) -> list[dict[str, Any]]:
+    """The rows of `feature_labels`: the last label of each feature, where it was not taken back."""
+    rows: list[dict[str, Any]] = []
+    for layer, dictionary in dictionaries.items():
+        last: dict[int, Label] = {}
+        for label in labels_of(storage, dictionary):
+            last.setdefault(label.feature_id, label)
+        for feature_id, label in sorted(last.items()):
+            if label.label or label.note:
+                written = datetime.fromisoformat(label.written).replace(tzinfo=None)
+                rows.append({"layer": layer, **vars(label), "feature_id": feature_id, "written": written})
+    return rows
+
+
+def add_feature_labels(connection: Any, storage: Storage, catalog: Catalog) -> None:
+    """Give a connection the view `feature_labels`, which reads what is there whenever it is asked.
+
+    Nothing is done where no features are published. A connection that has it already gets it anew.
+    """
+    if not catalog.sharded.get("activations"):
+        return
+
+    def rows() -> Sequence[dict[str, Any]]:
+        return feature_labels(storage, published_dictionaries(storage, catalog))
+
+    function = "rows_of_feature_labels"
+    with suppress(duckdb.Error):
+        connection.remove_function(function)
+    kind = ", ".join(f"{name} {type_}" for name, type_ in COLUMNS.items())
+    connection.create_function(function, rows, [], f"STRUCT({kind})[]", side_effects=True)
+    connection.execute(
+        f"CREATE OR REPLACE VIEW feature_labels AS SELECT unnest({function}(), recursive := true)"
+    )
+
+
+def dictionary_of(asked: Asked, layer: int) -> str | None:
+    """Key of a layer's dictionary; None where it is not known."""
+    storage, catalog = asked.context.get("storage"), asked.context.get("catalog")
+    if storage is None or catalog is None:
+        return None
+    return published_dictionaries(storage, catalog).get(layer)
+
+
+def _label(asked: Asked) -> str:
+    layer, feature_id = asked.part("layer"), asked.part("feature_id")
+    dictionary = dictionary_of(asked, layer)
+    if dictionary is None:
+        raise Refused(
+            f"layer {layer} has no dictionary here, so there is nothing to label",
+            hint="labels are kept by dictionary: run the stages `dictionaries` and `features`",
+        )
+    size = asked.value(
+        Query(sql="SELECT dictionary_size FROM graph_summary WHERE layer = $layer", values={"layer": layer})
+    )
+    if not 0 <= feature_id < (size or 0):
+        raise NotThere(f"layer {layer} has no feature {feature_id}", hint=f"it has {size:,}, from 0")
+    text, note = asked.values.get("label", ""), asked.values.get("note", "")
+    write_label(asked.context["storage"], dictionary, feature_id, text, note)
+    return address("feature", layer, feature_id)
+
+
+LABEL = Action(path="/label/{layer}/{feature_id}", act=_label)
+
+
+_known: dict[tuple[Storage, str], Label | None] = {}
+"""Labels that were read, by file: none is ever replaced."""
+
+
+def _read(storage: Storage, name: str) -> Label | None:
+    if (storage, name) not in _known:
+        try:
+            value = storage.read_json(name)
+            _known[storage, name] = Label(**value)
+        except (DamagedError, TypeError):
+            _known[storage, name] = None
+    return _known[storage, name]

@@ -1,0 +1,84 @@
+"""Labels of features: kept beside the run, none lost where two write, and a table."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from explored import again, asked, publish
+from small_run import D_SAE
+
+from infra.storage import Storage
+from tasks.explore.labels import LABEL, LONGEST_LABEL, labels_of, write_label
+from tasks.explore.vocabulary import Asked, NotThere, Query, Refused
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    storage = Storage(str(tmp_path / "root"))
+    publish(storage)
+    return storage
+
+
+def rows(asked: Asked) -> list[tuple[object, ...]]:
+    found = asked.rows(Query(sql="SELECT * EXCLUDE (written) FROM feature_labels ORDER BY ALL"))
+    return [tuple(row.values()) for row in found]
+
+
+def test_a_label_is_a_row_until_it_is_taken_back(storage: Storage) -> None:
+    page = asked(storage)
+    assert rows(page) == []
+    hostile = "<script>alert('x')</script> \u202e"
+    assert (
+        LABEL.act(again(page, {"layer": 1, "feature_id": 3}, label=hostile, note="why\r\nso"))
+        == "/feature/1/3"
+    )
+    LABEL.act(again(page, {"layer": 0, "feature_id": 3}, label=" of  several\nlines "))
+    assert rows(page) == [(0, 3, "of several lines", ""), (1, 3, hostile, "why\nso")]
+    LABEL.act(again(page, {"layer": 1, "feature_id": 3}, label="articles"))
+    assert rows(page) == [(0, 3, "of several lines", ""), (1, 3, "articles", "")]
+    LABEL.act(again(page, {"layer": 1, "feature_id": 3}))
+    assert rows(page) == [(0, 3, "of several lines", "")]
+    assert [label.label for label in labels_of(storage, "d1", 3)] == ["", "articles", hostile]
+
+
+def test_nothing_is_lost_where_many_write_at_once(storage: Storage) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: write_label(storage, "d0", n % 4, f"label {n}", ""), range(80)))
+    kept = labels_of(storage, "d0")
+    assert sorted(label.label for label in kept) == sorted(f"label {n}" for n in range(80))
+    newest = {n: next(label.label for label in kept if label.feature_id == n) for n in range(4)}
+    assert {feature: label for _, feature, label, _ in rows(asked(storage))} == newest
+
+
+def test_one_feature_is_told_from_others_that_begin_alike(storage: Storage) -> None:
+    write_label(storage, "d0", 1, "one", "")
+    write_label(storage, "d0", 12, "twelve", "")
+    assert [label.label for label in labels_of(storage, "d0", 1)] == ["one"]
+
+
+def test_labels_go_with_their_dictionary(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    publish(storage)
+    write_label(storage, "another", 1, "of another dictionary", "")
+    write_label(storage, "d1", 1, "of this one", "")
+    assert rows(asked(storage)) == [(1, 1, "of this one", "")]
+
+
+def test_a_damaged_label_hides_no_other(storage: Storage) -> None:
+    write_label(storage, "d0", 1, "kept", "")
+    (name,) = storage.sizes("labels")
+    storage.write_bytes(name.replace("/1-", "/2-"), storage.read_bytes(name).replace(b"kept", b"kepp"))
+    assert rows(asked(storage)) == [(0, 1, "kept", "")]
+
+
+def test_what_cannot_be_labelled_is_said(storage: Storage) -> None:
+    page = asked(storage)
+    with pytest.raises(Refused, match="201 characters"):
+        LABEL.act(again(page, {"layer": 0, "feature_id": 1}, label="x" * (LONGEST_LABEL + 1)))
+    with pytest.raises(NotThere, match=f"no feature {D_SAE[0]}"):
+        LABEL.act(again(page, {"layer": 0, "feature_id": D_SAE[0]}, label="x"))
+    with pytest.raises(Refused, match="layer 5"):
+        LABEL.act(again(page, {"layer": 5, "feature_id": 0}, label="x"))
+    assert rows(page) == []
