@@ -417,6 +417,13 @@ class Asked:
             return asked
         return str(options[0] if default is None else default) if names else ""
 
+    def choice(
+        self, key: str, label: str, options: Sequence[tuple[str, str]], default: object | None = None
+    ) -> Choice:
+        """A control of these options, at the one that is chosen (`chosen`)."""
+        value = self.chosen(key, [option for option, _ in options], default)
+        return Choice(key=key, label=label, options=options, value=value)
+
     def number(self, key: str, default: int, low: int, high: int) -> int:
         """A whole number of the address, kept between two ends."""
         try:

@@ -13,6 +13,7 @@ from tasks.engine.run import Run
 from tasks.experiment import Experiment
 from tasks.steering import report
 from tasks.steering.cases import check_cases, check_clamps
+from tasks.steering.pages import PAGES
 from tasks.steering.reactivation import REACTIVATION
 from tasks.steering.steering import STEERING
 from tasks.steering.tables import STEERING_GROUP
@@ -42,4 +43,5 @@ EXPERIMENT = Experiment(
     report=report,
     facts=_facts,
     check_fit=_check_fit,
+    pages=PAGES,
 )

@@ -61,7 +61,7 @@ class HeatMap:
         case: The case.
         relation: Its relation.
         layer: Decoder block.
-        share: Share of the case's own features that are active again, over its later function tokens.
+        share: Share of the case's own features that are active again, over its later function tokens; None without.
         prompts: Prompts that the case has.
         panels: Its first two prompts.
         features: Feature ids, the first prompt's own before the second's, each prompt's strongest first.
@@ -72,7 +72,7 @@ class HeatMap:
     case: str
     relation: str
     layer: int
-    share: float
+    share: float | None
     prompts: int
     panels: tuple[HeatPanel, ...]
     features: tuple[int, ...]
@@ -108,12 +108,60 @@ def heat_maps(connection: Any, limit: int = 4) -> list[HeatMap]:
                 count(*) OVER (PARTITION BY relation) AS n
             FROM shares
         )
-        SELECT "case", relation, share FROM ranked WHERE place = (n + 1) // 2
+        SELECT "case" FROM ranked WHERE place = (n + 1) // 2
         ORDER BY n DESC, relation LIMIT $limit
         """,
         {"layer": layer, "limit": limit},
     ).fetchall()
-    return [_heat_map(connection, case, relation, share, layer) for case, relation, share in chosen]
+    return [heat_map_of(connection, case, layer) for (case,) in chosen]
+
+
+def heat_map_of(connection: Any, case: str, layer: int) -> HeatMap:
+    """The heat map of a case that there is, at a layer; without features where no prompt has one of its own there."""
+    relation, every, share = connection.execute(
+        """
+        SELECT any_value(relation), list(DISTINCT prompt ORDER BY prompt), (
+            SELECT sum(own)::DOUBLE / sum(n_own)::DOUBLE FROM reactivation_positions
+            WHERE "case" = $case AND layer = $layer AND is_function AND n_own > 0
+        )
+        FROM prompt_tokens WHERE "case" = $case
+        """,
+        {"case": case, "layer": layer},
+    ).fetchone()
+    prompts = every[:2]
+    active = {
+        (prompt, feature, position): activation
+        for prompt, feature, position, activation in connection.execute(
+            'SELECT prompt, feature_id, position, activation FROM reactivations WHERE "case" = ? AND layer = ?',
+            [case, layer],
+        ).fetchall()
+    }
+    largest: dict[int, float] = {}
+    for (_, feature, _), activation in active.items():
+        largest[feature] = max(largest.get(feature, 0.0), activation)
+    own = [_own_features(connection, case, prompt, layer) for prompt in prompts]
+    shown = [(feature, panel) for panel, mine in enumerate(own) for feature in mine[:MOST_FEATURES]]
+    panels = []
+    for prompt in prompts:
+        positions, tokens, is_function, in_place = zip(*_shown_tokens(connection, case, prompt), strict=True)
+        values = tuple(
+            tuple(active.get((prompt, feature, position), 0.0) / largest[feature] for position in positions)
+            for feature, _ in shown
+        )
+        panels.append(
+            HeatPanel(prompt=prompt, tokens=tokens, is_function=is_function, in_place=in_place, values=values)
+        )
+    return HeatMap(
+        case=case,
+        relation=relation,
+        layer=layer,
+        share=share,
+        prompts=len(every),
+        panels=tuple(panels),
+        features=tuple(feature for feature, _ in shown),
+        owners=tuple(panel for _, panel in shown),
+        own=tuple(len(mine) for mine in own),
+    )
 
 
 def heat_map_chart(found: HeatMap) -> Chart:
@@ -205,46 +253,6 @@ def _panel(found: HeatMap, place: int) -> alt.LayerChart:
     told = visible_text(panel.prompt, max(24, 4 * len(panel.tokens)))
     title = f"{place + 1}. {told}"
     return alt.layer(*layers).properties(width=CELL * len(panel.tokens), height=height, title=title)
-
-
-def _heat_map(connection: Any, case: str, relation: str, share: float, layer: int) -> HeatMap:
-    (every, *_) = connection.execute(
-        'SELECT list(DISTINCT prompt ORDER BY prompt) FROM prompt_tokens WHERE "case" = ?', [case]
-    ).fetchone()
-    prompts = every[:2]
-    active = {
-        (prompt, feature, position): activation
-        for prompt, feature, position, activation in connection.execute(
-            'SELECT prompt, feature_id, position, activation FROM reactivations WHERE "case" = ? AND layer = ?',
-            [case, layer],
-        ).fetchall()
-    }
-    largest: dict[int, float] = {}
-    for (_, feature, _), activation in active.items():
-        largest[feature] = max(largest.get(feature, 0.0), activation)
-    own = [_own_features(connection, case, prompt, layer) for prompt in prompts]
-    shown = [(feature, panel) for panel, mine in enumerate(own) for feature in mine[:MOST_FEATURES]]
-    panels = []
-    for prompt in prompts:
-        positions, tokens, is_function, in_place = zip(*_shown_tokens(connection, case, prompt), strict=True)
-        values = tuple(
-            tuple(active.get((prompt, feature, position), 0.0) / largest[feature] for position in positions)
-            for feature, _ in shown
-        )
-        panels.append(
-            HeatPanel(prompt=prompt, tokens=tokens, is_function=is_function, in_place=in_place, values=values)
-        )
-    return HeatMap(
-        case=case,
-        relation=relation,
-        layer=layer,
-        share=share,
-        prompts=len(every),
-        panels=tuple(panels),
-        features=tuple(feature for feature, _ in shown),
-        owners=tuple(panel for _, panel in shown),
-        own=tuple(len(mine) for mine in own),
-    )
 
 
 def _own_features(connection: Any, case: str, prompt: str, layer: int) -> list[int]:

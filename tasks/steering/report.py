@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from tasks.explore.vocabulary import Query
 from tasks.report import charts
 from tasks.report.queries import resamples_of, rows, tables_of, value
 from tasks.report.text import integer, layers_told, percent, plural, signed
@@ -135,7 +136,7 @@ def _reactivation(connection: Any) -> Section:
                     Column("kind"),
                     Column("n_cases", "integer", "cases"),
                     Column("n_positions", "integer", "positions"),
-                    *_SCORES,
+                    *SCORE_COLUMNS,
                 ],
                 rows=whole,
                 note="Per cent of own features that are active: in the prompt itself, at the same position of the "
@@ -180,41 +181,19 @@ def _traits(connection: Any) -> Section:
         tables=[
             Table(
                 caption="Traits and layers",
-                columns=[
-                    Column("trait"),
-                    Column("layer", "plain"),
-                    Column("n_pairs", "integer", "pairs"),
-                    Column("separation", "signed"),
-                    Column("accuracy", "percent", digits=0),
-                    Column("explained_variance", "signed", digits=3),
-                    Column("is_most_informative", "mark", "most informative"),
-                ],
+                columns=TRAIT_COLUMNS,
                 rows=layers,
-                note="Separation: difference of the means of left-out positive and negative prompts along the "
-                "direction found without them, in standard deviations. Accuracy: share of left-out pairs in the "
-                "right order. Explained variance: of the dictionary, at the last function tokens of these prompts. A "
-                "trait whose features are given has none of them.",
+                note=TRAIT_NOTE,
             ),
             Table(
                 caption="The traits’ strongest features",
-                columns=[
-                    Column("trait"),
-                    Column("layer", "plain"),
-                    Column("place", "integer"),
-                    Column("feature_id", "plain", "feature"),
-                    Column("coefficient", "signed", digits=3),
-                    Column("contribution", "signed", digits=3),
-                    Column("clamp_value", "signed", digits=3),
-                    Column("mean_positive", "signed", digits=3),
-                    Column("mean_negative", "signed", digits=3),
-                ],
+                columns=TRAIT_FEATURE_COLUMNS,
                 rows=rows(
                     connection,
                     "SELECT f.* FROM trait_features AS f JOIN trait_layers AS l USING (trait, layer) "
                     f"WHERE l.is_most_informative AND place <= {FEATURES_SHOWN} ORDER BY trait, layer, place",
                 ),
-                note="At the most informative layer. Contribution: coefficient times the norm of the decoder’s "
-                "direction. Clamp value: mean activation over the positive prompts that activate the feature.",
+                note=f"At the most informative layer. {TRAIT_FEATURE_NOTE}",
             ),
         ],
     )
@@ -248,18 +227,7 @@ def _steering(connection: Any) -> Section:
         tables=[
             Table(
                 caption="What steering does",
-                columns=[
-                    Column("mode"),
-                    Column("setting", heading="features and place"),
-                    Column("strength", "plain"),
-                    Column("n", "integer", "experiments"),
-                    Column("target_logprob_delta", "signed", "target log-probability", shows="both"),
-                    Column("advantage", "signed", "over random", shows="both"),
-                    Column("kl", "signed", "KL", shows="both"),
-                    Column("log_perplexity_delta", "signed", "log perplexity", shows="both"),
-                    Column("changed", "percent", "texts changed", digits=0),
-                    Column("relative_norm", "number"),
-                ],
+                columns=EFFECT_COLUMNS,
                 rows=effects,
                 note="Changes from the unsteered model in nats, means over the experiments; in parentheses 95 % "
                 "intervals by experiment. Random: features drawn at random, moved by as much as the trait’s. "
@@ -296,7 +264,7 @@ def _texts(connection: Any) -> Section:
 
 def score_rows(connection: Any) -> list[dict[str, Any]]:
     """The table `reactivation_scores`: by layer, `function` first, all of a kind before single tokens."""
-    return rows(connection, "SELECT * FROM reactivation_scores ORDER BY layer, kind DESC, token NULLS FIRST")
+    return rows(connection, Query.of("steering/explore_scores").sql)
 
 
 def trait_layers(connection: Any) -> list[dict[str, Any]]:
@@ -306,7 +274,7 @@ def trait_layers(connection: Any) -> list[dict[str, Any]]:
 
 def effect_rows(connection: Any) -> list[dict[str, Any]]:
     """The table `steering_effects`, and `setting`: its control and place."""
-    return rows(connection, f"SELECT *, {SETTING} FROM steering_effects ORDER BY {IN_ORDER}")
+    return rows(connection, Query.of("steering/explore_effects").sql)
 
 
 def steered_texts(connection: Any, strength: float | None = None) -> list[dict[str, Any]]:
@@ -328,7 +296,49 @@ def steered_texts(connection: Any, strength: float | None = None) -> list[dict[s
 
 # Tables.
 
-_SCORES = [
+TRAIT_COLUMNS = [
+    Column("trait"),
+    Column("layer", "plain"),
+    Column("n_pairs", "integer", "pairs"),
+    Column("separation", "signed"),
+    Column("accuracy", "percent", digits=0),
+    Column("explained_variance", "signed", digits=3),
+    Column("is_most_informative", "mark", "most informative"),
+]
+TRAIT_NOTE = (
+    "Separation: difference of the means of left-out positive and negative prompts along the "
+    "direction found without them, in standard deviations. Accuracy: share of left-out pairs in the "
+    "right order. Explained variance: of the dictionary, at the last function tokens of these prompts. A "
+    "trait whose features are given has none of them."
+)
+TRAIT_FEATURE_COLUMNS = [
+    Column("trait"),
+    Column("layer", "plain"),
+    Column("place", "integer"),
+    Column("feature_id", "plain", "feature"),
+    Column("coefficient", "signed", digits=3),
+    Column("contribution", "signed", digits=3),
+    Column("clamp_value", "signed", digits=3),
+    Column("mean_positive", "signed", digits=3),
+    Column("mean_negative", "signed", digits=3),
+]
+TRAIT_FEATURE_NOTE = (
+    "Contribution: coefficient times the norm of the decoder’s "
+    "direction. Clamp value: mean activation over the positive prompts that activate the feature."
+)
+EFFECT_COLUMNS = [
+    Column("mode"),
+    Column("setting", heading="features and place"),
+    Column("strength", "plain"),
+    Column("n", "integer", "experiments"),
+    Column("target_logprob_delta", "signed", "target log-probability", shows="both"),
+    Column("advantage", "signed", "over random", shows="both"),
+    Column("kl", "signed", "KL", shows="both"),
+    Column("log_perplexity_delta", "signed", "log perplexity", shows="both"),
+    Column("changed", "percent", "texts changed", digits=0),
+    Column("relative_norm", "number"),
+]
+SCORE_COLUMNS = [
     Column("own", "signed", digits=1, shows="both", factor=100),
     Column("counterfactual", "signed", digits=1, shows="both", factor=100),
     Column("unrelated", "signed", digits=1, shows="both", factor=100),
@@ -348,7 +358,7 @@ def token_scores_table(scores: Sequence[Row], kind: str) -> Table:
             Column("layer", "plain"),
             Column("n_cases", "integer", "cases"),
             Column("n_positions", "integer", "positions"),
-            *_SCORES,
+            *SCORE_COLUMNS,
         ],
         rows=mine[:MOST_TOKENS],
         note=_left(len(mine) - MOST_TOKENS, "reactivation_scores"),

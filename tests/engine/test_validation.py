@@ -45,7 +45,9 @@ ASKED = {
     stage: [
         entry
         for entry in SUITES[stage]
-        if not any(entry in (*room.suites.get(stage, ()), *room.table_expectations) for room in experiment_rooms())
+        if not any(
+            entry in (*room.suites.get(stage, ()), *room.table_expectations) for room in experiment_rooms()
+        )
     ]
     for stage in CHECKED
 }
