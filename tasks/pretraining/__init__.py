@@ -22,6 +22,7 @@ from tasks.pretraining.checkpoints import CHECKPOINTS
 from tasks.pretraining.generations import GENERATIONS
 from tasks.pretraining.growth import GROWTH
 from tasks.pretraining.losses import LOSSES
+from tasks.pretraining.pages import PAGES
 from tasks.pretraining.tables import CONSOLIDATION
 
 if TYPE_CHECKING:
@@ -102,4 +103,5 @@ EXPERIMENT = Experiment(
     facts=facts,
     check_fit=check_fit,
     closing=closing,
+    pages=PAGES,
 )

@@ -92,11 +92,11 @@ def sections(connection: Any) -> list[Callable[[], Section]]:
     graphs = graph_rows(connection)
     built = {
         _findings: True,
-        _training: bool(training_rows(connection)),
-        _losses: True,
-        _learned: bool(learned_rows(connection)),
-        _degree: bool(graphs and degree_bins(connection)),
-        _coverage: bool(graphs),
+        training_section: bool(training_rows(connection)),
+        losses_section: True,
+        learned_section: bool(learned_rows(connection)),
+        degree_section: bool(graphs and degree_bins(connection)),
+        coverage_section: bool(graphs),
         _generations: bool(continuations(connection)),
     }
     return [functools.partial(build, connection) for build, is_there in built.items() if is_there]
@@ -121,7 +121,7 @@ def _findings(connection: Any) -> Section:
     )
 
 
-def _training(connection: Any) -> Section:
+def training_section(connection: Any) -> Section:
     trained = training_rows(connection)
     ends = [f"{signed(row['last_loss'])} in {row['model']}" for row in trained]
     return Section(
@@ -156,7 +156,7 @@ def _training(connection: Any) -> Section:
     )
 
 
-def _losses(connection: Any) -> Section:
+def losses_section(connection: Any) -> Section:
     losses = bucket_losses(connection)
     last = last_of_each(losses)
     told = [f"{row['model']} {row['bucket']} {signed(row['mean_loss'])}" for row in last]
@@ -210,7 +210,7 @@ def _weight(last: Sequence[Row]) -> Finding:
     return Finding(text=f"At the last checkpoint, {HARDEST} makes up {listed(told)}.")
 
 
-def _learned(connection: Any) -> Section:
+def learned_section(connection: Any) -> Section:
     saes = learned_rows(connection)
     bounds = {(row["min_density"], row["max_density"]) for row in saes}
     between = " or ".join(f"{number(low)} and {number(high)}" for low, high in sorted(bounds, key=str))
@@ -254,7 +254,7 @@ def _learned(connection: Any) -> Section:
     )
 
 
-def _degree(connection: Any) -> Section:
+def degree_section(connection: Any) -> Section:
     bins = degree_bins(connection)
     n = len({(row["model"], row["step"]) for row in bins})
     return Section(
@@ -273,7 +273,7 @@ def _degree(connection: Any) -> Section:
     )
 
 
-def _coverage(connection: Any) -> Section:
+def coverage_section(connection: Any) -> Section:
     graphs = graph_rows(connection)
     reached = [
         f"{percent(row['function_coverage'], 1)} ({row['model']}, step {row['step']:,})" for row in graphs
