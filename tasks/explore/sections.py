@@ -48,3 +48,15 @@ def grid(
         filters=filters,
         note=table.note,
     )
+
+
+def given(table: Table) -> Query:
+    """The rows of a table that no SQL can make, such as bootstrapped ones, as a query that has them in it.
+
+    Args:
+        table: With a row at least, and the same keys in all.
+    """
+    keys = list(table.rows[0])
+    columns = [f'unnest($c{place}) AS "{key}"' for place, key in enumerate(keys)]
+    values = {f"c{place}": [row[key] for row in table.rows] for place, key in enumerate(keys)}
+    return Query(sql=f"SELECT {', '.join(columns)}", values=values)

@@ -209,7 +209,7 @@ def _losses(query: Query, *, links: bool = False) -> Grid:
 
 
 def _texts(query: Query, of: list[str], caption: str) -> Grid:
-    kinds = {
+    kinds: dict[str, Column | Link] = {
         "model": Column("model", heading="series", digits=LONGEST_NAME),
         "step": Link(column=Column("step", "integer"), to=_checkpoint),
         "prompt": Column("prompt", "passage"),

@@ -10,6 +10,7 @@ from tasks.engine.run import Run
 from tasks.experiment import Experiment
 from tasks.retention import report
 from tasks.retention.gates import GATES
+from tasks.retention.pages import PAGES
 from tasks.retention.readings import READINGS
 from tasks.retention.retrieval import RETRIEVAL
 from tasks.retention.sequences import heldout_sequences
@@ -46,4 +47,5 @@ EXPERIMENT = Experiment(
     facts=_facts,
     check_fit=check_fit,
     closing=report.closing,
+    pages=PAGES,
 )

@@ -28,6 +28,9 @@ LOOKS = {
 """Colour, marker and line of each policy; one of `retention.options` looks as the one that its name begins with, in
 green."""
 
+Place = tuple[Setting, float]
+"""A setting and a budget."""
+
 FAR = 3
 """A policy is not drawn if all of it lies so many times as far as the farthest of the others."""
 
@@ -67,7 +70,7 @@ def setting_told(setting: Setting) -> str:
     return f"{setting[0]}, {integer(setting[1])} tokens"
 
 
-def place_of(found: Sequence[Row]) -> tuple[Setting, float]:
+def place_of(found: Sequence[Row]) -> Place:
     """The setting that most policies were read in, streamed before prefilled, long before short; its middle budget."""
     policies = Counter(setting for setting, _ in {(setting_of(row), row["policy"]) for row in found})
     setting = max(policies, key=lambda of: (policies[of], of[0] == "stream", of[1]))

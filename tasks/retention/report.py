@@ -53,7 +53,7 @@ def sections(connection: Any) -> list[Callable[[], Section]]:
     there = tables_of(connection)
     if "retention" not in there or not value(connection, "SELECT count(*) FROM retention"):
         return []
-    built = [_claims] if claims.is_judgeable(connection) else []
+    built = [claims_section] if claims.is_judgeable(connection) else []
     built += [frontier]
     built += [
         build
@@ -85,7 +85,8 @@ def closing(connection: Any, console: Console) -> None:
     console.print(printed)
 
 
-def _claims(connection: Any) -> Section:
+def claims_section(connection: Any) -> Section:
+    """The paper's claims, and what they were compared with."""
     judged = claims.judge(connection)
     return Section(
         key="retention",

@@ -13,6 +13,7 @@ from tasks.report.text import decimal, integer, listed, percent, plural, signed
 from tasks.report.vocabulary import SAID, Chart, Column, Finding, Row, Section, Table, Verdict
 from tasks.retention.claims import Setting
 from tasks.retention.looks import (
+    Place,
     far_told,
     in_order,
     mean_of,
@@ -34,9 +35,9 @@ def frontier_rows(connection: Any) -> list[Row]:
     return in_order(rows(connection, "SELECT * FROM retention ORDER BY length, protocol, budget"))
 
 
-def frontier(connection: Any) -> Section:
-    """Perplexity against bytes."""
-    found = frontier_rows(connection)
+def frontier(connection: Any, of: Setting | None = None) -> Section:
+    """Perplexity against bytes, in every setting or in one."""
+    found = [row for row in frontier_rows(connection) if of in (None, setting_of(row))]
     measured = [row for row in found if row["policy"] != "full" and row["perplexity_ratio"] is not None]
     near, far = without_far(measured, "perplexity_ratio", least=1)
     told = [_frontier_told(measured, setting) for setting in settings_of(measured)]
@@ -149,14 +150,14 @@ def layer_rows(connection: Any) -> list[Row]:
     )
 
 
-def errors(connection: Any) -> Section:
-    """Error by layer."""
+def errors(connection: Any, at: Place | None = None) -> Section:
+    """Error by layer, at one place: as given, or as most policies have it."""
     found = [row for row in layer_rows(connection) if row["policy"] != "full"]
     if not found:
         return Section(
             key="retention-layers", title="Error by layer", missing="No policy but the full cache was read."
         )
-    setting, budget = place_of(found)
+    setting, budget = at or place_of(found)
     mine = [row for row in found if setting_of(row) == setting and row["budget"] == budget]
     last = [row for row in mine if row["layer"] == max(row["layer"] for row in mine)]
     told = [
@@ -276,8 +277,8 @@ def margin_rows(connection: Any) -> list[Row]:
     )
 
 
-def losses(connection: Any) -> Section:
-    """What forgetting costs, by token group and position."""
+def losses(connection: Any, at: Place | None = None) -> Section:
+    """What forgetting costs, by token group and position, at one place: as given, or as most policies have it."""
     found = [
         row for row in margin_rows(connection) if row["policy"] != "full" and row["delta_nll"] is not None
     ]
@@ -285,7 +286,7 @@ def losses(connection: Any) -> Section:
         return Section(
             key="retention-losses", title="What it costs", missing="No policy but the full cache was read."
         )
-    setting, budget = place_of(found)
+    setting, budget = at or place_of(found)
     mine = [row for row in found if setting_of(row) == setting and row["budget"] == budget]
     groups = [row | {"group": row["bucket"] or ALL} for row in mine if row["position_from"] is None]
     near, far = without_far(groups, "delta_nll")
@@ -303,12 +304,12 @@ def losses(connection: Any) -> Section:
         for policy in dict.fromkeys(row["policy"] for row in positions)
         if (last := [row for row in positions if row["policy"] == policy][-1])
     ]
-    at = f"{setting_told(setting)}, a budget of {percent(budget, 1)}"
+    where = f"{setting_told(setting)}, a budget of {percent(budget, 1)}"
     return Section(
         key="retention-losses",
         title="What forgetting costs, by token group and position",
         shows="Loss above the full run’s on the same tokens, teacher-forced, in nats a token: by the kind of the "
-        f"current and of the next token, and by where in the sequence the predicted token stands. {at}. Bars and "
+        f"current and of the next token, and by where in the sequence the predicted token stands. {where}. Bars and "
         "bands are 95 % intervals by sequence.",
         charts=[
             *(
@@ -391,10 +392,10 @@ def groups_table(found: Sequence[Row]) -> Table:
     )
 
 
-def speed(connection: Any) -> Section:
-    """Decoding speed."""
+def speed(connection: Any, budget: float | None = None) -> Section:
+    """Decoding speed, at a budget: as given, or the middle one."""
     found = in_order(rows(connection, "SELECT * FROM retention_speed ORDER BY length, budget"))
-    budget = middle_budget(found)
+    budget = budget or middle_budget(found)
     mine = [row for row in found if row["budget"] == budget]
     told = [
         f"{row['policy']} {decimal(row['speed_ratio'])} after {integer(row['length'])} tokens" for row in mine

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tasks.explore.vocabulary import Query
 from tasks.report import charts
 from tasks.report.charts import KINDS, Spec
 from tasks.report.queries import rows
 from tasks.report.text import decimal, integer, listed, percent, signed
 from tasks.report.vocabulary import Chart, Column, Finding, Row, Section, Table
 from tasks.retention.looks import (
+    Place,
     in_order,
     mean_of,
     middle_budget,
@@ -27,41 +29,14 @@ def survival_rows(connection: Any) -> list[Row]:
     Counts of lives and deaths are added over layers, then S(age) = Π (1 − died / at risk). A policy with tiers is
     shown by its tier `warm`: tokens that have a slot of their own, exact or not.
     """
-    return in_order(
-        rows(
-            connection,
-            """
-            WITH pooled AS (
-              SELECT policy, budget, protocol, length, kind, tier, age, sum(at_risk) AS at_risk, sum(died) AS died
-              FROM retention_survival
-              WHERE tier = CASE
-                WHEN policy IN (SELECT policy FROM retention_survival WHERE tier = 'warm') THEN 'warm' ELSE 'hot'
-              END
-              GROUP BY ALL
-            ),
-            curves AS (
-              SELECT *, product(1 - died / at_risk) OVER (
-                PARTITION BY policy, budget, protocol, length, kind ORDER BY age
-              ) AS survival
-              FROM pooled WHERE at_risk > 0
-            )
-            SELECT c.policy, c.budget, c.protocol, c.length, c.kind, c.age, CAST(c.at_risk AS BIGINT) AS at_risk,
-                   c.survival, c.survival / nullif(r.survival, 0) AS ratio
-            FROM curves AS c
-            LEFT JOIN curves AS r ON r.policy = 'random'
-              AND (r.budget, r.protocol, r.length, r.kind, r.age)
-                  = (c.budget, c.protocol, c.length, c.kind, c.age)
-            WHERE c.policy <> 'full'
-            ORDER BY c.length, c.protocol, c.budget, c.kind, c.age
-            """,
-        )
-    )
+    query = Query.of("retention/explore_survival", length=None, protocol=None, budget=None)
+    return in_order(rows(connection, query.sql, query.values))
 
 
-def survival(connection: Any) -> Section:
-    """Which tokens stay."""
+def survival(connection: Any, at: Place | None = None) -> Section:
+    """Which tokens stay, at one place: as given, or as most policies have it."""
     found = survival_rows(connection)
-    setting, budget = place_of(found)
+    setting, budget = at or place_of(found)
     mine = [row for row in found if setting_of(row) == setting and row["budget"] == budget]
     half = half_way(mine)
     told = [
@@ -69,14 +44,14 @@ def survival(connection: Any) -> Section:
         for policy in dict.fromkeys(row["policy"] for row in half)
         if (of := [row for row in half if row["policy"] == policy])
     ]
-    at = f"{setting_told(setting)}, a budget of {percent(budget, 1)}"
+    where = f"{setting_told(setting)}, a budget of {percent(budget, 1)}"
     age = half[0]["age"] if half else 0
     return Section(
         key="retention-survival",
         title="Survival: which tokens stay",
         shows=f"The share of tokens that still have a slot after so many more were read (Kaplan–Meier: tokens that are "
-        f"there at the end are censored; sinks left out; layers and heads together), {at}. Survival as such is fixed "
-        "by the budget: what tells is the kind, and the ratio to random of the same ages.",
+        f"there at the end are censored; sinks left out; layers and heads together), {where}. Survival as such is "
+        "fixed by the budget: what tells is the kind, and the ratio to random of the same ages.",
         charts=[
             Chart(
                 spec=survival_chart(mine, "survival"),
@@ -185,14 +160,14 @@ def survival_table(half: Sequence[Row]) -> Table:
     )
 
 
-def retrieval(connection: Any) -> Section:
-    """What is still known of a context."""
+def retrieval(connection: Any, budget: float | None = None) -> Section:
+    """What is still known of a context, at a budget: as given, or the middle one."""
     found = in_order(
         rows(connection, "SELECT * FROM retention_retrieval ORDER BY task, length, budget, depth")
     )
     solved = solved_tasks(found)
     counting = [name for name, counts in solved.items() if counts]
-    budget = middle_budget([row for row in found if row["policy"] != "full"] or found)
+    budget = budget or middle_budget([row for row in found if row["policy"] != "full"] or found)
     mine = [row for row in found if row["policy"] == "full" or row["budget"] == budget]
     exact = [row for row in mine if row["counts"]]
     return Section(

@@ -1,0 +1,2 @@
+-- Decoding speed at a budget.
+SELECT * FROM retention_speed WHERE budget = $budget ORDER BY length, policy
