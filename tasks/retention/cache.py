@@ -257,6 +257,13 @@ class RetentionLayer(DynamicLayer):  # type: ignore[misc]
         """All slots, in the order of the keys that `update` gives."""
         return self.cool.joined(self.hot) if self.cool.count else self.hot
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every token that was read is here as it came."""
+        if not self.is_initialized:
+            return True
+        return not self.cool.count and self.hot.count == self.seen and bool(self.hot.alive.all())
+
     def hides(self, queries: int) -> torch.Tensor | None:
         """What the last queries must not see: (batch or 1, heads or 1, q, n) bool; None: nothing.
 

@@ -46,7 +46,7 @@ from tasks.models.language_model import LanguageModel
 from tasks.models.loading import residual_of
 from tasks.retention.cache import NEVER, RetentionCache, RetentionLayer
 from tasks.retention.policies import Attention, Full
-from tasks.retention.running import Prefill, Settings, Step, Stream, read
+from tasks.retention.running import Prefill, Reader, Settings, Step, Stream
 from tasks.retention.sequences import SequenceTokens
 from tasks.retention.survival import life_table
 
@@ -96,7 +96,10 @@ def measure(
     ]
     with full.compared(readings):
         for number, _ in enumerate(_starts(tokens, asked[0])):
-            full.next(looking=(number + 1) % layers_every == 0)
+            looking = (number + 1) % layers_every == 0
+            for reading in readings:
+                reading.begin(looking=looking)
+            full.next(looking=looking)
             for reading in readings:
                 reading.next(full)
     return [reading.files(full) for reading in readings]
@@ -111,7 +114,6 @@ class _FullRun:
 
     Attributes:
         step: The current chunk.
-        log_probs: (n, vocabulary) float32 of it.
         looking: Whether layers are looked into in it.
         residuals: Of each block (n, d_model) float32, where looked into.
     """
@@ -130,9 +132,8 @@ class _FullRun:
             seed=settings.seed,
         )
         documents = torch.tensor([document])
-        self._steps = read(model, self._ids, whole, documents=documents, watch=self._watch)
+        self._reader = Reader(model, self._ids, whole, documents=documents, watch=self._watch)
         self.step: Step
-        self.log_probs: torch.Tensor
         self.looking = self._inside = self._again = False
         self.residuals: dict[int, torch.Tensor] = {}
         self.entropy = np.full((self.n_layers, length), np.nan, np.float32)
@@ -146,11 +147,11 @@ class _FullRun:
         self.looking, self.residuals = looking, {}
         self._inside = True
         try:
-            self.step = next(self._steps)
+            self._reader.begin()
+            self.step = self._reader.read()
         finally:
             self._inside = False
         self._cache = self.step.cache
-        self.log_probs = torch.log_softmax(self.step.logits[0], dim=-1)
         self.bytes_at[self.step.stop] = self._cache.n_bytes
         self.similarity.append(_similarities(self._cache) if looking else {})
 
@@ -188,9 +189,16 @@ class _FullRun:
                 handle.remove()
 
     def _watch(self, layer: int, positions: torch.Tensor, attention: Attention) -> None:
-        if self._again or not self.looking:
+        if self._again:
             return
         start, stop = int(attention.positions[0]), int(attention.positions[-1]) + 1
+        for reading in self._readings:
+            if reading.follows:
+                held = self._reader.cache.layers[layer]
+                chunk = slice(start, stop)
+                reading.reader.take(layer, held.keys[:, :, chunk], held.values[:, :, chunk], attention)
+        if not self.looking:
+            return
         self.entropy[layer, start:stop] = _entropy(attention)
         by_head = attention.by_head
         for reading in self._readings:
@@ -216,7 +224,7 @@ class _Reading:
         self._ids = torch.from_numpy(tokens.ids)
         self._is_function: Bools = function_tokens.cpu().numpy()[tokens.ids]
         self._kinds = torch.from_numpy(np.where(tokens.is_special, 2, self._is_function)).to(model.device)
-        self._steps = read(
+        self.reader = Reader(
             model,
             self._ids[None],
             settings,
@@ -226,7 +234,7 @@ class _Reading:
             watch=self._watch,
         )
         self.cache: RetentionCache | None = None
-        self._looking = False
+        self._looking = self.follows = False
         by_layer = (n_layers, length)
         self.error, self.local, self.mass, self.entropy = (
             np.full(by_layer, np.nan, np.float32) for _ in range(4)
@@ -266,15 +274,22 @@ class _Reading:
         hidden: torch.Tensor = (positions > own[:, None]) | gone[:, :, None]
         return hidden if visible is None else hidden | ~visible
 
+    def begin(self, *, looking: bool) -> None:
+        """Go to the next chunk: while it is the full run's, that is read in its place."""
+        self._looking = looking
+        self.reader.begin()
+        self.follows = self.reader.is_full
+
     def next(self, full: _FullRun) -> None:
-        """Read the next chunk, and compare it."""
-        self._looking = full.looking
-        step = next(self._steps)
+        """Read the chunk that was begun, or take the full run's, and compare it."""
+        step = self.reader.follow(full.step) if self.follows else self.reader.read()
         if (step.start, step.stop) != (full.step.start, full.step.stop):
             raise AssertionError("readings in lockstep have the same chunks")
         self.cache = step.cache
         self._compare_predictions(step, full)
-        if full.looking:
+        if full.looking and self.follows:
+            self.error[:, step.start : step.stop] = 0
+        elif full.looking:
             for layer, residual in enumerate(step.residuals):
                 self.error[layer, step.start : step.stop] = _relative(
                     residual[0].float(), full.residuals[layer]
@@ -288,14 +303,16 @@ class _Reading:
         n = stop - step.start
         if n <= 0:
             return
-        exact = full.log_probs[:n]
-        found = torch.log_softmax(step.logits[0, :n], dim=-1)
+        exact, found = full.step.log_probs[0, :n], step.log_probs[0, :n]
         target = self._ids[step.start + 1 : stop + 1].to(found.device)[:, None]
         span = slice(step.start, stop)
         self._loss[span] = -found.gather(-1, target)[:, 0].double().cpu().numpy()
         self._full_loss[span] = -exact.gather(-1, target)[:, 0].double().cpu().numpy()
-        self._kl[span] = (exact.exp() * (exact - found)).sum(-1).double().cpu().numpy()
-        self._agreed[span] = (exact.argmax(-1) == found.argmax(-1)).cpu().numpy()
+        if self.follows:
+            self._agreed[span] = True
+            return
+        self._kl[span] = torch.linalg.vecdot(full.step.probs[0, :n], exact - found).double().cpu().numpy()
+        self._agreed[span] = (full.step.first[0, :n] == step.first[0, :n]).cpu().numpy()
 
     def _watch(self, layer: int, positions: torch.Tensor, attention: Attention) -> None:
         if self._looking:

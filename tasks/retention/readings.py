@@ -36,7 +36,7 @@ from tasks.retention.measures import FILES, measure
 from tasks.retention.sequences import heldout_sequences
 from tasks.retention.setups import has_gate, policy_key, settings_of, setups
 
-VERSION = 1
+VERSION = 2
 """Raise when the same inputs give other files."""
 
 

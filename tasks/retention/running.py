@@ -4,15 +4,18 @@ Two protocols. `stream`: the budget holds after every chunk, so later keys are c
 can accumulate from token to token. `prefill`: the prompt is read exactly and compressed once, so that all kept
 keys are exact; what follows is read on top and stays, as kvpress does it.
 
-`read` is a generator: several policies and the full run are read in lockstep by zipping theirs, and what is compared
-(logits, residual streams) need not be kept.
+A `Reader` goes on chunk by chunk: several policies and the full run are read in lockstep, and what is compared
+(logits, residual streams) need not be kept. Until something leaves its cache, a reading is the full run, and may
+`follow` it rather than compute the same again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,7 +26,7 @@ from tasks.models.loading import residual_of
 from tasks.models.model import require_known
 from tasks.retention.attention import cache_shape, forgetting
 from tasks.retention.budgets import Budget, Protection, require_room
-from tasks.retention.cache import Chunk, Fates, RetentionCache, Rules
+from tasks.retention.cache import Chunk, Fates, RetentionCache, RetentionLayer, Rules
 from tasks.retention.policies import Attention, Full, MemoryPaths, Policy
 from tasks.retention.tiers import tier_sizes
 
@@ -100,6 +103,21 @@ class Step:
     logits: torch.Tensor
     residuals: list[torch.Tensor]
     cache: RetentionCache
+
+    @cached_property
+    def log_probs(self) -> torch.Tensor:
+        """(batch, n, vocabulary) float32 on the model's device."""
+        return torch.log_softmax(self.logits, dim=-1)
+
+    @cached_property
+    def probs(self) -> torch.Tensor:
+        """As `log_probs`."""
+        return self.log_probs.exp()
+
+    @cached_property
+    def first(self) -> torch.Tensor:
+        """(batch, n) int64: the most likely tokens."""
+        return self.logits.argmax(-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,17 +207,8 @@ def new_cache(
     return cache
 
 
-def read(
-    model: LanguageModel,
-    ids: torch.Tensor,
-    settings: Settings,
-    *,
-    documents: torch.Tensor | None = None,
-    function_tokens: torch.Tensor | None = None,
-    with_residuals: bool = False,
-    watch: Watch | None = None,
-) -> Iterator[Step]:
-    """Read sequences chunk by chunk; the same for any number of them at a time, up to rounding.
+class Reader:
+    """Reads sequences chunk by chunk; the same for any number of them at a time, up to rounding.
 
     Args:
         model: Which.
@@ -210,19 +219,137 @@ def read(
         with_residuals: Whether steps carry the output of each block.
         watch: Sees the attention of each governed layer.
 
+    Attributes:
+        cache: What is held so far.
+
     Raises:
         ConfigError: as `new_cache`, or if the policy must know the function tokens and nobody said.
-        ModelError: as `new_cache`; if ids are outside the vocabulary, or a score is not finite.
+        ModelError: as `new_cache`; if ids are outside the vocabulary, or, from its methods, a score is not finite.
     """
-    require_known(ids, model.vocabulary, f"the vocabulary of {model.name}")
-    if settings.policy.needs_kinds and function_tokens is None:
-        raise ConfigError(f"the policy {settings.policy.name} must be told which tokens are function tokens")
-    documents = torch.arange(len(ids)) if documents is None else documents
-    cache = new_cache(model, settings, ids.shape[1], documents)
-    cache.watch = watch
-    ids = ids.to(model.device)
-    kinds = None if function_tokens is None else function_tokens.to(model.device)[ids]
-    return _steps(model, ids, settings, cache, kinds, with_residuals)
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        ids: torch.Tensor,
+        settings: Settings,
+        *,
+        documents: torch.Tensor | None = None,
+        function_tokens: torch.Tensor | None = None,
+        with_residuals: bool = False,
+        watch: Watch | None = None,
+    ) -> None:
+        require_known(ids, model.vocabulary, f"the vocabulary of {model.name}")
+        if settings.policy.needs_kinds and function_tokens is None:
+            raise ConfigError(
+                f"the policy {settings.policy.name} must be told which tokens are function tokens"
+            )
+        documents = torch.arange(len(ids)) if documents is None else documents
+        self.cache = new_cache(model, settings, ids.shape[1], documents)
+        self.cache.watch = watch
+        self._model, self._settings, self._with_residuals = model, settings, with_residuals
+        self._ids = ids.to(model.device)
+        self._kinds = None if function_tokens is None else function_tokens.to(model.device)[self._ids]
+        self._surprisal = torch.full(ids.shape, torch.nan, device=model.device)
+        self._chunks = chunks_of(ids.shape[1], settings.protocol)
+        self._chunk: Chunk | None = None
+
+    def steps(self) -> Iterator[Step]:
+        """Read to the end."""
+        while self.begin() is not None:
+            yield self.read()
+
+    def begin(self) -> Chunk | None:
+        """Go to the next chunk; None at the end. `read` or `follow` it then."""
+        start, stop, evict = next(self._chunks, (0, 0, False))
+        self._chunk = None
+        if stop:
+            self._chunk = Chunk(
+                start=start,
+                stop=stop,
+                is_function=None if self._kinds is None else self._kinds[:, start:stop],
+                surprisal=self._surprisal[:, start:stop],
+                stepwise=isinstance(self._settings.protocol, Stream),
+                evict=evict,
+            )
+            self.cache.begin(self._chunk)
+        return self._chunk
+
+    def read(self) -> Step:
+        """Read the chunk."""
+        chunk, module = self._chunk, self._model.module
+        assert chunk is not None
+        residuals: list[torch.Tensor] = []
+        # Between two steps another reading may use the model.
+        with (
+            torch.inference_mode(),
+            forgetting(module),
+            _caught(self._model, residuals, self._with_residuals),
+        ):
+            logits = module(
+                input_ids=self._ids[:, chunk.start : chunk.stop],
+                position_ids=torch.arange(chunk.start, chunk.stop, device=self._ids.device)[None],
+                past_key_values=self.cache,
+                use_cache=True,
+                retention=self.cache,
+            ).logits.float()
+            step = Step(
+                start=chunk.start, stop=chunk.stop, logits=logits, residuals=residuals, cache=self.cache
+            )
+            self._learn(step)
+        return step
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the chunk reads as it would with the full cache: nothing has left, and nothing hides in it."""
+        chunk, rules = self._chunk, self.cache.rules
+        assert chunk is not None
+        if not all(layer.is_whole for layer in self.cache.governed):
+            return False
+        if not (chunk.stepwise and rules.policy.evicts and chunk.stop - chunk.start > 1):
+            return True
+        keys = torch.arange(chunk.stop, device=self._ids.device)
+        own = keys[chunk.start :]
+        visible = rules.policy.visible(own, keys.expand(1, 1, -1), rules.slots, rules.protection)
+        return visible is None or bool((visible | (keys > own[:, None])).all())
+
+    def take(self, layer: int, keys: torch.Tensor, values: torch.Tensor, attention: Attention) -> None:
+        """Follow in one layer: what the chunk's forward gave there, elsewhere; eviction is this reading's own.
+
+        Args:
+            layer: Governed decoder block.
+            keys: (batch, heads, n, head_dim) of the chunk, rotated.
+            values: As `keys`.
+            attention: The chunk's.
+        """
+        held = self.cache.layers[layer]
+        held.update(keys, values)
+        self.cache.attended(held, attention)
+
+    def follow(self, step: Step) -> Step:
+        """End a chunk that was not read, but taken layer by layer from a reading that is the same so far.
+
+        Args:
+            step: What the chunk gave there.
+        """
+        mine = copy(step)
+        mine.cache = self.cache
+        for place, layer in enumerate(step.cache.layers):
+            if not isinstance(layer, RetentionLayer):
+                # Native layers put new tensors in the place of old ones.
+                self.cache.layers[place] = copy(layer)
+        self._learn(mine)
+        return mine
+
+    def _learn(self, step: Step) -> None:
+        if "surprisal" in self._settings.policy.states:
+            known = next_losses(step, self._ids).to(self._ids.device)
+            self._surprisal[:, step.start + 1 : step.start + 1 + known.shape[1]] = known
+            self.cache.learn_surprisal(self._surprisal, step.start + 1)
+
+
+def read(model: LanguageModel, ids: torch.Tensor, settings: Settings, **options: Any) -> Iterator[Step]:
+    """Read sequences to their end, chunk by chunk; arguments and errors are those of `Reader`."""
+    return Reader(model, ids, settings, **options).steps()
 
 
 def run(model: LanguageModel, ids: torch.Tensor, settings: Settings, **options: Any) -> Reading:
@@ -247,8 +374,7 @@ def run(model: LanguageModel, ids: torch.Tensor, settings: Settings, **options: 
 def next_losses(step: Step, ids: torch.Tensor) -> torch.Tensor:
     """(batch, up to n) float32 on the CPU, nats: of the tokens at start + 1 to stop, as far as there are any."""
     targets = ids[:, step.start + 1 : step.stop + 1].to(step.logits.device)
-    logits = step.logits[:, : targets.shape[1]]
-    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none").cpu()
+    return -step.log_probs[:, : targets.shape[1]].gather(-1, targets[..., None])[..., 0].cpu()
 
 
 def local_errors(
@@ -301,10 +427,11 @@ def local_errors(
         errors[layer, :, chunk.start : chunk.stop] = error.cpu()
 
     whole = replace(settings, policy=Full(), budget=None)
-    cache = new_cache(model, whole, ids.shape[1], torch.arange(len(ids)))
+    reader = Reader(model, ids, whole)
+    cache = reader.cache
     handles = [block.register_forward_hook(compare, with_kwargs=True) for block in model.blocks]
     try:
-        for _ in _steps(model, ids.to(model.device), whole, cache, None, False):
+        for _ in reader.steps():
             pass
     finally:
         for handle in handles:
@@ -322,43 +449,6 @@ def chunks_of(length: int, protocol: Protocol) -> Iterator[tuple[int, int, bool]
         for start in range(begin, end, protocol.chunk):
             stop = min(start + protocol.chunk, end)
             yield start, stop, stop == protocol.prompt
-
-
-def _steps(
-    model: LanguageModel,
-    ids: torch.Tensor,
-    settings: Settings,
-    cache: RetentionCache,
-    kinds: torch.Tensor | None,
-    with_residuals: bool,
-) -> Iterator[Step]:
-    surprisal = torch.full(ids.shape, torch.nan, device=ids.device)
-    for start, stop, evict in chunks_of(ids.shape[1], settings.protocol):
-        cache.begin(
-            Chunk(
-                start=start,
-                stop=stop,
-                is_function=None if kinds is None else kinds[:, start:stop],
-                surprisal=surprisal[:, start:stop],
-                stepwise=isinstance(settings.protocol, Stream),
-                evict=evict,
-            )
-        )
-        residuals: list[torch.Tensor] = []
-        # Between two steps another reading may use the model.
-        with torch.inference_mode(), forgetting(model.module), _caught(model, residuals, with_residuals):
-            logits = model.module(
-                input_ids=ids[:, start:stop],
-                position_ids=torch.arange(start, stop, device=ids.device)[None],
-                past_key_values=cache,
-                use_cache=True,
-                retention=cache,
-            ).logits.float()
-            step = Step(start=start, stop=stop, logits=logits, residuals=residuals, cache=cache)
-            known = next_losses(step, ids).to(ids.device)
-            surprisal[:, start + 1 : start + 1 + known.shape[1]] = known
-            cache.learn_surprisal(surprisal, start + 1)
-        yield step
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from forgetful import FUNCTION, LENGTH, PROTECTION, settings
 from tasks.retention.cache import NEVER, Fates
 from tasks.retention.measures import BUCKETS, measure, octaves
 from tasks.retention.policies import Full
-from tasks.retention.running import Prefill, Settings, Step, local_errors, read
+from tasks.retention.running import Prefill, Reader, Settings, Step, local_errors, read
 from tasks.retention.sequences import SequenceTokens
 from tasks.retention.survival import ends, life_table
 
@@ -185,6 +185,28 @@ def test_keys_that_are_kept_and_their_kinds() -> None:
         assert row["key_similarity"] == pytest.approx(np.mean(similarity[row["layer"]]), abs=1e-5)
         assert row["kept"] == len(kept[row["layer"]])
         assert row["kept_function"] == sum(KIND[p] for p in kept[row["layer"]])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", ["window", "streaming", "h2o", "snapkv", "function", "str", "cmp", "full"])
+def test_following_the_full_run_is_reading_alone(
+    architecture: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    followed = []
+
+    def read_alone(reader: Reader) -> bool:
+        followed.append(is_full(reader))
+        return False
+
+    is_full = Reader.is_full.fget
+    assert is_full is not None
+    alike = measured(architecture, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(Reader, "is_full", property(read_alone))
+        alone = measured.__wrapped__(architecture, name)
+    assert any(followed)
+    assert not all(followed)
+    assert alike == alone
 
 
 def test_full_read_twice_is_the_same_to_the_bit() -> None:
