@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from tasks.explore import feature, features, pasted, text
 from tasks.explore.labels import LABEL
 from tasks.explore.vocabulary import Action, PageAt
 
-PAGES: tuple[PageAt, ...] = ()
+PAGES: tuple[PageAt, ...] = (*features.PAGES, *feature.PAGES, *text.PAGES, *pasted.PAGES)
 
 ACTIONS: tuple[Action, ...] = (LABEL,)

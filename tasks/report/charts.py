@@ -377,6 +377,12 @@ def area(rows: Sequence[Row], x: Axis, y: Axis, colour: str) -> alt.Chart:
     return mark.encode(x=x.x(), y=y.y())
 
 
+def bins(rows: Sequence[Row], low: Axis, high: str, y: Axis, colour: str) -> alt.Chart:
+    """A histogram: a bar a row, from `low` to the field `high`."""
+    mark = alt.Chart(data(rows)).mark_bar(color=colour, opacity=1, stroke=None)
+    return mark.encode(x=low.x(), x2=alt.X2(field=high), y=y.y())
+
+
 def cut_at(rank: int | None) -> list[alt.Chart]:
     """The cut between function and content tokens, to lay over a chart against rank; none without a rank."""
     if rank is None:

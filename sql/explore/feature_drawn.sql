@@ -1,0 +1,24 @@
+-- Features of a layer, evenly thinned to about $most of them: in how many tokens' occurrences each is active, and how
+-- unevenly these are spread over the tokens that open it.
+WITH opened AS (
+    SELECT feature_id, any_value(token_entropy) AS token_entropy, max(n) AS top_n
+    FROM feature_tokens
+    WHERE layer = $layer
+    GROUP BY feature_id
+),
+placed AS (
+    SELECT
+        f.feature_id,
+        f.density,
+        o.token_entropy,
+        o.top_n / f.n AS top_share,
+        row_number() OVER (ORDER BY f.n, f.feature_id) AS place,
+        count(*) OVER () AS n_features
+    FROM feature_degree AS f
+    JOIN opened AS o USING (feature_id)
+    WHERE f.layer = $layer
+)
+SELECT feature_id, density, token_entropy, if(top_share >= 0.5, 'mostly one token', 'several tokens') AS kind
+FROM placed
+WHERE place % ceil(n_features / $most)::BIGINT = 0
+ORDER BY kind, feature_id

@@ -1,0 +1,190 @@
+"""A layer's features: how often each is active, how many tokens open it, and how unevenly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tasks.explore.vocabulary import (
+    Asked,
+    Choice,
+    Controls,
+    Figure,
+    Grid,
+    Link,
+    Missing,
+    Page,
+    PageAt,
+    Panel,
+    Query,
+    address,
+)
+from tasks.report import charts
+from tasks.report.text import integer, percent
+from tasks.report.vocabulary import Chart, Column
+
+DRAWN = 600
+"""Features of a chart at most, about."""
+
+NO_GRAPH = Missing(
+    what="This run has counted tokens only: it has no dictionary, so there are no features.",
+    way='[[sae]]\nlayer = 12\npath = "…"  # or release and sae_id, or train = {…}',
+)
+NO_FEATURE_TABLES = Missing(
+    what="This run was made before tables by feature were kept: examples, histograms, and the tokens of each feature.",
+    way="Run `functok run CONFIG` again: the tables alone are made anew.",
+)
+KINDS = charts.Key(
+    field="kind",
+    looks={
+        "mostly one token": charts.Look(charts.VERMILLION, "circle"),
+        "several tokens": charts.Look(charts.BLUE, "triangle-up"),
+    },
+)
+
+
+def features(asked: Asked) -> Page:
+    """All features of a layer that are active anywhere."""
+    lead = (
+        "Every feature that any token activates here. Token entropy tells features of one token (0 bits) from those "
+        "that many tokens open, which are about the context."
+    )
+    if not asked.has("feature_degree", "graph_summary"):
+        return Page(title="Features", panels=[NO_GRAPH], lead=lead)
+    layers = layers_of(asked)
+    layer = int(asked.chosen("layer", layers))
+    panels: list[Panel] = [
+        Controls(
+            controls=[
+                Choice(
+                    key="layer", label="Layer", options=[(str(n), str(n)) for n in layers], value=str(layer)
+                )
+            ]
+        )
+    ]
+    if not asked.has("feature_tokens"):
+        return Page(title="Features", panels=[*panels, NO_FEATURE_TABLES], lead=lead)
+    return Page(
+        title=f"Features of layer {layer}",
+        lead=lead,
+        panels=[*panels, _grid(asked, layer), *_drawn(asked, layer)],
+        beside=[(f"layer {n}", address("features", layer=n)) for n in layers if n != layer],
+    )
+
+
+def layers_of(asked: Asked) -> list[int]:
+    """The layers that have a graph, ascending."""
+    if not asked.has("graph_summary"):
+        return []
+    found = asked.rows(Query(sql="SELECT layer FROM graph_summary ORDER BY layer"))
+    return [row["layer"] for row in found]
+
+
+def learned_bounds(asked: Asked) -> tuple[float, float] | None:
+    """The densities between which this run calls a feature learned; None where it calls none so."""
+    if not asked.has("learned_features"):
+        return None
+    found = asked.row(
+        Query(sql="SELECT min(min_density) AS low, max(max_density) AS high FROM learned_features")
+    )
+    return None if found is None or found["low"] is None else (found["low"], found["high"])
+
+
+def opened_by(entropy: float | None, top_share: float | None) -> str:
+    """What a token entropy says, in words."""
+    if entropy is None or top_share is None:
+        return "not known"
+    tokens = 2**entropy
+    return f"{entropy:.2f} bits, as of {tokens:,.1f} tokens alike; the first has {percent(top_share, 0)}"
+
+
+def _grid(asked: Asked, layer: int) -> Grid:
+    learned = learned_bounds(asked)
+    low, high = learned or (None, None)
+    summary = asked.row(
+        Query(
+            sql="SELECT dictionary_size, activated_features FROM graph_summary WHERE layer = $layer",
+            values={"layer": layer},
+        )
+    )
+    assert summary is not None
+    never = summary["dictionary_size"] - summary["activated_features"]
+    columns: list[Column | Link] = [
+        Link(
+            column=Column("feature_id", "plain", "feature"),
+            to=lambda row: address("feature", layer, row["feature_id"]),
+        ),
+        Column("label"),
+        Link(
+            column=Column("token", "token", "first token"),
+            to=lambda row: (
+                None if row["token_id"] is None else address("token", row["token_id"], layer=layer)
+            ),
+        ),
+        Column("top_share", "percent", "its share", digits=0),
+        Column("token_entropy", "decimal", "token entropy, bits"),
+        Column("degree", "integer", "tokens that open it"),
+        Column("n", "integer", "activations"),
+        Column("density", "percent", digits=3),
+        Column("max_activation", "number", "max"),
+    ]
+    filters = [
+        "feature_id",
+        "label",
+        "token",
+        "top_share",
+        "token_entropy",
+        "degree",
+        "n",
+        "density",
+        "max_activation",
+    ]
+    if learned is not None:
+        columns.append(Column("is_learned", "mark", "learned"))
+        filters.append("is_learned")
+    return Grid(
+        key="features",
+        caption=f"{integer(summary['activated_features'])} features; {integer(never)} more are active nowhere here",
+        query=Query.of("explore/features", layer=layer, learned_from=low, learned_to=high),
+        columns=columns,
+        order="-n",
+        filters=filters,
+        bars=["density", "token_entropy"],
+        note="First token: the one that opens it most often. Density: share of all tokens at which it is active."
+        + ("" if learned is None else f" Learned: its density is {percent(low, 4)} to {percent(high, 1)}."),
+        empty="No feature is so.",
+    )
+
+
+def _drawn(asked: Asked, layer: int) -> list[Panel]:
+    query = Query.of("explore/feature_drawn", layer=layer, most=DRAWN)
+    points = asked.rows(query)
+    if len(points) < 2:
+        return []
+    chart = charts.single(
+        charts.series(
+            points,
+            charts.log("density", "share of tokens at which it is active"),
+            charts.linear("token_entropy", "token entropy, bits", zero=True),
+            KINDS.only({point["kind"] for point in points}),
+            lines=False,
+        )
+    )
+    return [
+        Figure(
+            title="One token, or many",
+            chart=Chart(
+                spec=chart,
+                alt=f"Token entropy against density of {len(points)} features of layer {layer}.",
+                caption="Below: features of one token. Above: features that many tokens open. Mostly one token: at "
+                f"least half of the activations are its own.{_thinned(points)}",
+            ),
+            query=query,
+        )
+    ]
+
+
+def _thinned(points: Sequence[object]) -> str:
+    return " Evenly thinned." if len(points) >= DRAWN / 2 else ""
+
+
+PAGES = (PageAt(path="/features", title="Features", build=features, menu=True),)
