@@ -156,10 +156,10 @@ class OpenRun:
 
     @cached_property
     def _connection(self) -> duckdb.DuckDBPyConnection:
-        from infra.duck import connect
+        from tasks.explore.labels import connect_labelled
 
         require_published(self._storage)
-        connection: duckdb.DuckDBPyConnection = connect(self._storage)
+        connection: duckdb.DuckDBPyConnection = connect_labelled(self._storage)
         return connection
 
 

@@ -160,8 +160,10 @@ def catalog(
     """Write a DuckDB file whose views are the tables, so that any DuckDB client can open it."""
     from schemas.config import DuckDb
     from tasks.engine.catalog_file import write_catalog_file
+    from tasks.explore.labels import labels_table
 
-    write_catalog_file(_published(root, endpoint_url), str(path), DuckDb())
+    storage = _published(root, endpoint_url)
+    write_catalog_file(storage, str(path), DuckDb(), labels_table(storage))
     typer.echo(f"{path}: open it with any DuckDB client")
 
 

@@ -19,11 +19,12 @@ import duckdb
 import pyarrow as pa
 
 from functok.api import require_published
-from infra.duck import connect, telling_damage
+from infra.duck import telling_damage
 from infra.interrupt import ends_query_only, one_query
 from infra.storage import Storage
 from infra.terminal import printable
 from schemas.errors import ConfigError, FunctokError
+from tasks.explore.labels import connect_labelled
 
 _ROWS_SHOWN = 1000
 _BATCH = 10_000
@@ -173,7 +174,7 @@ class History:
 
 def _connected(storage: Storage) -> Any:
     require_published(storage)
-    return connect(storage)
+    return connect_labelled(storage)
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,30 +63,42 @@ def cosines(storage: Storage, dictionary: str, feature_id: int) -> npt.NDArray[n
 
 @lru_cache(maxsize=64)
 def _cosines(storage: Storage, dictionary: str, feature_id: int) -> npt.NDArray[np.float32]:
-    from safetensors import safe_open
-
     path = verified.local_folder(storage, f"dictionaries/{dictionary}") / WEIGHTS
     if not path.is_file():
         raise StorageError(f"{path} is not there", hint="run again: it will be made anew")
-    with safe_open(path, framework="numpy") as file:
-        if "W_dec" not in file.keys():  # noqa: SIM118  # no mapping
-            raise DictionaryError(
-                f"the dictionary {dictionary} keeps no decoder", hint="no W_dec in its file"
-            )
-        decoder = file.get_slice("W_dec")
-        n_features, width = decoder.get_shape()
+    with _decoder(path) as (shape, rows):
+        n_features, width = shape
         if not 0 <= feature_id < n_features:
-            raise DictionaryError(
-                f"the dictionary {dictionary} has no feature {feature_id}", hint="look at the number"
-            )
-        own = decoder[feature_id : feature_id + 1].astype(np.float32)[0]
+            raise DictionaryError(f"the dictionary has {n_features} features, and no {feature_id}")
+        own = rows(feature_id, feature_id + 1)[0]
         found = np.zeros(n_features, np.float32)
-        rows = max(1, _BLOCK // (4 * width))
-        for first in range(0, n_features, rows):
-            block = decoder[first : min(n_features, first + rows)].astype(np.float32, copy=False)
+        step = max(1, _BLOCK // (4 * width))
+        for first in range(0, n_features, step):
+            last = min(n_features, first + step)
+            block = rows(first, last)
             lengths = np.sqrt(np.einsum("ij,ij->i", block, block)) * np.linalg.norm(own)
-            np.divide(block @ own, lengths, out=found[first : first + rows], where=lengths > 0)
+            np.divide(block @ own, lengths, out=found[first:last], where=lengths > 0)
     return found
+
+
+@contextmanager
+def _decoder(path: Path) -> Iterator[tuple[tuple[int, int], Callable[[int, int], npt.NDArray[np.float32]]]]:
+    """The shape of a decoder, (d_sae, d_model), and its rows from one to before another, in float32."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        kind = file.get_slice("W_dec").get_dtype() if "W_dec" in file.keys() else None  # noqa: SIM118
+    if kind is None:
+        raise DictionaryError("the dictionary keeps no decoder: there is no W_dec in its file")
+    # NumPy has no bfloat16; torch, which takes seconds to import, has.
+    with safe_open(path, framework="pt" if kind == "BF16" else "numpy") as file:
+        decoder = file.get_slice("W_dec")
+
+        def rows(first: int, last: int) -> npt.NDArray[np.float32]:
+            block = decoder[first:last]
+            return np.asarray(block.float() if kind == "BF16" else block, dtype=np.float32)
+
+        yield tuple(decoder.get_shape()), rows
 
 
 def neuronpedia_address(source: str, feature_id: int) -> str | None:

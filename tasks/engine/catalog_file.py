@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
 
 from infra.duck import create_views, open_duckdb, read_catalog
 from infra.storage import Storage
@@ -20,11 +22,19 @@ STORAGE_VERSION = "v1.5.0"
 """Written in the format of DuckDB 1.5, which clients of 2.0 and of 1.5 read."""
 
 
-def write_catalog_file(storage: Storage, path: str, resources: DuckDb) -> None:
+def write_catalog_file(
+    storage: Storage, path: str, resources: DuckDb, others: Mapping[str, pa.Table] | None = None
+) -> None:
     """Write a DuckDB file, replaced whole if it is there, whose views in `main` are the published tables.
 
     Small tables are copied into the schema `data`; the large ones (`LEFT_IN_PLACE`) are views over absolute
     paths (or URLs: a client needs its own access to those).
+
+    Args:
+        storage: What is published.
+        path: The file.
+        resources: Limits of DuckDB.
+        others: Tables that nobody publishes, to be in it too.
 
     Raises:
         ConfigError: if nothing is published, or `path` is a folder or a file that is no DuckDB database.
@@ -60,6 +70,11 @@ def write_catalog_file(storage: Storage, path: str, resources: DuckDb) -> None:
                     connection.execute(f"CREATE TABLE data.{table} AS SELECT * FROM main.{table}")
                     connection.execute(f"CREATE OR REPLACE VIEW main.{table} AS SELECT * FROM data.{table}")
                     connection.execute(f"DROP TABLE IF EXISTS data._shards_{table}")
+            for table, rows in (others or {}).items():
+                connection.register("_rows", rows)
+                connection.execute(f"CREATE TABLE data.{table} AS SELECT * FROM _rows")
+                connection.execute(f"CREATE VIEW main.{table} AS SELECT * FROM data.{table}")
+                connection.unregister("_rows")
             connection.execute("USE memory")
             connection.execute("DETACH made")
         aside.replace(target)

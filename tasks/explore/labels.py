@@ -17,8 +17,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 import duckdb
+import pyarrow as pa
 
-from infra.duck import Catalog
+from infra.duck import Catalog, connect, read_catalog
 from infra.storage import Storage
 from schemas.errors import DamagedError
 from tasks.dictionaries.published import published_dictionaries
@@ -128,6 +129,22 @@ def add_feature_labels(connection: Any, storage: Storage, catalog: Catalog) -> N
     connection.execute(
         f"CREATE OR REPLACE VIEW feature_labels AS SELECT unnest({function}(), recursive := true)"
     )
+
+
+def connect_labelled(storage: Storage) -> Any:
+    """A connection to the published tables (`infra.duck.connect`), and to `feature_labels` where there are any."""
+    connection = connect(storage)
+    if storage.sizes(FOLDER):
+        add_feature_labels(connection, storage, read_catalog(storage))
+    return connection
+
+
+def labels_table(storage: Storage) -> dict[str, pa.Table]:
+    """The table `feature_labels` by its name, as values; nothing where there are no labels."""
+    if not storage.sizes(FOLDER):
+        return {}
+    with connect_labelled(storage) as connection:
+        return {"feature_labels": connection.sql("SELECT * FROM feature_labels").to_arrow_table()}
 
 
 def dictionary_of(asked: Asked, layer: int) -> str | None:

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from explored import activations, again, asked, feature_tables, occurrences, publish
-from safetensors.numpy import save_file
+from safetensors.torch import save_file
 from small_run import D_SAE, SmallRun, small_run
 
 from infra.duck import CATALOG
@@ -202,21 +203,23 @@ def test_features_active_with_it_are_counted_at_its_examples(page: Asked, run: S
         assert row["lift"] == pytest.approx(row["share"] / row["density"])
 
 
-def test_neighbours_are_the_nearest_directions(run: SmallRun, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_neighbours_are_the_nearest_directions(run: SmallRun, tmp_path: Path, dtype: torch.dtype) -> None:
     storage = Storage(str(tmp_path))
     publish(storage, run)
-    decoder = np.random.default_rng(0).normal(size=(D_SAE[1], 5)).astype(np.float32)
+    decoder = torch.randn(D_SAE[1], 5, generator=torch.Generator().manual_seed(0)).to(dtype)
     decoder[2] = 0
     (tmp_path / "dictionaries/d1").mkdir()
-    save_file({"W_dec": decoder, "b_dec": np.zeros(5)}, tmp_path / "dictionaries/d1/sae_weights.safetensors")
+    save_file(
+        {"W_dec": decoder, "b_dec": torch.zeros(5)}, tmp_path / "dictionaries/d1/sae_weights.safetensors"
+    )
     page = asked(storage)
     shown = grid(feature(again(page, {"layer": 1, "feature_id": 3})), "neighbours")
-    with np.errstate(invalid="ignore"):
-        unit = np.nan_to_num(decoder / np.linalg.norm(decoder, axis=1, keepdims=True))
-    cosine = {n: unit[n] @ unit[3] for n in range(D_SAE[1]) if n != 3}
+    cosine = torch.cosine_similarity(decoder.double(), decoder[3].double(), dim=1).tolist()
+    expected = sorted(set(range(D_SAE[1])) - {3}, key=lambda n: -cosine[n])
     rows = page.rows(shown.query)
-    assert [row["feature_id"] for row in rows] == sorted(cosine, key=lambda n: -cosine[n])
-    assert [row["cosine"] for row in rows] == pytest.approx(sorted(cosine.values(), reverse=True), abs=1e-6)
+    assert [row["feature_id"] for row in rows] == expected
+    assert [row["cosine"] for row in rows] == pytest.approx([cosine[n] for n in expected], abs=1e-5)
 
 
 def test_promoted_tokens_are_shown_where_the_head_was_read(run: SmallRun, tmp_path: Path) -> None:

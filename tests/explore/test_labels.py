@@ -5,12 +5,17 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import duckdb
 import pytest
 from explored import again, asked, publish
 from small_run import D_SAE
 
+import functok
+from functok.query import run_query
 from infra.storage import Storage
-from tasks.explore.labels import LABEL, LONGEST_LABEL, labels_of, write_label
+from schemas.config import DuckDb
+from tasks.engine.catalog_file import write_catalog_file
+from tasks.explore.labels import LABEL, LONGEST_LABEL, labels_of, labels_table, write_label
 from tasks.explore.vocabulary import Asked, NotThere, Query, Refused
 
 
@@ -82,3 +87,19 @@ def test_what_cannot_be_labelled_is_said(storage: Storage) -> None:
     with pytest.raises(Refused, match="layer 5"):
         LABEL.act(again(page, {"layer": 5, "feature_id": 0}, label="x"))
     assert rows(page) == []
+
+
+def test_labels_are_in_queries_in_python_and_in_a_catalogue_file(
+    storage: Storage, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert "feature_labels" not in functok.open(storage.root).tables
+    write_label(storage, "d1", 5, "verbs, past", "")
+    assert functok.open(storage.root).table("feature_labels")["label"].to_pylist() == ["verbs, past"]
+    run_query(storage, "SELECT layer, feature_id, label FROM feature_labels", "csv")
+    assert capfd.readouterr().out.splitlines()[1] == '1,5,"verbs, past"'
+    file = tmp_path / "run.duckdb"
+    write_catalog_file(storage, str(file), DuckDb(), labels_table(storage))
+    with duckdb.connect(str(file), read_only=True) as connection:
+        assert connection.execute("SELECT layer, feature_id, label FROM feature_labels").fetchall() == [
+            (1, 5, "verbs, past")
+        ]
