@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tasks.explore.vocabulary import Asked, Context, Contexts, Missing, Panel, Query, Shade, address
 from tasks.models.token_texts import OPEN_BOX, visible
-from tasks.report.text import integer, number
+from tasks.report.text import number
 from tasks.report.vocabulary import Row
 
 TOP, OF_DECILE = 12, 3
@@ -99,10 +99,10 @@ def _context(
                 mark=is_example,
             )
         )
-    kind = "" if example["kind"] == "top" else f"{example['kind']} · "
+    value, kind = number(example["activation"], 4), example["kind"]
     return Context(
         tokens=tokens,
-        about=f"{kind}{number(example['activation'], 4)} · document {integer(doc_id)}, token {integer(at)}",
+        about=f"{value}, document {doc_id}" if kind == "top" else f"{kind}: {value}",
         to=address("text", doc_id, **{"from": max(0, at - BEFORE)}, layer=layer, feature=feature_id, at=at),
     )
 

@@ -60,29 +60,29 @@ def feature(asked: Asked) -> Page:
         return Page(title=title, panels=[NO_FEATURE_TABLES], trail=trail)
     query = Query.of("explore/feature", layer=layer, feature_id=feature_id)
     row = asked.row(query)
-    panels: list[Panel] = []
+    note = _note(asked, layer, feature_id)
+    panels: list[Panel]
     if row is None:
-        panels += [
+        panels = [
             Missing(
                 what="No token activates this feature here.",
                 way="More text may: raise activations.max_documents or activations.max_tokens, and run again.",
             ),
+            note,
             *_neighbours(asked, layer, feature_id),
         ]
     else:
         examples = examples_of(asked, layer, feature_id)
-        panels += [
-            Columns(
-                panels=[_facts(asked, row, query), *_histogram(asked, layer, feature_id)],
-            ),
+        panels = [
+            Columns(panels=[_facts(asked, row, query), *_histogram(asked, layer, feature_id)]),
             *contexts(asked, layer, feature_id, examples, is_top=True),
+            note,
             _tokens(layer, feature_id, row),
             *contexts(asked, layer, feature_id, examples, is_top=False),
             *_logits(asked, layer, feature_id),
             *_coactive(asked, layer, feature_id, examples),
             *_neighbours(asked, layer, feature_id),
         ]
-    panels.insert(min(1, len(panels)), _note(asked, layer, feature_id, row))
     label = row["label"] if row is not None else None
     return Page(
         title=f"{title}: {label}" if label else title,
@@ -125,7 +125,7 @@ def _facts(asked: Asked, row: Row, query: Query) -> Facts:
     return Facts(facts=facts, query=query)
 
 
-def _note(asked: Asked, layer: int, feature_id: int, row: Row | None) -> Panel:
+def _note(asked: Asked, layer: int, feature_id: int) -> Panel:
     dictionary = dictionary_of(asked, layer)
     if dictionary is None:
         return Missing(what="Labels are kept by dictionary, and this run does not say which one this is.")

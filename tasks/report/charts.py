@@ -380,7 +380,7 @@ def area(rows: Sequence[Row], x: Axis, y: Axis, colour: str) -> alt.Chart:
 def bins(rows: Sequence[Row], low: Axis, high: str, y: Axis, colour: str) -> alt.Chart:
     """A histogram: a bar a row, from `low` to the field `high`."""
     mark = alt.Chart(data(rows)).mark_bar(color=colour, opacity=1, stroke=None)
-    return mark.encode(x=low.x(), x2=alt.X2(field=high), y=y.y())
+    return mark.encode(x=low.x(), x2=alt.X2(field=high), y=y.y(), y2=alt.datum(0))
 
 
 def cut_at(rank: int | None) -> list[alt.Chart]:

@@ -181,7 +181,7 @@ def test_contexts_are_the_text_around_shaded_by_the_feature(page: Asked, run: Sm
     of_deciles = feature_tables(run)["feature_examples"]
     of_deciles = of_deciles[(of_deciles.layer == 1) & (of_deciles.feature_id == feature_id)]
     assert len(sample.contexts) == (of_deciles.kind != "top").sum()
-    order = [context.about.split(" · ")[0] for context in sample.contexts]
+    order = [context.about.split(":")[0] for context in sample.contexts]
     assert order == sorted(order, key=lambda kind: -int(kind.split()[1]))
     assert all(sum(shade.strength > 0 for shade in context.tokens) == 1 for context in sample.contexts)
 
