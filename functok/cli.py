@@ -176,6 +176,21 @@ def report(root: RootOption = None, endpoint_url: EndpointOption = None, debug: 
 
 
 @app.command()
+def explore(
+    root: RootOption = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The next free one is taken where it is not.")] = 4300,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open a browser.")] = True,
+    endpoint_url: EndpointOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Look at the tables in a browser: from a token to every feature that it opens, and back."""
+    from functok.explorer.server import serve
+
+    serve(_published(root, endpoint_url), host, port, browser=browser)
+
+
+@app.command()
 def verify(
     config: Annotated[
         Path | None,

@@ -7,17 +7,17 @@ the query ended.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-import duckdb
 from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
-from functok.explorer import drawing, grids
+from functok.explorer import drawing
 from functok.explorer.drawing import Frame
 from functok.explorer.grids import Address
 from functok.explorer.tables import Reader, Stopped, Tables
@@ -48,7 +48,7 @@ class Explorer:
 
     tables: Tables
     pages: Sequence[PageAt]
-    context: Mapping[str, Any]
+    context: dict[str, Any]
     page_seconds: float = PAGE_SECONDS
 
 
@@ -59,6 +59,15 @@ def all_pages() -> list[PageAt]:
     from tasks.stages import experiment
 
     return [*PAGES, *(page for name in EXPERIMENTS for page in experiment(name).pages)]
+
+
+@cache
+def vega() -> str:
+    """Vega, Vega-Lite and Vega Embed, as vl-convert has them; they are put together once, in a second."""
+    import vl_convert
+
+    bundle: str = vl_convert.javascript_bundle(None)
+    return bundle
 
 
 def build_app(
@@ -75,7 +84,7 @@ def build_app(
         ConfigError: if nothing is published.
     """
     shown = all_pages() if pages is None else pages
-    context = {"storage": storage}
+    context: dict[str, Any] = {"storage": storage}
     explorer = Explorer(tables=Tables(storage), pages=shown, context=context, page_seconds=page_seconds)
     app = FastAPI(openapi_url=None)
     pool = ThreadPoolExecutor(AT_ONCE, "explorer")
@@ -86,9 +95,7 @@ def build_app(
     def static(name: str) -> Response:
         kinds = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
         if name == "vega.js":
-            import vl_convert
-
-            content: str | bytes = vl_convert.javascript_bundle()
+            content: str | bytes = vega()
         else:
             path = drawing.STATIC / name
             if path not in drawing.STATIC.iterdir():
@@ -149,7 +156,7 @@ def _answer(explorer: Explorer, page: PageAt, request: Request, reader: Reader) 
             values=dict(at.pairs),
             lists={key: given.getlist(key) for key in given},
             root=explorer.tables.storage.root,
-            context=explorer.context,
+            context=explorer.context | {"catalog": reader.generation.catalog},
         )
     )
     frame = _frame(explorer, request, reader.generation.name)

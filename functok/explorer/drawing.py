@@ -122,7 +122,8 @@ def html(template: str, frame: Frame, at: Address, **values: Any) -> str:
 def page_html(connection: Any, page: Page, frame: Frame, at: Address) -> str:
     """A page."""
     panels = drawn(connection, page.panels, at, is_saved=frame.is_saved)
-    return html("page.html.j2", frame, at, page=page, panels=panels)
+    has_charts = next(figures(page.panels), None) is not None
+    return html("page.html.j2", frame, at, page=page, panels=panels, has_charts=has_charts)
 
 
 @cache

@@ -79,7 +79,7 @@ class Heading:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A cell: its text, where it leads, and twentieths of the largest value on the page, where a bar stands behind it."""
+    """A cell: its text, where it leads, and the bar behind it, in twentieths of the largest value on the page."""
 
     text: str
     look: str

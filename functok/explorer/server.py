@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import threading
-import time
-import webbrowser
-
 import uvicorn
 
 from functok.explorer.app import build_app

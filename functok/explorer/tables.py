@@ -25,6 +25,7 @@ from infra.duck import CATALOG, Catalog, create_views, open_duckdb, read_catalog
 from infra.storage import Storage
 from schemas.config import DuckDb
 from schemas.errors import ConfigError, FunctokError
+from tasks.explore.labels import add_feature_labels
 
 ASKED_EVERY = 2.0
 """Seconds for which `catalog.json` is not asked for again."""
@@ -106,11 +107,15 @@ class Generation:
 
     def __init__(self, storage: Storage, catalog: Catalog, name: str, resources: DuckDb) -> None:
         self.storage, self.catalog, self.name = storage, catalog, name
-        self.tables = frozenset((*catalog.tables, *catalog.sharded))
+        published = (*catalog.tables, *catalog.sharded)
         self._made: set[str] = set()
         self._lock = threading.Lock()
         self._database = open_duckdb(storage, resources)
         self._database.execute("CREATE SCHEMA files")
+        add_feature_labels(self._database, storage, catalog)
+        own = self._database.execute("SELECT view_name FROM duckdb_views() WHERE NOT internal").fetchall()
+        self.tables = frozenset(published) | {name for (name,) in own}
+        self._published = frozenset(published)
         # As the root is written, and as the filesystem of its own knows it.
         places = ", ".join(_text(f"{place}/") for place in dict.fromkeys((storage.root, storage.path)))
         for setting in (
@@ -132,7 +137,7 @@ class Generation:
             DamagedError: if a file is damaged so that its columns cannot be read.
         """
         words = set(re.findall(r"\w+", sql.lower()))
-        wanted = self.tables if _LISTS_ALL.search(sql) else {name for name in self.tables if name in words}
+        wanted = self._published if _LISTS_ALL.search(sql) else self._published & words
         if wanted <= self._made:
             return
         with self._lock:

@@ -51,7 +51,9 @@ def every(asked: Asked) -> Page:
             key,
         )
     )
-    figure = Figure(title="Shares", chart=Chart(spec=spec, alt=f"Shares. {HOSTILE}", caption=HOSTILE), query=query)
+    figure = Figure(
+        title="Shares", chart=Chart(spec=spec, alt=f"Shares. {HOSTILE}", caption=HOSTILE), query=query
+    )
     grid = Grid(
         key="tokens",
         caption="Tokens",
@@ -109,10 +111,13 @@ def every(asked: Asked) -> Page:
             Note(
                 to="/keep",
                 title="Label",
-                controls=[Box(key="label", label="label", value=HOSTILE), Box(key="note", label="note", is_long=True)],
+                controls=[
+                    Box(key="label", label="label", value=HOSTILE),
+                    Box(key="note", label="note", is_long=True),
+                ],
                 said="Kept beside the run.",
             ),
-            Missing(what="There are no dictionaries.", way="[[sae]]\nlayer = 7\npath = \"saes/7\""),
+            Missing(what="There are no dictionaries.", way='[[sae]]\nlayer = 7\npath = "saes/7"'),
         ],
     )
 
@@ -134,7 +139,6 @@ PAGES = (
 )
 
 if __name__ == "__main__":
-    import json
     import sys
     import tempfile
 
