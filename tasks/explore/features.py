@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from tasks.explore.vocabulary import (
     Asked,
     Choice,
+    Columns,
     Controls,
+    Facts,
     Figure,
     Grid,
     Link,
@@ -24,6 +26,9 @@ from tasks.report.vocabulary import Chart, Column
 
 DRAWN = 600
 """Features of a chart at most, about."""
+
+ONE_TOKEN, MANY_TOKENS, DENSE = 0.5, 5, 0.1
+"""Kinds of features: by the share of its first token, its token entropy in bits, its density; at least."""
 
 NO_GRAPH = Missing(
     what="This run has counted tokens only: it has no dictionary, so there are no features.",
@@ -66,7 +71,7 @@ def features(asked: Asked) -> Page:
     return Page(
         title=f"Features of layer {layer}",
         lead=lead,
-        panels=[*panels, _grid(asked, layer), *_drawn(asked, layer)],
+        panels=[*panels, *_kinds(asked, layer), _grid(asked, layer)],
         beside=[(f"layer {n}", address("features", layer=n)) for n in layers if n != layer],
     )
 
@@ -155,11 +160,35 @@ def _grid(asked: Asked, layer: int) -> Grid:
     )
 
 
-def _drawn(asked: Asked, layer: int) -> list[Panel]:
-    query = Query.of("explore/feature_drawn", layer=layer, most=DRAWN)
+def _kinds(asked: Asked, layer: int) -> list[Panel]:
+    """How many features are of one token, of many, dense; and a chart of them."""
+    query = Query.of(
+        "explore/feature_drawn",
+        layer=layer,
+        most=DRAWN,
+        one_token=ONE_TOKEN,
+        many_tokens=MANY_TOKENS,
+        dense=DENSE,
+    )
     points = asked.rows(query)
     if len(points) < 2:
         return []
+    total = points[0]["n_features"]
+
+    def kind(name: str, n: int, column: str, least: float) -> tuple[str, str, str]:
+        to = address("features", layer=layer, **{f"features.{column}": f">= {least:g}"})
+        return name, f"{integer(n)}, {percent(n / total, 0)}", to
+
+    facts = [
+        kind("mostly one token’s", points[0]["n_of_one"], "top_share", ONE_TOKEN),
+        kind(
+            f"of many tokens, {MANY_TOKENS} bits or more",
+            points[0]["n_of_many"],
+            "token_entropy",
+            MANY_TOKENS,
+        ),
+        kind(f"dense, at {percent(DENSE, 0)} of all tokens or more", points[0]["n_dense"], "density", DENSE),
+    ]
     chart = charts.single(
         charts.series(
             points,
@@ -168,19 +197,17 @@ def _drawn(asked: Asked, layer: int) -> list[Panel]:
             KINDS.only({point["kind"] for point in points}),
             lines=False,
         )
+    ).properties(width=380, height=200)
+    figure = Figure(
+        title="One token, or many",
+        chart=Chart(
+            spec=chart,
+            alt=f"Token entropy against density of {len(points)} features of layer {layer}.",
+            caption=f"Mostly one token: at least half of the activations are its own.{_thinned(points)}",
+        ),
+        query=query,
     )
-    return [
-        Figure(
-            title="One token, or many",
-            chart=Chart(
-                spec=chart,
-                alt=f"Token entropy against density of {len(points)} features of layer {layer}.",
-                caption="Below: features of one token. Above: features that many tokens open. Mostly one token: at "
-                f"least half of the activations are its own.{_thinned(points)}",
-            ),
-            query=query,
-        )
-    ]
+    return [Columns(panels=[Facts(facts=facts, title="What there is", query=query), figure])]
 
 
 def _thinned(points: Sequence[object]) -> str:

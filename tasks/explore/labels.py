@@ -9,7 +9,7 @@ back when it returns.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -88,20 +88,19 @@ def labels_of(storage: Storage, dictionary: str, feature_id: int | None = None) 
 
     A file that is not what was written is left out: a label is no result, and the others are still wanted.
     """
-    folder = f"{FOLDER}/{dictionary}"
-    start = "" if feature_id is None else f"{feature_id}-"
-    names = [name for name in storage.sizes(folder) if name.removeprefix(f"{folder}/").startswith(start)]
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        found = [label for label in pool.map(lambda name: _read(storage, name), names) if label is not None]
-    return sorted(found, key=lambda label: (label.written, label.label, label.note), reverse=True)
+    start = f"{FOLDER}/{dictionary}/" + ("" if feature_id is None else f"{feature_id}-")
+    names = [name for name in storage.sizes(f"{FOLDER}/{dictionary}") if name.startswith(start)]
+    return _last_first(_read(storage, names).values())
 
 
 def feature_labels(storage: Storage, dictionaries: Mapping[int, str]) -> list[dict[str, Any]]:
     """The rows of `feature_labels`: the last label of each feature, where it was not taken back."""
     rows: list[dict[str, Any]] = []
+    found = _read(storage, list(storage.sizes(FOLDER)))
     for layer, dictionary in dictionaries.items():
         last: dict[int, Label] = {}
-        for label in labels_of(storage, dictionary):
+        start = f"{FOLDER}/{dictionary}/"
+        for label in _last_first(label for name, label in found.items() if name.startswith(start)):
             last.setdefault(label.feature_id, label)
         for feature_id, label in sorted(last.items()):
             if label.label or label.note:
@@ -180,11 +179,19 @@ _known: dict[tuple[Storage, str], Label | None] = {}
 """Labels that were read, by file: none is ever replaced."""
 
 
-def _read(storage: Storage, name: str) -> Label | None:
-    if (storage, name) not in _known:
+def _read(storage: Storage, names: Sequence[str]) -> dict[str, Label]:
+    """Labels by their files, those that are what was written."""
+
+    def read(name: str) -> None:
         try:
-            value = storage.read_json(name)
-            _known[storage, name] = Label(**value)
+            _known[storage, name] = Label(**storage.read_json(name))
         except (DamagedError, TypeError):
             _known[storage, name] = None
-    return _known[storage, name]
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        list(pool.map(read, [name for name in names if (storage, name) not in _known]))
+    return {name: label for name in names if (label := _known[storage, name]) is not None}
+
+
+def _last_first(labels: Iterable[Label]) -> list[Label]:
+    return sorted(labels, key=lambda label: (label.written, label.label, label.note), reverse=True)

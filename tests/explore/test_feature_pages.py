@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 import pandas as pd
@@ -114,6 +115,12 @@ def test_features_are_drawn_by_what_opens_them(page: Asked) -> None:
             "mostly one token" if row["top_share"] >= 0.5 else "several tokens"
         )
     assert figure.chart.spec.to_dict()["layer"]
+    listed = page.rows(grid(shown, "features").query)
+    (facts,) = every(shown, Facts)
+    for _, said, to in facts.facts:
+        column, least = parse_qsl(urlsplit(to).query)[1]
+        n = sum(row[column.removeprefix("features.")] >= float(least.removeprefix(">= ")) for row in listed)
+        assert said == f"{n}, {100 * n / len(listed):.0f} %"
 
 
 def test_learned_features_are_told_where_the_run_has_bounds(run: SmallRun, tmp_path: Path) -> None:
