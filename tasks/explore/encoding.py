@@ -7,9 +7,8 @@ with the dictionaries that the published activations were encoded with, and roun
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -42,59 +41,67 @@ class Encoded:
 
 
 class Encode:
-    """Encodes texts with a published run's model and dictionaries, one at a time; loaded when first used.
+    """Encodes texts with a published run's model and dictionaries, one at a time; each is loaded when first used.
 
     Args:
         storage: The run's.
-        catalog: What is published.
         name: Where the model is, if no longer where the run read it: a folder, a hub id or a GGUF file.
-
-    Raises:
-        ConfigError: if nothing was encoded in this run, so that there is nothing to encode with.
     """
 
-    def __init__(self, storage: Storage, catalog: Catalog, name: str | None = None) -> None:
+    def __init__(self, storage: Storage, name: str | None = None) -> None:
         self._storage, self._name = storage, name
-        self._dictionaries = published_dictionaries(storage, catalog)
-        if not self._dictionaries:
-            raise ConfigError(
-                f"{storage.root} has no features: there is no dictionary to encode text with",
-                hint="add [[sae]] entries to its configuration and run it, or leave --model out",
-            )
-        shards = [file.name.rpartition("/")[0] for file in catalog.sharded["activations"][:1]]
-        self._made = next(iter(manifests_of(storage, shards).values())).inputs
-        self._info = catalog.tables.get("run_info")
         self._lock = threading.Lock()
+        self._models: dict[str, _Loaded] = {}
 
-    @property
-    def layers(self) -> list[int]:
-        """The layers that there are dictionaries of, ascending."""
-        return list(self._dictionaries)
-
-    def __call__(self, text: str, layers: Sequence[int]) -> Encoded:
+    def __call__(self, catalog: Catalog, text: str, layers: Sequence[int]) -> Encoded:
         """The features of a text at some layers.
+
+        Args:
+            catalog: What is published now; another model than before is loaded in place of it.
+            text: The text.
+            layers: Layers of `published_dictionaries`.
 
         Raises:
             FunctokError: if model or dictionaries cannot be loaded, or are others than those of the run.
         """
+        made = self._made(catalog)
         with self._lock:
-            return self._loaded.encode(text, layers)
+            key = made["forward"]["model"]
+            if key not in self._models:
+                self._models.clear()
+                self._models[key] = self._load(catalog, key)
+            return self._models[key].encode(
+                text, layers, published_dictionaries(self._storage, catalog), made
+            )
 
-    @cached_property
-    def _loaded(self) -> _Loaded:
+    def _made(self, catalog: Catalog) -> Mapping[str, Any]:
+        """How the published activations were made."""
+        shards = [file.name.rpartition("/")[0] for file in catalog.sharded.get("activations", [])[:1]]
+        found = list(manifests_of(self._storage, shards).values())
+        if not found:
+            raise ConfigError(
+                f"{self._storage.root} has no features: there is no dictionary to encode text with",
+                hint="add [[sae]] entries to its configuration, and run it",
+            )
+        return found[0].inputs
+
+    def _load(self, catalog: Catalog, key: str) -> _Loaded:
         from infra import verified
         from tasks.models.model import load_model, require_key
         from tasks.models.tokenizers import load_tokenizer
 
         told: dict[str, str] = {}
-        if self._info is not None:
-            rows = verified.read_table(self._storage, self._info).to_pylist()
+        if "run_info" in catalog.tables:
+            rows = verified.read_table(self._storage, catalog.tables["run_info"]).to_pylist()
             told = {row["key"]: row["value"] for row in rows}
-        name = self._name or told.get("model", "")
-        model = Model(
-            name=name,
-            revision=None if self._name else told.get("model_revision"),
-            tokenizer=None if self._name else told.get("tokenizer"),
+        model = (
+            Model(name=self._name)
+            if self._name
+            else Model(
+                name=told.get("model", ""),
+                revision=told.get("model_revision"),
+                tokenizer=told.get("tokenizer"),
+            )
         )
         try:
             tokenizer = load_tokenizer(model, self._storage)
@@ -104,21 +111,20 @@ class Encode:
                 f"the model of this run does not load: {error.message}",
                 hint="functok explore --model PATH says where it is now",
             ) from error
-        require_key(model, loaded.key, self._made["forward"]["model"])
-        return _Loaded(self._storage, self._dictionaries, self._made, tokenizer, loaded)
+        require_key(model, loaded.key, key)
+        return _Loaded(self._storage, tokenizer, loaded)
 
 
 class _Loaded:
-    """A model, its tokenizer, and the dictionaries that were asked for so far."""
+    """A model, its tokenizer, and the dictionaries that were asked for so far, by key."""
 
-    def __init__(
-        self, storage: Storage, dictionaries: dict[int, str], made: dict[str, Any], tokenizer: Any, model: Any
-    ) -> None:
-        self._storage, self._dictionaries, self._made = storage, dictionaries, made
-        self._tokenizer, self._model = tokenizer, model
-        self._encoders: dict[int, Any] = {}
+    def __init__(self, storage: Storage, tokenizer: Any, model: Any) -> None:
+        self._storage, self._tokenizer, self._model = storage, tokenizer, model
+        self._encoders: dict[str, Any] = {}
 
-    def encode(self, text: str, layers: Sequence[int]) -> Encoded:
+    def encode(
+        self, text: str, layers: Sequence[int], dictionaries: Mapping[int, str], made: Mapping[str, Any]
+    ) -> Encoded:
         import torch
 
         from tasks.corpus.windows import ShardTokens, batches
@@ -133,22 +139,23 @@ class _Loaded:
             token_id=token_id,
             is_special=special,
         )
+        encoders = {layer: self._encoder(layer, dictionaries[layer]) for layer in layers}
         place = np.cumsum(~special) - 1
         active: dict[int, list[tuple[int, int, float]]] = {layer: [] for layer in layers}
-        windows, forward = self._made["forward"]["windows"], self._made["forward"]
+        windows = made["forward"]["windows"]
         for batch in batches(
             tokens,
             context_size=windows["context_size"],
             bos_id=self._tokenizer.bos_id if windows["prepend_bos"] else None,
             pad_id=min(self._tokenizer.pad_id, self._model.vocabulary - 1),
-            batch_tokens=forward["batch_tokens"],
+            batch_tokens=made["forward"]["batch_tokens"],
         ):
             kept = batch.token[batch.token >= 0]
             mask = torch.from_numpy(batch.token >= 0).to(self._model.device)
 
             def receive(layer: int, hidden: Any, kept: Any = kept, mask: Any = mask) -> None:
-                sparse = self._encoder(layer)(hidden[mask])
-                values = round_mantissa(sparse.value.cpu().numpy(), self._made["mantissa_bits"])
+                sparse = encoders[layer](hidden[mask])
+                values = round_mantissa(sparse.value.cpu().numpy(), made["mantissa_bits"])
                 rows = place[kept[sparse.row.cpu().numpy()]]
                 active[layer] += zip(rows.tolist(), sparse.feature.tolist(), values.tolist(), strict=True)
 
@@ -161,13 +168,12 @@ class _Loaded:
             is_cut=len(ids) > MOST_TOKENS,
         )
 
-    def _encoder(self, layer: int) -> Any:
-        if layer not in self._encoders:
+    def _encoder(self, layer: int, key: str) -> Any:
+        if key not in self._encoders:
             from tasks.dictionaries.dictionaries import load_dictionary
             from tasks.dictionaries.encoding import Encoder
 
-            key = self._dictionaries[layer]
             dictionary = Dictionary(layer=layer, folder=f"dictionaries/{key}", key=key, d_sae=0, source="")
             sae = load_dictionary(self._storage, dictionary, self._model.device)
-            self._encoders[layer] = Encoder(sae, self._model.device)
-        return self._encoders[layer]
+            self._encoders[key] = Encoder(sae, self._model.device)
+        return self._encoders[key]

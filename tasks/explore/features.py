@@ -72,7 +72,10 @@ def features(asked: Asked) -> Page:
         title=f"Features of layer {layer}",
         lead=lead,
         panels=[*panels, *_kinds(asked, layer), _grid(asked, layer)],
-        beside=[(f"layer {n}", address("features", layer=n)) for n in layers if n != layer],
+        beside=[
+            *((f"layer {n}", address("features", layer=n)) for n in layers if n != layer),
+            ("all labels", address("labels")),
+        ],
     )
 
 

@@ -23,7 +23,20 @@ from infra.duck import Catalog, connect, read_catalog
 from infra.storage import Storage
 from schemas.errors import DamagedError
 from tasks.dictionaries.published import published_dictionaries
-from tasks.explore.vocabulary import Action, Asked, NotThere, Query, Refused, address
+from tasks.explore.vocabulary import (
+    Action,
+    Asked,
+    Grid,
+    Link,
+    Missing,
+    NotThere,
+    Page,
+    PageAt,
+    Query,
+    Refused,
+    address,
+)
+from tasks.report.vocabulary import Column
 
 FOLDER = "labels"
 LONGEST_LABEL, LONGEST_NOTE = 200, 10_000
@@ -171,6 +184,43 @@ def _label(asked: Asked) -> str:
     write_label(asked.context["storage"], dictionary, feature_id, text, note)
     return address("feature", layer, feature_id)
 
+
+def labels(asked: Asked) -> Page:
+    """All labels of the dictionaries of this run."""
+    query = Query(
+        sql="SELECT * REPLACE (strftime(written, '%Y-%m-%d %H:%M:%S') AS written) FROM feature_labels "
+        "ORDER BY written DESC, layer, feature_id"
+    )
+    return Page(
+        title="Labels",
+        lead="What people call features here: the table feature_labels.",
+        panels=[
+            Grid(
+                key="labels",
+                caption="Labels",
+                query=query,
+                columns=[
+                    Column("layer", "plain"),
+                    Link(
+                        column=Column("feature_id", "plain", "feature"),
+                        to=lambda row: address("feature", row["layer"], row["feature_id"]),
+                    ),
+                    Column("label"),
+                    Column("note"),
+                    Column("written", "text", "written, UTC"),
+                ],
+                order="-written",
+                filters=["layer", "feature_id", "label", "note"],
+                empty="Nobody has labelled a feature yet: each feature’s page has a form for it.",
+            )
+            if asked.has("feature_labels")
+            else Missing(what="There are no features to label: this run has counted tokens only.")
+        ],
+        trail=[("Features", "/features")],
+    )
+
+
+PAGES = (PageAt(path="/labels", title="Labels", build=labels),)
 
 LABEL = Action(path="/label/{layer}/{feature_id}", act=_label)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from tasks.explore import feature, features, pasted, text
+from tasks.explore import feature, features, labels, pasted, text
 from tasks.explore.labels import LABEL
 from tasks.explore.vocabulary import Action, PageAt
 
-PAGES: tuple[PageAt, ...] = (*features.PAGES, *feature.PAGES, *text.PAGES, *pasted.PAGES)
+PAGES: tuple[PageAt, ...] = (*features.PAGES, *feature.PAGES, *labels.PAGES, *text.PAGES, *pasted.PAGES)
 
 ACTIONS: tuple[Action, ...] = (LABEL,)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+from infra.duck import Catalog
+from tasks.dictionaries.published import published_dictionaries
 from tasks.explore.encoding import Encode, Encoded
 from tasks.explore.examples import in_text
+from tasks.explore.features import NO_GRAPH
 from tasks.explore.vocabulary import (
     Asked,
     Box,
@@ -57,7 +60,10 @@ def pasted(asked: Asked) -> Page:
             trail=[("Texts", "/texts")],
         )
     text = asked.values.get("text", "")[:LONGEST]
-    layers = encode.layers
+    catalog: Catalog = asked.context["catalog"]
+    layers = list(published_dictionaries(asked.context["storage"], catalog))
+    if not layers:
+        return Page(title="Your text", lead=lead, panels=[NO_GRAPH], trail=[("Texts", "/texts")])
     chosen = asked.chosen("layer", [*layers, "all"])
     by = asked.chosen("by", list(_BY))
     options = [(str(layer), str(layer)) for layer in layers]
@@ -69,7 +75,7 @@ def pasted(asked: Asked) -> Page:
     panels: list[Panel] = [Controls(controls=controls)]
     if text:
         wanted = layers if chosen == "all" else [int(chosen)]
-        panels += _shown(asked, encode(text, wanted), by, text, chosen)
+        panels += _shown(asked, encode(catalog, text, wanted), by, text, chosen)
     return Page(title="Your text", lead=lead, panels=panels, trail=[("Texts", "/texts")])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import duckdb
@@ -15,8 +16,9 @@ from functok.query import run_query
 from infra.storage import Storage
 from schemas.config import DuckDb
 from tasks.engine.catalog_file import write_catalog_file
-from tasks.explore.labels import LABEL, LONGEST_LABEL, labels_of, labels_table, write_label
-from tasks.explore.vocabulary import Asked, NotThere, Query, Refused
+from tasks.explore.labels import LABEL, LONGEST_LABEL, labels, labels_of, labels_table, write_label
+from tasks.explore.vocabulary import Asked, Grid, Missing, NotThere, Query, Refused
+from tasks.report.vocabulary import Column
 
 
 @pytest.fixture
@@ -46,6 +48,17 @@ def test_a_label_is_a_row_until_it_is_taken_back(storage: Storage) -> None:
     LABEL.act(again(page, {"layer": 1, "feature_id": 3}))
     assert rows(page) == [(0, 3, "of several lines", "")]
     assert [label.label for label in labels_of(storage, "d1", 3)] == ["", "articles", hostile]
+    (shown,) = labels(page).panels
+    assert isinstance(shown, Grid)
+    assert [(row["layer"], row["feature_id"], row["label"]) for row in page.rows(shown.query)] == [
+        (0, 3, "of several lines")
+    ]
+    told = [column for column in shown.columns if isinstance(column, Column)]
+    assert [column.cell(row) for row in page.rows(shown.query) for column in told][:2] == [
+        "0",
+        "of several lines",
+    ]
+    assert isinstance(labels(replace(page, tables=frozenset())).panels[0], Missing)
 
 
 def test_nothing_is_lost_where_many_write_at_once(storage: Storage) -> None:

@@ -183,10 +183,10 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Storage:
 
 @pytest.mark.slow
 def test_pasted_text_is_as_the_run_encodes_it(real: Storage) -> None:
-    encode = Encode(real, read_catalog(real))
+    encode, catalog = Encode(real), read_catalog(real)
     page = asked(real, encode=encode)
     for doc_id, document in enumerate(texts(6)):
-        found = encode(document, [0, 2])
+        found = encode(catalog, document, [0, 2])
         rows = page.connection.execute(
             "SELECT layer, position, feature_id, activation FROM activations WHERE doc_id = ?", [doc_id]
         ).fetchall()
@@ -208,7 +208,7 @@ def test_pasted_text_is_as_the_run_encodes_it(real: Storage) -> None:
 
 @pytest.mark.slow
 def test_pasted_text_is_shown_and_listed(real: Storage) -> None:
-    encode = Encode(real, read_catalog(real))
+    encode, catalog = Encode(real), read_catalog(real)
     page = asked(
         real, values={"text": "the river <script> of Tokyo", "layer": "all", "at": "1"}, encode=encode
     )
@@ -218,7 +218,7 @@ def test_pasted_text_is_shown_and_listed(real: Storage) -> None:
     assert (
         "".join(shade.text for shade in contexts.contexts[0].tokens).replace("␣", " ") == page.values["text"]
     )
-    found = encode("the river <script> of Tokyo", [0, 2])
+    found = encode(catalog, "the river <script> of Tokyo", [0, 2])
     expected = {
         (layer, feature): value
         for layer, of in found.active.items()
@@ -228,18 +228,18 @@ def test_pasted_text_is_shown_and_listed(real: Storage) -> None:
     rows = page.rows(grid(shown, "active").query)
     assert {(row["layer"], row["feature_id"]): row["activation"] for row in rows} == pytest.approx(expected)
     assert {row["token"] for row in rows} == {contexts.contexts[0].tokens[1].text}
-    special = encode("the <eos> river", [0])
+    special = encode(catalog, "the <eos> river", [0])
     assert "<eos>" not in [token for _, token in special.tokens]
     assert {place for place, _, _ in special.active[0]} <= set(range(len(special.tokens)))
-    assert encode("", [0]).active == {0: []}
-    assert encode("the " * (MOST_TOKENS + 9), []).is_cut
+    assert encode(catalog, "", [0]).active == {0: []}
+    assert encode(catalog, "the " * (MOST_TOKENS + 9), []).is_cut
 
 
 @pytest.mark.slow
 def test_a_model_that_is_gone_or_another_is_said(real: Storage, tmp_path: Path) -> None:
     catalog = read_catalog(real)
     with pytest.raises(ConfigError, match="does not load"):
-        Encode(real, catalog, name=str(tmp_path / "gone"))("text", [0])
+        Encode(real, name=str(tmp_path / "gone"))(catalog, "text", [0])
     other = save_model(tmp_path / "other", seed=5)
     with pytest.raises(Exception, match="is not here what it was"):
-        Encode(real, catalog, name=str(other))("text", [0])
+        Encode(real, name=str(other))(catalog, "text", [0])
