@@ -136,7 +136,8 @@ class Generation:
         Raises:
             DamagedError: if a file is damaged so that its columns cannot be read.
         """
-        words = set(re.findall(r"\w+", sql.lower()))
+        # `activations_in(documents)` stands beside the view `activations`.
+        words = {word.removesuffix("_in") for word in re.findall(r"\w+", sql.lower())}
         wanted = self._published if _LISTS_ALL.search(sql) else self._published & words
         if wanted <= self._made:
             return

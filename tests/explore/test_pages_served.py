@@ -1,0 +1,56 @@
+"""The pages of features and texts as they are served: they come out, and nothing of a run is HTML in them."""
+
+from __future__ import annotations
+
+import pytest
+from explored import publish
+from small_run import SmallRun, small_run
+from starlette.testclient import TestClient
+
+from functok.explorer.app import build_app
+from infra.storage import Storage
+from tasks.explore.labels import write_label
+
+HOSTILE = "<script>alert('planted')</script>"
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> TestClient:
+    storage, run = Storage(str(tmp_path_factory.mktemp("root"))), small_run()
+    plant(run)
+    publish(storage, run)
+    write_label(storage, "d1", 3, HOSTILE, HOSTILE)
+    return TestClient(build_app(storage), base_url="http://127.0.0.1")
+
+
+def plant(run: SmallRun) -> None:
+    for table in ("tokens", "token_degree"):
+        run.tables[table].loc[lambda rows: rows.token_id <= 1, "token"] = HOSTILE
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "/features",
+        "/features?layer=1&features.sort=token_entropy&features.label=script",
+        "/feature/1/3",
+        "/feature/0/5?tokens.sort=token&coactive.sort=-lift",
+        "/labels",
+        "/texts?documents.begins=script",
+        "/text/3",
+        "/text/3?layer=all&at=2",
+        "/text/2?layer=1&feature=3&by=feature",
+        "/paste",
+    ],
+)
+def test_a_page_comes_out_and_text_stays_text(client: TestClient, address: str) -> None:
+    answer = client.get(address)
+    assert answer.status_code == 200, answer.text
+    assert "<script>alert" not in answer.text
+    if address not in {"/paste", "/features"}:
+        assert "&lt;script&gt;alert" in answer.text
+
+
+@pytest.mark.parametrize("address", ["/feature/1/99", "/feature/7/0", "/feature/x/0", "/text/99", "/text/-1"])
+def test_what_is_not_there_is_said(client: TestClient, address: str) -> None:
+    assert client.get(address).status_code == 404
