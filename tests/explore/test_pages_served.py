@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from explored import publish
+from s3 import S3Root
 from small_run import SmallRun, small_run
 from starlette.testclient import TestClient
 
@@ -54,3 +58,21 @@ def test_a_page_comes_out_and_text_stays_text(client: TestClient, address: str) 
 @pytest.mark.parametrize("address", ["/feature/1/99", "/feature/7/0", "/feature/x/0", "/text/99", "/text/-1"])
 def test_what_is_not_there_is_said(client: TestClient, address: str) -> None:
     assert client.get(address).status_code == 404
+
+
+@pytest.mark.s3
+def test_pages_on_s3_are_those_on_disk(moto_root: S3Root, client: TestClient, tmp_path: Path) -> None:
+    storage, run = Storage(moto_root.url), small_run()
+    plant(run)
+    publish(storage, run)
+    write_label(storage, "d1", 3, HOSTILE, HOSTILE)
+    remote = TestClient(build_app(storage), base_url="http://127.0.0.1")
+    for address in ("/features?layer=1", "/text/3?layer=all&at=2", "/texts"):
+        here, there = (
+            re.sub(r"<footer.*", "", one.get(address).text, flags=re.DOTALL) for one in (client, remote)
+        )
+        assert here == there
+    shown = remote.get("/feature/1/3")
+    assert shown.status_code == 200
+    assert "Fetch the dictionary of this layer" in shown.text
+    assert remote.get("/feature/1/3?neighbours=yes").status_code == 200
