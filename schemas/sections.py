@@ -29,17 +29,17 @@ def explain(item: Any, root: type[Section]) -> str:
     section = root
     for part in item["loc"][:-1]:
         if part in section.model_fields:
-            section = _section_in(section.model_fields[part].annotation) or section
+            section = section_in(section.model_fields[part].annotation) or section
     near = difflib.get_close_matches(str(item["loc"][-1]), list(section.model_fields), n=1)
     meant = f"did you mean {near[0]}? " if near else ""
     return f"no such key; {meant}known: {', '.join(section.model_fields)}"
 
 
-def _section_in(annotation: Any) -> type[Section] | None:
+def section_in(annotation: Any) -> type[Section] | None:
     """The section that a field holds, itself, optional or in a list."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
-    return next((found for part in get_args(annotation) if (found := _section_in(part))), None)
+    return next((found for part in get_args(annotation) if (found := section_in(part))), None)
 
 
 class ExperimentSection(Section):

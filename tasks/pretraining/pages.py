@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tasks.explore.not_run import not_run
 from tasks.explore.sections import figures, grid
 from tasks.explore.vocabulary import (
     Asked,
@@ -35,19 +36,15 @@ from tasks.report.vocabulary import Chart, Column, Row, Table
 
 LONGEST_NAME = 80
 TITLE, ADDRESS = "Checkpoints", "/pretraining"
-TRAIL = [(TITLE, ADDRESS)]
+TOP = [("Experiments", "/experiments")]
+TRAIL = [*TOP, (TITLE, ADDRESS)]
 NEIGHBOURS = [("One checkpoint", "/pretraining/checkpoint"), ("Generations", "/pretraining/generations")]
-MISSING = Missing(
-    what="This run has no checkpoints.",
-    way='[[consolidation.series]]\nname = "public"\nmodel = "…"\nrevisions = ["…", "…"]  # or a folder, or shape = '
-    "{ … } to train one here: configs/pythia.toml, configs/consolidation.toml",
-)
 
 
 def overview(asked: Asked) -> Page:
     """All series: findings, losses, learned features, coverage."""
     if not has_losses(asked.connection):
-        return Page(title=TITLE, panels=[MISSING])
+        return Page(title=TITLE, trail=TOP, panels=[not_run("pretraining")])
     connection, measured = asked.connection, measure(asked.connection)
     every = {"model": None, "step": None}
     losses = report.losses_section(connection)
@@ -83,6 +80,7 @@ def overview(asked: Asked) -> Page:
             panels += figures(report.degree_section(connection), Query(sql="SELECT * FROM checkpoint_degree"))
     return Page(
         title=TITLE,
+        trail=TOP,
         lead="How pre-training makes function tokens the keys of memory: every checkpoint’s losses by token group on "
         "held-out documents, the features that its SAE learned, its graph, and how it writes.",
         panels=panels,
@@ -93,7 +91,7 @@ def overview(asked: Asked) -> Page:
 def checkpoint(asked: Asked) -> Page:
     """One checkpoint of a series, chosen by a slider."""
     if not has_losses(asked.connection):
-        return Page(title="One checkpoint", trail=TRAIL, panels=[MISSING])
+        return Page(title="One checkpoint", trail=TRAIL, panels=[not_run("pretraining")])
     found = {series.name: series for series in series_of(asked.connection)}
     chosen = asked.choice("series", "Series", [(name, visible_text(name, LONGEST_NAME)) for name in found])
     series = found[chosen.value]
@@ -310,7 +308,7 @@ def _degree(asked: Asked, series: SeriesRow, step: int) -> list[Panel]:
 
 
 PAGES = (
-    PageAt(path=ADDRESS, title=TITLE, build=overview, menu=True),
+    PageAt(path=ADDRESS, title=TITLE, build=overview),
     PageAt(path="/pretraining/checkpoint", title="One checkpoint", build=checkpoint),
     PageAt(path="/pretraining/generations", title="Generations", build=generations),
 )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tasks.explore.not_run import not_run
 from tasks.explore.sections import figures, given, grid
 from tasks.explore.vocabulary import (
     Asked,
@@ -29,6 +30,7 @@ from tasks.retention.report_costs import errors, frontier, losses, speed
 from tasks.retention.report_tokens import retrieval, survival
 
 TITLE, ADDRESS = "Retention", "/retention"
+TOP = [("Experiments", "/experiments")]
 
 SHOWN: Mapping[str, Callable[[Any], str]] = {
     "length": lambda value: f"{integer(value)} tokens",
@@ -183,8 +185,9 @@ LINKS = [("Claims", "/retention/claims"), *((view.title, f"/retention/{view.name
 def view_of(view: View, asked: Asked) -> Page:
     """A section of the report at the place that is chosen, and a grid of all that is there."""
     found = asked.rows(_there(view)) if asked.has(view.table) else []
+    what = f"This run has nothing on {view.title.lower()}: nothing was read under a policy that forgets."
     panels: list[Panel] = [
-        Missing(what="This run has read nothing under a policy that forgets.", way=view.way)
+        Missing(what=what, way=view.way) if asked.has("retention") else not_run("retention")
     ]
     lead = ""
     if found:
@@ -214,16 +217,14 @@ def view_of(view: View, asked: Asked) -> Page:
         title=TITLE if is_first else view.title,
         lead=lead,
         panels=panels,
-        trail=[] if is_first else [(TITLE, ADDRESS)],
+        trail=TOP if is_first else [*TOP, (TITLE, ADDRESS)],
         beside=LINKS if is_first else [],
     )
 
 
 def all_claims(asked: Asked) -> Page:
     """The paper's claims with verdicts, and every comparison that they rest on."""
-    panels: list[Panel] = [
-        Missing(what="This run has nothing that the claims can be asked of.", way=VIEWS[0].way)
-    ]
+    panels: list[Panel] = [not_run("retention")]
     lead = ""
     if claims.is_judgeable(asked.connection):
         section = claims_section(asked.connection)
@@ -238,7 +239,7 @@ def all_claims(asked: Asked) -> Page:
             )
             for table in section.tables
         ]
-    return Page(title="Claims", lead=lead, trail=[(TITLE, ADDRESS)], panels=panels)
+    return Page(title="Claims", lead=lead, trail=[*TOP, (TITLE, ADDRESS)], panels=panels)
 
 
 def _there(view: View) -> Query:
@@ -270,7 +271,6 @@ PAGES = (
             path=ADDRESS if view is VIEWS[0] else f"{ADDRESS}/{view.name}",
             title=TITLE if view is VIEWS[0] else view.title,
             build=functools.partial(view_of, view),
-            menu=view is VIEWS[0],
         )
         for view in VIEWS
     ),

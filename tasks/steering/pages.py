@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from tasks.explore.not_run import not_run
 from tasks.explore.vocabulary import (
     Asked,
     Change,
@@ -39,13 +40,13 @@ MOST_TEXTS = 8
 """Experiments whose texts are shown as differences; the grid below has all."""
 
 LONGEST_NAME = 80
-TRAIL = [("Steering", "/steering")]
+TOP = [("Experiments", "/experiments")]
+TRAIL = [*TOP, ("Steering", "/steering")]
 NEIGHBOURS = [
     ("Cases", "/steering/cases"),
     ("Traits", "/steering/traits"),
     ("Before and after", "/steering/texts"),
 ]
-WAY = '[steering]\ncases = "cases.toml"  # [[case]], [[trait]] and [[steer]]; configs/cases.toml has examples'
 SHARES = [
     Column("function", "percent", "at function tokens", digits=1),
     Column("content", "percent", "at content tokens", digits=1),
@@ -58,7 +59,7 @@ def overview(asked: Asked) -> Page:
     """What cases and experiments show together."""
     there, panels = report.counted(asked.connection), list[Panel]()
     if not any(there.values()):
-        panels = [_missing("This run has neither cases nor steering experiments.")]
+        panels = [not_run("steering")]
     else:
         panels = [
             Facts(facts=[(name, f"{n:,}", "") for name, n in there.items()]),
@@ -121,6 +122,7 @@ def overview(asked: Asked) -> Page:
         ]
     return Page(
         title="Steering",
+        trail=TOP,
         lead="Whether function tokens carry the context’s features, and whether setting one decides the answer.",
         panels=panels,
         beside=NEIGHBOURS,
@@ -130,7 +132,7 @@ def overview(asked: Asked) -> Page:
 def cases(asked: Asked) -> Page:
     """All cases."""
     if not asked.has("prompt_tokens", "reactivations", "reactivation_positions"):
-        return Page(title="Cases", trail=TRAIL, panels=[_missing("This run has no cases.")])
+        return Page(title="Cases", trail=TRAIL, panels=[not_run("steering")])
     layer = _layer(asked)
     return Page(
         title="Cases",
@@ -166,9 +168,9 @@ def cases(asked: Asked) -> Page:
 def case(asked: Asked) -> Page:
     """A case: where its prompts' own features are active again, and which they are."""
     if not asked.has("prompt_tokens", "reactivations", "reactivation_positions"):
-        return Page(title="Case", trail=TRAIL, panels=[_missing("This run has no cases.")])
-    name = asked.values.get("case", "")
+        return Page(title="Case", trail=TRAIL, panels=[not_run("steering")])
     names = [row["case"] for row in asked.rows(Query(sql=_CASES))]
+    name = asked.values.get("case", names[0])
     if name not in names:
         raise NotThere(
             f"there is no case {visible_text(name, LONGEST_NAME)!r}",
@@ -242,7 +244,7 @@ def case(asked: Asked) -> Page:
 
 def traits(asked: Asked) -> Page:
     """Traits, their layers and features."""
-    panels: list[Panel] = [_missing("This run has no traits.")]
+    panels: list[Panel] = [not_run("steering")]
     if asked.has("trait_layers", "trait_features"):
         panels = [
             Grid(
@@ -281,7 +283,7 @@ def texts(asked: Asked) -> Page:
     """Texts before and after, beside those of random features, the largest effect first."""
     page = {"title": "Before and after", "trail": TRAIL}
     if not asked.has("steering", "steering_effects"):
-        return Page(**page, panels=[_missing("This run has no steering experiments.")])  # type: ignore[arg-type]
+        return Page(**page, panels=[not_run("steering")])  # type: ignore[arg-type]
     found = asked.rows(Query(sql=_SETTINGS))
     strengths = {f"{row['strength']:g}": row["strength"] for row in found if row["strength"]}
     if not strengths:
@@ -360,10 +362,6 @@ _SETTINGS = """
 SELECT DISTINCT "case", layer, mode, place, strength FROM steering WHERE control = 'trait'
 ORDER BY "case", layer, mode, place, strength
 """.strip()
-
-
-def _missing(what: str) -> Missing:
-    return Missing(what=what, way=WAY)
 
 
 def _layer(asked: Asked) -> Choice:
@@ -498,7 +496,7 @@ def _sweep(asked: Asked, name: str, one: Mapping[str, str]) -> list[Panel]:
 
 
 PAGES = (
-    PageAt(path="/steering", title="Steering", build=overview, menu=True),
+    PageAt(path="/steering", title="Steering", build=overview),
     PageAt(path="/steering/cases", title="Cases", build=cases),
     PageAt(path="/steering/case", title="Case", build=case),
     PageAt(path="/steering/traits", title="Traits", build=traits),

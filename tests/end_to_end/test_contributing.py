@@ -40,8 +40,33 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
+PAGES = """
+import json, sys
+from functok.explorer.experiments import EXPERIMENTS
+from infra.duck import connect
+from infra.storage import Storage
+from tasks.explore.vocabulary import Asked, Facts, Findings, Grid
+from tasks.report.queries import tables_of
+from tasks.stages import experiment
+
+(page,) = experiment("letters").pages
+connection = connect(Storage(sys.argv[1]))
+asked = Asked(connection=connection, tables=frozenset(tables_of(connection)))
+(grid,) = page.build(asked).panels
+facts, findings, *_ = EXPERIMENTS.build(asked).panels
+(missing,) = page.build(Asked(connection=connection, tables=frozenset())).panels
+shown = [asked.rows(grid.query), facts.facts, findings.findings[0].title, missing.way]
+print(json.dumps(shown))
+"""
+"""What the explorer shows of it."""
+
+
 def functok(project: Path, *arguments: str) -> str:
-    program = [sys.executable, "-m", "functok", *arguments]
+    return python(project, "-m", "functok", *arguments)
+
+
+def python(project: Path, *arguments: str) -> str:
+    program = [sys.executable, *arguments]
     environment = {**os.environ, "PYTHONPATH": str(project)}
     ran = subprocess.run(program, cwd=project, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
@@ -71,3 +96,8 @@ def test_one_line_adds_an_experiment(project: Path, finished: Path, tmp_path: Pa
     assert "letters" in {row["stage"] for row in json.loads(asked)}
     assert "First letters" in (root / "report.html").read_text()
     assert functok(project, "run", str(config), "--root", str(root)).startswith("nothing to do")
+
+    rows, facts, finding, way = json.loads(python(project, "-c", PAGES, str(root)))
+    assert rows == counted
+    assert facts == [["asks", "Tokens by their first letter.", ""], ["page", "First letters", "/letters"]]
+    assert (finding, way) == ("First letters", "[letters]")

@@ -104,7 +104,7 @@ def test_claims_have_verdicts_and_comparisons(connection: Any) -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_a_run_without_it_is_told_what_to_add(path: str) -> None:
     (missing,) = of(built(PAGES, path, duckdb.connect()), Missing)
-    assert "[retention." in missing.way
+    assert "[retention]" in missing.way
 
 
 def test_a_run_of_the_full_cache_alone_is_told_too(connection: Any) -> None:

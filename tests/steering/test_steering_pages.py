@@ -20,7 +20,7 @@ from tasks.report.text import passage
 from tasks.steering.pages import PAGES, case
 from tasks.steering.report import findings
 
-PATHS = ["/steering", "/steering/cases", "/steering/traits", "/steering/texts"]
+PATHS = [page.path for page in PAGES]
 NAME = "capitals 0"
 
 
