@@ -12,6 +12,13 @@ from tasks.report.vocabulary import Row
 Kind = TypeVar("Kind")
 
 
+class OneStatement:
+    """A connection that can run statements and nothing else, as readers of the explorer have it."""
+
+    def __init__(self, connection: Any) -> None:
+        self.execute = connection.execute
+
+
 def asked(connection: Any, parts: dict[str, str] | None = None, **values: str) -> Asked:
     """What a page is asked with, on a connection of a run's tables."""
     return Asked(

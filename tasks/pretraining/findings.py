@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from tasks.pretraining.loss_intervals import BUCKETS, HARDEST, TO_CONTENT, TO_FUNCTION
 from tasks.report.bootstrap import estimates
@@ -406,22 +405,15 @@ def _means(sums: Floats) -> Floats:
 
 def _sums(connection: Any, checkpoints: Checkpoints) -> Floats:
     """(documents, checkpoints, groups, 2): summed loss and number of predictions of every held-out document."""
-    wanted = pa.table(
-        {
-            "model": pa.array([model for model, _ in checkpoints], pa.string()),
-            "step": pa.array([step for _, step in checkpoints], pa.int64()),
-            "checkpoint": pa.array(range(len(checkpoints)), pa.int64()),
-        }
-    )
-    connection.register("_wanted", wanted)
+    models, steps = (list(of) for of in zip(*checkpoints, strict=True))
     found = connection.execute(
         """
-        SELECT doc_id, checkpoint, list_position(?, bucket) - 1 AS bucket, loss, n
-        FROM document_losses JOIN _wanted USING (model, step)
+        WITH wanted AS (SELECT unnest($models) AS model, unnest($steps) AS step, unnest($places) AS checkpoint)
+        SELECT doc_id, checkpoint, list_position($buckets, bucket) - 1 AS bucket, loss, n
+        FROM document_losses JOIN wanted USING (model, step)
         """,
-        [list(BUCKETS)],
+        {"models": models, "steps": steps, "places": list(range(len(models))), "buckets": list(BUCKETS)},
     ).fetchnumpy()
-    connection.unregister("_wanted")
     _, document = np.unique(found["doc_id"], return_inverse=True)
     sums = np.zeros((int(document.max(initial=-1)) + 1, len(checkpoints), len(BUCKETS), 2))
     sums[document, found["checkpoint"], found["bucket"], 0] = found["loss"]

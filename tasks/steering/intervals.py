@@ -7,7 +7,6 @@ experiments are drawn. All groups of a table share their draws.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -95,9 +94,7 @@ def means_of(sums: Floats) -> Floats:
 
 
 def _selected(connection: Any, table: str) -> pa.Table:
-    # A cursor of its own: the connection may still hold rows that nobody fetched.
-    with closing(connection.cursor()) as cursor:
-        return cursor.sql(read_sql(table)).to_arrow_table()
+    return pa.table(connection.execute(read_sql(table)).fetchnumpy())
 
 
 def by_unit(
