@@ -7,4 +7,12 @@ function drawCharts() {
   }
 }
 
+function showMarked() {
+  for (const marked of document.querySelectorAll(".contexts:not(.wraps) .marked")) {
+    const line = marked.parentElement;
+    line.scrollLeft += marked.getBoundingClientRect().left - line.getBoundingClientRect().left - line.clientWidth * 0.6;
+  }
+}
+
+showMarked();
 if (window.vegaEmbed) drawCharts();
