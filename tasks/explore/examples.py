@@ -62,11 +62,13 @@ def contexts(
     largest = max(row["activation"] for row in examples)
     shown = [_context(row, around, largest, layer, feature_id) for row in wanted]
     if is_top:
-        note = "Shade: how strong it is at each token; the value is under the cursor. The underlined token is the example."
+        note = (
+            "Shade: how strong it is at each token; its value is under the cursor. Underlined: the example."
+        )
         return [Contexts(title="Where it is strongest", contexts=shown, query=query, note=note)]
     note = (
-        "A few of each tenth of its activations, drawn by lot: what it is about beyond its strongest. The underlined token "
-        "is the example; the others are not shaded."
+        "A few of each tenth of its activations, drawn by lot: what it is about beyond its strongest. Underlined: the "
+        "example; the others are not shaded."
     )
     return [Contexts(title="A sample of all its activations", contexts=shown, query=query, note=note)]
 
