@@ -6,7 +6,9 @@ Tests of what reads a finished run change a frame (`run.documents[0]`, `run.tabl
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -118,7 +120,12 @@ def small_config(**sections: object) -> Config:
 
 
 def small_run(seed: int = 0) -> SmallRun:
-    """The run, valid."""
+    """The run, valid, for a test to change."""
+    return deepcopy(_small_run(seed))
+
+
+@cache
+def _small_run(seed: int) -> SmallRun:
     run, rng = SmallRun(), np.random.default_rng(seed)
     run.vocabulary = pd.DataFrame(
         {"token_id": range(VOCABULARY_SIZE), "token": [f"t{i}" for i in range(VOCABULARY_SIZE)]}

@@ -25,7 +25,6 @@ from tasks.corpus.tokenization import TOKENIZE
 from tasks.dictionaries.dictionaries import DICTIONARIES
 from tasks.engine import checks
 from tasks.engine.checks import expectations_table
-from tasks.engine.data_docs import Finding
 from tasks.steering.reactivation import REACTIVATION
 from tasks.steering.steering import STEERING
 
@@ -443,19 +442,9 @@ MORE: list[tuple[str, str, Plant]] = [
 ]
 
 
-def without_great_expectations(storage: Storage, stage: str, findings: list[Finding]) -> dict[str, bool]:
-    """What `judge` says, for the tests of single expectations: Great Expectations costs a second each."""
-    return {finding.expectation.name: finding.count == 0 for finding in findings}
-
-
 @pytest.fixture
 def storage(tmp_path: Path) -> Storage:
     return Storage(str(tmp_path / "root"))
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "judge", without_great_expectations)
 
 
 def test_every_expectation_has_its_plant() -> None:
@@ -464,7 +453,6 @@ def test_every_expectation_has_its_plant() -> None:
     }
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     ("stage", "name", "planted"),
     [(stage, name, plant) for stage in CHECKED for name, plant in PLANTS[stage].items()] + MORE,
@@ -486,6 +474,7 @@ def test_planted_rows_are_caught_and_named(
     assert row in told
 
 
+@pytest.mark.usefixtures("great_expectations")
 def test_good_data_passes_and_is_shown(storage: Storage) -> None:
     run = good_run(storage)
     run.write(storage)
@@ -500,7 +489,6 @@ def test_good_data_passes_and_is_shown(storage: Storage) -> None:
     assert all(f"validations/{stage}/" in index for stage in CHECKED)
 
 
-@pytest.mark.usefixtures("quick")
 def test_what_was_passed_is_not_asked_again_until_something_changes(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -518,7 +506,6 @@ def test_what_was_passed_is_not_asked_again_until_something_changes(
             run.check(stage, storage)
 
 
-@pytest.mark.usefixtures("quick")
 def test_conditions_are_the_configurations(storage: Storage) -> None:
     run = good_run(storage)
     run.write(storage)
@@ -538,7 +525,6 @@ def test_conditions_are_the_configurations(storage: Storage) -> None:
             run.check("steering", storage)
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("kinds", [("case",), ("trait", "steer")])
 def test_a_file_of_some_kinds_alone_is_good(storage: Storage, kinds: tuple[str, ...]) -> None:
     run = good_run(storage, {kind: CASES[kind] for kind in kinds})
@@ -547,7 +533,6 @@ def test_a_file_of_some_kinds_alone_is_good(storage: Storage, kinds: tuple[str, 
         run.check(stage, storage)
 
 
-@pytest.mark.usefixtures("quick")
 def test_other_cases_than_those_of_the_file_are_named(storage: Storage) -> None:
     run = good_run(storage)
     run.write(storage)
@@ -559,7 +544,6 @@ def test_other_cases_than_those_of_the_file_are_named(storage: Storage) -> None:
         run.check("steering", storage)
 
 
-@pytest.mark.usefixtures("quick")
 def test_folders_that_are_not_committed_are_named(storage: Storage) -> None:
     run = good_run(storage)
     run.write(storage)
@@ -573,7 +557,6 @@ def test_folders_that_are_not_committed_are_named(storage: Storage) -> None:
     assert "case: found, prompt: Where?, target:  here, traits: found, is_wanted: True" in str(raised.value)
 
 
-@pytest.mark.usefixtures("quick")
 def test_broken_files_are_named(storage: Storage) -> None:
     run = good_run(storage)
     run.write(storage)
