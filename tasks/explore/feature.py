@@ -69,6 +69,7 @@ def feature(asked: Asked) -> Page:
                 way="More text may: raise activations.max_documents or activations.max_tokens, and run again.",
             ),
             note,
+            *_logits(asked, layer, feature_id),
             *_neighbours(asked, layer, feature_id),
         ]
     else:
@@ -221,7 +222,7 @@ def _logits(asked: Asked, layer: int, feature_id: int) -> list[Panel]:
         Columns(
             panels=[
                 Grid(
-                    key=key,
+                    key=sign,
                     caption=caption,
                     query=Query.of("explore/feature_logits", layer=layer, feature_id=feature_id, sign=sign),
                     columns=[
@@ -234,10 +235,11 @@ def _logits(asked: Asked, layer: int, feature_id: int) -> list[Panel]:
                     order="place",
                     bars=["logit"],
                     page_size=10,
+                    note="Its decoder direction through the model’s head alone, without the layers in between.",
                 )
-                for key, caption, sign in (
-                    ("promoted", "Tokens that its direction promotes", 1),
-                    ("suppressed", "Tokens that it suppresses", -1),
+                for sign, caption in (
+                    ("promoted", "Tokens that its direction promotes"),
+                    ("suppressed", "Tokens that it suppresses"),
                 )
             ]
         )

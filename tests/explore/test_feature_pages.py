@@ -231,12 +231,19 @@ def test_neighbours_are_the_nearest_directions(run: SmallRun, tmp_path: Path, dt
 
 def test_promoted_tokens_are_shown_where_the_head_was_read(run: SmallRun, tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
+    of = {"layer": 1, "feature_id": 3}
     rows = [
-        {"layer": 1, "feature_id": 3, "sign": sign, "place": place, "token_id": place, "token": f"{sign}",
-         "logit": sign * (4.0 - place)}
-        for sign in (1, -1)
+        {
+            **of,
+            "sign": sign,
+            "place": place,
+            "token_id": place,
+            "token": sign,
+            "logit": factor * (4.0 - place),
+        }
+        for sign, factor in (("promoted", 1), ("suppressed", -1))
         for place in (1, 2)
-    ]  # fmt: skip
+    ]
     publish(storage, run, feature_logits=pd.DataFrame(rows))
     page = asked(storage)
     shown = feature(again(page, {"layer": 1, "feature_id": 3}))
