@@ -54,11 +54,12 @@ class Explorer:
 
 def all_pages() -> list[PageAt]:
     """The pages of the spine and of every experiment, published or not: those then say what to add."""
+    from functok.explorer.experiments import INDEX
     from schemas.experiments import EXPERIMENTS
     from tasks.explore.pages import PAGES
     from tasks.stages import experiment
 
-    return [*PAGES, *(page for name in EXPERIMENTS for page in experiment(name).pages)]
+    return [*PAGES, INDEX, *(page for name in EXPERIMENTS for page in experiment(name).pages)]
 
 
 @cache

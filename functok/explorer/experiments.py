@@ -27,10 +27,10 @@ def experiments(asked: Asked) -> Page:
 
 def _of(asked: Asked, room: Room) -> Iterator[Panel]:
     one = experiment(room.name)
+    title = one.pages[0].title if one.pages else room.name.capitalize()
     yield Facts(
-        title=one.pages[0].title if one.pages else room.name.capitalize(),
+        title=f"{title}: {answers(room)}",
         facts=[
-            ("asks", answers(room), ""),
             *((name, value, "") for name, value in one.report.facts(asked.connection)),
             *(("page", page.title, page.path) for page in one.pages if "{" not in page.path),
         ],
@@ -39,4 +39,4 @@ def _of(asked: Asked, room: Room) -> Iterator[Panel]:
         yield Findings(findings=found)
 
 
-EXPERIMENTS = PageAt(path="/experiments", title="Experiments", build=experiments, menu=True)
+INDEX = PageAt(path="/experiments", title="Experiments", build=experiments, menu=True)

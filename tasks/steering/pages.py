@@ -30,7 +30,7 @@ from tasks.explore.vocabulary import (
     address,
 )
 from tasks.models.token_texts import visible
-from tasks.report.text import passage, percent, plain, plural, signed, visible_text
+from tasks.report.text import passage, plain, plural, signed, visible_text
 from tasks.report.vocabulary import Chart, Column, Row
 from tasks.steering import report
 from tasks.steering.findings import middle_strength
@@ -186,7 +186,7 @@ def case(asked: Asked) -> Page:
     place = names.index(name)
     return Page(
         title=f"Case {visible_text(name, LONGEST_NAME)}",
-        lead="A token’s shade is the share of its prompt’s own features that are active again there; the framed tokens "
+        lead="A token’s shade is the share of its prompt’s own features that are active again there; the marked tokens "
         "are where the prompts differ.",
         trail=[*TRAIL, ("Cases", "/steering/cases")],
         beside=[
@@ -322,7 +322,7 @@ def texts(asked: Asked) -> Page:
         beside=[("All experiments", address("steering", "texts", **setting))] if one else [],
         panels=[
             Controls(controls=[of, layer, mode, place, strength], keep=one),
-            _mean(asked, setting),
+            Columns(panels=_means(asked, setting)),
             *_changes(asked, query, setting),
             *(_sweep(asked, of.value, one) if of.value and len(one) == 2 else []),
             Grid(
@@ -421,22 +421,21 @@ def _shade(row: Row) -> Shade:
     )
 
 
-def _mean(asked: Asked, setting: Mapping[str, Any]) -> Facts:
-    """What this setting does on average, with intervals."""
+def _means(asked: Asked, setting: Mapping[str, Any]) -> list[Facts]:
+    """What this setting does on average over all experiments, to the trait's features and to random ones."""
     query = Query.of("steering/explore_setting", **setting)
-    facts = []
-    for row in asked.rows(query):
-        shown = [column for column in report.EFFECT_COLUMNS if column.shows == "both"]
-        told = "; ".join(
-            f"{column.name} {column.cell(row)}" for column in shown if row[column.key] is not None
+    return [
+        Facts(
+            title=f"The {row['control']} features: means over all {plural(row['n'], 'experiment')}, and 95 % intervals",
+            facts=[
+                (column.name, column.cell(row), "")
+                for column in report.EFFECT_COLUMNS
+                if column.key in {"changed", *report.EFFECTS, "advantage"} and row[column.key] is not None
+            ],
+            query=query,
         )
-        changed = percent(row["changed"], 0)
-        facts.append((row["control"], f"{told}; {changed} of {plural(row['n'], 'text')} changed", ""))
-    return Facts(
-        title="This setting over all experiments: means, and 95 % intervals by experiment",
-        facts=facts,
-        query=query,
-    )
+        for row in asked.rows(query)
+    ]
 
 
 def _changes(asked: Asked, query: Query, setting: Mapping[str, Any]) -> list[Panel]:

@@ -42,7 +42,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 PAGES = """
 import json, sys
-from functok.explorer.experiments import EXPERIMENTS
+from functok.explorer.experiments import INDEX
 from infra.duck import connect
 from infra.storage import Storage
 from tasks.explore.vocabulary import Asked, Facts, Findings, Grid
@@ -53,9 +53,9 @@ from tasks.stages import experiment
 connection = connect(Storage(sys.argv[1]))
 asked = Asked(connection=connection, tables=frozenset(tables_of(connection)))
 (grid,) = page.build(asked).panels
-facts, findings, *_ = EXPERIMENTS.build(asked).panels
+facts, findings, *_ = INDEX.build(asked).panels
 (missing,) = page.build(Asked(connection=connection, tables=frozenset())).panels
-shown = [asked.rows(grid.query), facts.facts, findings.findings[0].title, missing.way]
+shown = [asked.rows(grid.query), [facts.title, *facts.facts], findings.findings[0].title, missing.way]
 print(json.dumps(shown))
 """
 """What the explorer shows of it."""
@@ -99,5 +99,5 @@ def test_one_line_adds_an_experiment(project: Path, finished: Path, tmp_path: Pa
 
     rows, facts, finding, way = json.loads(python(project, "-c", PAGES, str(root)))
     assert rows == counted
-    assert facts == [["asks", "Tokens by their first letter.", ""], ["page", "First letters", "/letters"]]
+    assert facts == ["First letters: Tokens by their first letter.", ["page", "First letters", "/letters"]]
     assert (finding, way) == ("First letters", "[letters]")

@@ -12,8 +12,10 @@ import pytest
 import steering_catalogue
 from page_reading import built, of
 from pydantic import Field
+from starlette.testclient import TestClient
 
-from functok.explorer.experiments import EXPERIMENTS
+from functok.explorer.app import build_app
+from functok.explorer.experiments import INDEX
 from infra.config_file import load_config
 from infra.duck import connect
 from infra.storage import Storage
@@ -28,7 +30,7 @@ NAMES = [room.name for room in experiment_rooms()]
 
 
 def page(connection: Any) -> Any:
-    return built((EXPERIMENTS,), "/experiments", connection)
+    return built((INDEX,), "/experiments", connection)
 
 
 def test_without_any_all_say_how_to_ask_for_them() -> None:
@@ -36,9 +38,38 @@ def test_without_any_all_say_how_to_ask_for_them() -> None:
     assert [one.what.split(":")[0].lower() for one in missing] == NAMES
 
 
-def test_one_that_was_run_has_its_findings_and_pages(tmp_path: Path) -> None:
-    storage = Storage(str(tmp_path))
-    steering_catalogue.built(storage)
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    """Cases and steering, with hostile prompts and texts; nothing else was run."""
+    made = Storage(str(tmp_path_factory.mktemp("root")))
+    steering_catalogue.built(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def client(storage: Storage) -> TestClient:
+    return TestClient(build_app(storage), base_url="http://127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    "path", ["/experiments", *(one.path for name in NAMES for one in experiment(name).pages)]
+)
+def test_pages_come_out_whether_they_have_something_to_show_or_not(client: TestClient, path: str) -> None:
+    answer = client.get(path)
+    assert answer.status_code == 200, answer.text
+    assert "<script>document" not in answer.text
+
+
+@pytest.mark.parametrize(
+    "path", ["/steering/case", "/steering/texts?strength=4", "/steering/texts?prompt=<script>"]
+)
+def test_hostile_texts_stay_text(client: TestClient, path: str) -> None:
+    answer = client.get(path).text
+    assert "&lt;script&gt;" in answer
+    assert "<script>document" not in answer
+
+
+def test_one_that_was_run_has_its_findings_and_pages(storage: Storage) -> None:
     with closing(connect(storage)) as connection:
         made = page(connection)
         steering = experiment("steering")

@@ -139,12 +139,13 @@ def test_texts_are_sorted_by_effect_and_stand_beside_random_ones(connection: Any
     assert "\u202e" not in changes[0].after
     assert changes[1].title.startswith("random features, draw 1")
     assert changes[1].after == changes[1].before
-    (facts,) = of(page, Facts)
+    facts, random_facts = of(page, Facts)
     low, high = connection.execute(
         "SELECT advantage_low, advantage_high FROM steering_effects WHERE control = 'trait' AND mode = 'add' "
         "AND strength = 4 AND place = 'last function token'"
     ).fetchone()
-    assert f"({low:.2f} to {high:.2f})" in facts.facts[0][1]
+    assert f"({low:.2f} to {high:.2f})" in {name: value for name, value, _ in facts.facts}["over random"]
+    assert "over random" not in {name for name, *_ in random_facts.facts}
 
 
 def test_one_experiment_has_all_draws_and_its_sweep(connection: Any) -> None:
