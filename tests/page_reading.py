@@ -26,10 +26,16 @@ def asked(connection: Any, parts: dict[str, str] | None = None, **values: str) -
     )
 
 
-def built(pages: tuple[PageAt, ...], path: str, connection: Any, **values: str) -> Page:
+def built(
+    pages: tuple[PageAt, ...],
+    path: str,
+    connection: Any,
+    parts: dict[str, str] | None = None,
+    **values: str,
+) -> Page:
     """The page at a path, checked: its grids have the columns that they name, its links and charts can be made."""
     (page,) = [one for one in pages if one.path == path]
-    made = page.build(asked(connection, **values))
+    made = page.build(asked(connection, parts, **values))
     keys = [grid.key for grid in of(made, Grid)]
     assert len(set(keys)) == len(keys)
     for grid in of(made, Grid):

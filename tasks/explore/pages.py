@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from tasks.explore import feature, features, labels, pasted, text
+from tasks.explore import cover, feature, features, labels, overview, pasted, search, text, tokens
 from tasks.explore.labels import LABEL
 from tasks.explore.vocabulary import Action, PageAt
 
-PAGES: tuple[PageAt, ...] = (*features.PAGES, *feature.PAGES, *labels.PAGES, *text.PAGES, *pasted.PAGES)
+PAGES: tuple[PageAt, ...] = (
+    *overview.PAGES,
+    *tokens.PAGES,
+    *search.PAGES,
+    *cover.PAGES,
+    *features.PAGES,
+    *feature.PAGES,
+    *labels.PAGES,
+    *text.PAGES,
+    *pasted.PAGES,
+)
 
 ACTIONS: tuple[Action, ...] = (LABEL,)

@@ -52,8 +52,9 @@ class Query:
     @property
     def text(self) -> str:
         """The SQL with its values as literals, as somebody would type it."""
+        # Neither in a text nor in a comment, which a line end in a value would end.
         return re.sub(
-            r"\$([a-z_][a-z0-9_]*)",
+            r"'(?:[^']|'')*'|--[^\n]*|\$([a-z_][a-z0-9_]*)",
             lambda match: literal(self.values[match[1]]) if match[1] in self.values else match[0],
             self.sql,
         )

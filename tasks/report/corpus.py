@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tasks.report import charts
@@ -59,6 +60,17 @@ def sections(connection: Any) -> list[Callable[[], Section]]:
         functools.partial(_documents, connection, summary),
         functools.partial(_spread, connection),
     ]
+
+
+def findings(connection: Any) -> list[Finding]:
+    """The sections' findings by themselves, titled."""
+    summary = summarize(connection)
+    found = [
+        replace(is_small_set(summary), title="Function tokens are a small set"),
+        replace(is_nearly_everywhere(summary), title="Function tokens are nearly everywhere"),
+    ]
+    pair = spread_pair(connection) if "occurrences" in tables_of(connection) else []
+    return [*found, *([replace(is_spread_wider(*pair), title="They are spread evenly")] if pair else [])]
 
 
 def _frequency(connection: Any, summary: Row) -> Section:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tasks.models.token_texts import label, shared_texts, visible
@@ -80,6 +81,18 @@ def sections(connection: Any, *, is_expected: bool = True) -> list[Callable[[], 
     missing = NO_EDGES if is_published else NO_GRAPH
     nothing = Section(key="graph", title="Token-feature graph: degree and coverage", missing=missing)
     return [lambda: nothing] if is_published or is_expected else []
+
+
+def findings(connection: Any) -> list[Finding]:
+    """The sections' findings by themselves, titled; none where there is no graph or it has no edge."""
+    if not tables_of(connection) >= TABLES or not value(connection, "SELECT max(n_edges) FROM graph_summary"):
+        return []
+    measured = rarefactions(connection)
+    return [
+        replace(is_straight(degree_fits(connection)), title="Degree falls with rank along a straight line"),
+        replace(reaches_half(layer_coverage(connection)), title="Ten tokens reach most features"),
+        *([replace(is_left_when_rarefied(measured), title="Degree at equal frequency")] if measured else []),
+    ]
 
 
 def _degree(connection: Any) -> Section:

@@ -1,0 +1,103 @@
+"""Finding a token by what somebody types: its text, as it is or as it is shown here, or its id."""
+
+from __future__ import annotations
+
+import re
+
+from tasks.explore.vocabulary import (
+    Asked,
+    Box,
+    Controls,
+    Facts,
+    Grid,
+    Link,
+    Page,
+    PageAt,
+    Panel,
+    Query,
+    address,
+)
+from tasks.models.token_texts import DOTTED_CIRCLE, NAMED
+from tasks.report.vocabulary import Column
+
+PLACEHOLDER = r"␣the  \n  <0xE2>  1201"
+_SHOWN = {shown: character for character, shown in NAMED.items()}
+_ESCAPE = re.compile("|".join([*map(re.escape, _SHOWN), r"\\u\{([0-9a-f]{1,6})\}"]))
+
+
+def search_page(asked: Asked) -> Page:
+    """Tokens by text, and what a number may be."""
+    typed = asked.values.get("q", "")
+    panels: list[Panel] = [
+        Controls(controls=[Box(key="q", label="Text or id", value=typed, placeholder=PLACEHOLDER)])
+    ]
+    if typed:
+        panels += [*_numbered(asked, typed), found(typed)]
+    return Page(
+        title="Search",
+        lead=r"A token's text, whole or in part. Spaces may be typed as they are shown, ␣, line ends as \n, bytes that "
+        "are no text as <0xE2>.",
+        panels=panels,
+        trail=[("Tokens", "/tokens")],
+    )
+
+
+PAGES = (PageAt(path="/search", title="Search", build=search_page),)
+
+
+def meant(typed: str) -> str:
+    r"""The text that a visible one stands for: `␣the` is ` the`, `\n` a line end, `\u{200b}` what cannot be seen."""
+
+    def of(match: re.Match[str]) -> str:
+        if match[1] is None:
+            return _SHOWN[match[0]]
+        point = int(match[1], 16)
+        return chr(point) if point <= 0x10FFFF and not 0xD800 <= point <= 0xDFFF else match[0]
+
+    return _ESCAPE.sub(of, typed.removeprefix(DOTTED_CIRCLE) or typed)
+
+
+def search(typed: str) -> Query:
+    """The tokens that fit, best first; a number is an id too."""
+    text = meant(typed)
+    number = typed.strip()
+    token_id = int(number) if number.isascii() and number.isdigit() and len(number) < 10 else None
+    return Query.of("explore/token_search", typed=typed, meant=text, word=text.strip(" "), token_id=token_id)
+
+
+def found(typed: str) -> Panel:
+    """What was found."""
+    return Grid(
+        key="tokens",
+        caption="Tokens",
+        query=search(typed),
+        columns=[
+            Link(column=Column("token", "token"), to=lambda row: address("token", row["token_id"])),
+            Column("match"),
+            Column("token_id", "plain", "id"),
+            Column("rank", "integer"),
+            Column("count", "integer"),
+            Column("doc_share", "percent", "documents"),
+            Column("kind"),
+        ],
+        order="place",
+        filters=["match", "kind"],
+        empty="No token of this corpus has that in its text. A word may be several tokens: try its beginning.",
+    )
+
+
+def _numbered(asked: Asked, typed: str) -> list[Panel]:
+    """A number may be a feature's."""
+    digits = typed.strip().lower().removeprefix("feature").strip()
+    if not (digits.isascii() and digits.isdigit() and len(digits) < 10 and asked.has("feature_degree")):
+        return []
+    query = Query.of("explore/feature_search", feature_id=int(digits))
+    facts = [
+        (
+            f"feature {digits} at layer {row['layer']}",
+            f"{row['degree']:,} tokens open it",
+            address("feature", row["layer"], digits),
+        )
+        for row in asked.rows(query)
+    ]
+    return [Facts(title="Features of this number", facts=facts, query=query)] if facts else []
