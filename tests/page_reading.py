@@ -22,7 +22,10 @@ class OneStatement:
 def asked(connection: Any, parts: dict[str, str] | None = None, **values: str) -> Asked:
     """What a page is asked with, on a connection of a run's tables."""
     return Asked(
-        connection=connection, tables=frozenset(tables_of(connection)), parts=parts or {}, values=values
+        connection=OneStatement(connection),
+        tables=frozenset(tables_of(connection)),
+        parts=parts or {},
+        values=values,
     )
 
 

@@ -40,7 +40,13 @@ def value(connection: Any, query: str, parameters: Any = None) -> Any:
 
 
 def tables_of(connection: Any) -> set[str]:
-    """Names of the tables and views that this connection has."""
+    """Names of the tables and views that this connection has.
+
+    A reader of the explorer knows them (`tables`), and makes a view only of those that are asked for.
+    """
+    known = getattr(connection, "tables", None)
+    if known is not None:
+        return set(known)
     return {row["table_name"] for row in rows(connection, "SELECT table_name FROM information_schema.tables")}
 
 

@@ -17,7 +17,7 @@ from starlette.testclient import TestClient
 from functok.explorer.app import build_app
 from functok.explorer.experiments import INDEX
 from infra.config_file import load_config
-from infra.duck import connect
+from infra.duck import Catalog, connect, create_views
 from infra.storage import Storage
 from schemas.experiments import asked_for, experiment_rooms
 from schemas.room import Room
@@ -67,6 +67,21 @@ def test_hostile_texts_stay_text(client: TestClient, path: str) -> None:
     answer = client.get(path).text
     assert "&lt;script&gt;" in answer
     assert "<script>document" not in answer
+
+
+def test_what_nobody_asks_for_is_not_opened(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A view of a table on S3 reads a footer: looking which tables there are must not open all."""
+    opened: list[str] = []
+
+    def noting(database: Any, storage: Storage, catalog: Catalog, **how: Any) -> None:
+        opened.extend([*catalog.tables, *catalog.sharded])
+        create_views(database, storage, catalog, **how)
+
+    monkeypatch.setattr("functok.explorer.tables.create_views", noting)
+    assert (
+        TestClient(build_app(storage), base_url="http://127.0.0.1").get("/steering/traits").status_code == 200
+    )
+    assert set(opened) <= {"trait_layers", "trait_features"}
 
 
 def test_one_that_was_run_has_its_findings_and_pages(storage: Storage) -> None:
