@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tasks.explore.examples import in_text
+from tasks.explore.examples import NO_OCCURRENCES, in_text
 from tasks.explore.vocabulary import (
     Asked,
     Context,
@@ -30,10 +30,6 @@ WIDTH = 20
 """Tokens shown before the one that a context is of, and after it."""
 
 SAMPLES = 99
-NO_OCCURRENCES = Missing(
-    what="This run counted tokens and kept no positions, so there is no text to show.",
-    way="[corpus]\nkeep_occurrences = true",
-)
 
 
 class Place(NamedTuple):
