@@ -7,6 +7,7 @@ Nothing slow is imported before it is needed.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -46,7 +47,7 @@ class OpenRun:
     def __init__(self, root: str | Path, endpoint_url: str | None = None) -> None:
         from infra.storage import Storage
 
-        self._storage: Storage = Storage(str(root), endpoint_url or os.environ.get("AWS_ENDPOINT_URL"))
+        self._storage: Storage = Storage(os.fspath(root), endpoint_url or os.environ.get("AWS_ENDPOINT_URL"))
 
     def __repr__(self) -> str:
         return f"functok.open({self.root!r})"
@@ -103,7 +104,7 @@ class OpenRun:
         from infra.duck import telling_damage
 
         with telling_damage():
-            relation: duckdb.DuckDBPyRelation = self._connection.sql(query, params=parameters)
+            relation: duckdb.DuckDBPyRelation = self._own_connection.sql(query, params=parameters)
         return relation
 
     def table(self, name: str) -> pa.Table:
@@ -151,8 +152,20 @@ class OpenRun:
         """Close the connection to the tables; the next question opens it again, on what is published then."""
         if "_connection" in self.__dict__:
             self._connection.close()
-        for name in ("_connection", "tables"):
+        for name in ("_connection", "_of_threads", "tables"):
             self.__dict__.pop(name, None)
+
+    @property
+    def _own_connection(self) -> duckdb.DuckDBPyConnection:
+        """The calling thread's: one is used by one thread at a time, and all of a run see the same tables."""
+        if not hasattr(self._of_threads, "connection"):
+            self._of_threads.connection = self._connection.cursor()
+        connection: duckdb.DuckDBPyConnection = self._of_threads.connection
+        return connection
+
+    @cached_property
+    def _of_threads(self) -> threading.local:
+        return threading.local()
 
     @cached_property
     def _connection(self) -> duckdb.DuckDBPyConnection:
@@ -188,7 +201,7 @@ def open(root: str | Path, endpoint_url: str | None = None) -> OpenRun:
 def run(
     config: str | Path | Mapping[str, Any] | Config,
     *,
-    root: str | None = None,
+    root: str | Path | None = None,
     assignments: Sequence[str] = (),
     only: StageName | None = None,
     start_from: StageName | None = None,
@@ -229,7 +242,7 @@ def run(
 def status(
     config: str | Path | Mapping[str, Any] | Config,
     *,
-    root: str | None = None,
+    root: str | Path | None = None,
     assignments: Sequence[str] = (),
     verify: bool = False,
 ) -> list[StagePlan]:
@@ -261,13 +274,17 @@ def status(
 
 
 def opened(
-    config: str | Path | Mapping[str, Any] | Config, assignments: Sequence[str] = (), root: str | None = None
+    config: str | Path | Mapping[str, Any] | Config,
+    assignments: Sequence[str] = (),
+    root: str | Path | None = None,
 ) -> tuple[Config, Storage]:
     """A configuration, validated, and its storage; arguments and errors as those of `run`."""
     from infra.config_file import load_config
     from infra.storage import Storage
 
-    loaded = load_config(config, assignments, root)
+    if isinstance(assignments, str):
+        assignments = [assignments]
+    loaded = load_config(config, assignments, None if root is None else os.fspath(root))
     return loaded, Storage(loaded.storage.root, loaded.storage.endpoint_url)
 
 

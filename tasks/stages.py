@@ -95,6 +95,10 @@ def stages_of(config: Config, only: str | None = None, start_from: str | None = 
         raise ConfigError("`only` and `start_from` exclude each other", hint="leave one of them empty")
     applying = (*(stage.name for stage in working_stages(config)), TABLES, REPORT)
     first = only or start_from
+    if first is not None and first not in STAGES:
+        raise ConfigError(
+            f"there is no stage {first!r}", hint=f"this configuration has {', '.join(applying)}"
+        )
     if first is not None and only is not None and first not in applying:
         raise _does_not_apply(config, first, applying)
     chosen = tuple(

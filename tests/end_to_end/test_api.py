@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,7 +21,7 @@ from functok import api
 from infra.config_file import load_config
 from infra.storage import Storage
 from schemas.config import Config
-from schemas.errors import ConfigError, DamagedError
+from schemas.errors import ConfigError, DamagedError, StorageError
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -74,6 +75,14 @@ def test_a_table_is_what_sql_says(place: Path) -> None:
     assert functok.open(place / "runs" / "demo").sql("SELECT 1").fetchall() == [(1,)]
 
 
+def test_threads_may_ask_at_once(place: Path) -> None:
+    with functok.open(place / "runs" / "demo") as run, ThreadPoolExecutor(8) as pool:
+        expected = run.table("coverage")
+        assert all(map(expected.equals, pool.map(run.table, ["coverage"] * 40)))
+        counts = pool.map(lambda _: run.sql("SELECT count(*) FROM activations").fetchall(), range(40))
+        assert set(map(tuple, counts)) == {((run.table("activations").num_rows,),)}
+
+
 @pytest.mark.s3
 def test_a_run_in_a_bucket_is_opened_as_one_on_disk(place: Path, moto_root: S3Root) -> None:
     here = place / "runs" / "demo"
@@ -92,6 +101,11 @@ def test_what_is_not_published_is_refused_as_the_command_refuses_it(tmp_path: Pa
         functok.open(tmp_path)
     with pytest.raises(ConfigError, match="holds no finished tables"):
         functok.OpenRun(tmp_path).report()
+    (tmp_path / "my.toml").write_text("")
+    with pytest.raises(StorageError, match="give a folder"):
+        functok.open(tmp_path / "my.toml")
+    with pytest.raises(TypeError, match="NoneType"):
+        functok.open(None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"tables": 3}', b"{broken"])
@@ -131,6 +145,12 @@ def test_a_configuration_is_a_file_a_dictionary_or_a_config(place: Path) -> None
     changed = functok.status(loaded, assignments=["windows.context_size=32"])
     assert changed == functok.status(values | {"windows": {"context_size": 32}}, root=root)
     assert {plan.stage for plan in changed if plan.missing} >= {"features"}
+    assert changed == functok.status(values, root=Path(root), assignments="windows.context_size=32")
+    for choice in ({"only": "feature"}, {"start_from": "feature"}):
+        with pytest.raises(
+            ConfigError, match=r"there is no stage 'feature' \(this configuration has tokenize"
+        ):
+            functok.run(loaded, **choice)
     with pytest.raises(ConfigError, match=r"^windows\.context_sice: no such key; did you mean context_size"):
         functok.status(values | {"windows": {"context_sice": 32}})
     secret = Config.model_validate(values | {"model": {"name": "https://me:secret@host/model"}})
