@@ -27,6 +27,7 @@ NO_ANSWER = (
     "finished work is kept"
 )
 BUSY = "the storage is overloaded or failed by itself: wait and run again: finished work is kept"
+NO_FOLDER = "it lies below a file: give a folder to --root or storage.root"
 DISK = "check space and permissions, then run again: finished work is kept"
 REMOTE = "check space, permissions, network and credentials, then run again: finished work is kept"
 
@@ -70,6 +71,8 @@ def way_out(error: BaseException) -> str | None:
         return NO_ANSWER
     if any(_is_library(cause) for cause in chain):
         return REMOTE
+    if isinstance(error, NotADirectoryError):
+        return NO_FOLDER
     return DISK if isinstance(error, OSError) else None
 
 

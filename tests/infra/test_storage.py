@@ -295,6 +295,9 @@ def test_a_root_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageError, match="file"):
         Storage(str(tmp_path / "file")).write_bytes("x", b"")
+    with pytest.raises(StorageError, match=r"below a file: give a folder") as told:
+        Storage(str(tmp_path / "file")).read_json("x")
+    assert "space" not in str(told.value)
 
 
 @pytest.mark.s3
