@@ -170,7 +170,8 @@ def merged(published: Catalog, *groups: Tables) -> Catalog:
 
     What was made from another corpus (a graph, an experiment) goes with the old corpus, which is told by the group
     that says what the run is about. So does what is about another model than the run's, or about dictionaries of which
-    the run has others: one report is about one model. What another configuration has made of the same stays.
+    the run has others: one report is about one model. What another configuration has made of the same stays, also where
+    this version has no such experiment: tables that no group has here are then those of that one.
     `expectations` goes always, as it is written again when the candidate is published.
     """
     replaced = {group.name for group in groups}
@@ -178,9 +179,13 @@ def merged(published: Catalog, *groups: Tables) -> Catalog:
     if corpus is not None:
         is_same = published.lineage.get("corpus") == corpus.key
         replaced |= {
-            name for name in MEMBERS if not (is_same and _is_of(published.about.get(name, []), corpus.about))
+            name
+            for name in {*MEMBERS, *published.lineage}
+            if not (is_same and _is_of(published.about.get(name, []), corpus.about))
         }
-    gone = {"expectations", *(table for group in replaced for table in MEMBERS[group])}
+    known = {table for members in MEMBERS.values() for table in members}
+    others = {*published.tables, *published.sharded} - known
+    gone = {"expectations", *(table for group in replaced for table in MEMBERS.get(group, others))}
     tables = {table: name for table, name in published.tables.items() if table not in gone}
     sharded = {table: files for table, files in published.sharded.items() if table not in gone}
     lineage = {group: key for group, key in published.lineage.items() if group not in replaced}

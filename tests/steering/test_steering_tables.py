@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,7 +17,7 @@ import steering_catalogue
 from builders import make_config, run_of
 from steering_catalogue import LAYERS, RESAMPLES, Made, SteeringRun, steering_run
 
-from infra.duck import Catalog, ShardFile, connect, open_duckdb, read_catalog
+from infra.duck import CATALOG, Catalog, ShardFile, connect, open_duckdb, read_catalog
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.errors import ExpectationError
@@ -413,6 +413,19 @@ def test_the_group_goes_with_its_corpus_and_stays_beside_the_others(tmp_path: Pa
     )
     assert with_corpus(made, storage, retrained).lineage.keys() == {"corpus"}
     published = read_catalog(storage)
+    # So does what an experiment has published that this version does not have.
+    unknown = replace(
+        published,
+        tables=published.tables | {"novelties": "n.parquet"},
+        lineage=published.lineage | {"novel": "n"},
+        about=published.about | {"novel": published.about["steering"]},
+    )
+    storage.write_json(CATALOG, unknown.to_json())
+    kept, gone = with_corpus(made, storage, made.config), with_corpus(made, storage, other)
+    assert (kept.tables["novelties"], kept.lineage["novel"]) == ("n.parquet", "n")
+    assert "novelties" not in gone.tables
+    assert gone.lineage.keys() == {"corpus"}
+    assert set(MADE) <= set(kept.tables)
     onto = Catalog(
         sharded={"edges": [ShardFile(name="x.parquet")]},
         lineage=published.lineage,
