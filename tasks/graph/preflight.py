@@ -11,15 +11,19 @@ from tasks.models.tokenizers import load_tokenizer, require_rows
 
 
 def check_model(config: Config, storage: Storage) -> None:
-    """Whether the model's files hold just its weights, and its blocks hand on one residual stream; reads no weights.
+    """Whether its device can be, its files hold just its weights, and its blocks hand on one residual stream.
+
+    Reads no weights. Whether this machine has the device is not asked: a worker may have it.
 
     Raises:
-        ModelError: naming the model and what is wrong.
+        ModelError: naming the model or the device and what is wrong.
     """
     if not config.sae and not config.needs_head:
         return
+    from tasks.models.devices import device_called
     from tasks.models.loading import find_blocks, model_outline
 
+    device_called(config.model.device)
     d_model, n_layers = model_dimensions(config.model, storage)
     outline = model_outline(config.model, storage, with_head=config.needs_head)
     find_blocks(outline, n_layers, d_model, config.model.name)

@@ -36,15 +36,24 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ModelError(f"model.device = {name!r} is no device", hint="auto, cpu, cuda or cuda:N") from error
+    device = device_called(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(
             f"model.device = {name!r}, but this machine has no CUDA device", hint="use auto or cpu"
         )
     return device
+
+
+def device_called(name: str) -> torch.device:
+    """A device, whether or not this machine has one; `auto` stays open and is told as the CPU.
+
+    Raises:
+        ModelError: if there is no such kind of device.
+    """
+    try:
+        return torch.device("cpu" if name == "auto" else name)
+    except RuntimeError as error:
+        raise ModelError(f"model.device = {name!r} is no device", hint="auto, cpu, cuda or cuda:N") from error
 
 
 def prepared_device(model: Model) -> torch.device:

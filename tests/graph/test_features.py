@@ -31,7 +31,7 @@ from tasks.graph.extraction import compute_features
 from tasks.graph.features import FEATURES
 from tasks.graph.tables import graph_inputs
 from tasks.models.model import LoadedModel, load_model, model_key
-from tasks.stages import open_run
+from tasks.stages import check_before_work, open_run
 
 SAES = {0: "jumprelu", 1: "standard", 2: "topk"}
 Activated = dict[tuple[int, int, int, int, int], float]
@@ -211,6 +211,16 @@ def test_what_does_not_fit_is_named(
 ) -> None:
     with pytest.raises((ModelError, ConfigError), match=message):
         run(config_for(parts, tmp_path, **sections))
+
+
+def test_what_is_no_device_is_refused_before_any_work(parts: Path, tmp_path: Path) -> None:
+    config = config_for(parts, tmp_path / "run", model={"device": "tpu?"})
+    with pytest.raises(ModelError, match=r"model\.device = 'tpu\?' is no device"):
+        check_before_work(config, Storage(config.storage.root), ["tokenize", "features"])
+    # A worker may have what this machine has not.
+    config = config_for(parts, tmp_path / "run", model={"device": "cuda:0"})
+    check_before_work(config, Storage(config.storage.root), ["tokenize", "features"])
+    assert not (tmp_path / "run" / "tokens").exists()
 
 
 def test_a_tokenizer_without_bos_is_refused_where_bos_is_asked_for(parts: Path, tmp_path: Path) -> None:
