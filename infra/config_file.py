@@ -75,9 +75,12 @@ def _values(source: str | Path | Mapping[str, Any] | Config) -> dict[str, Any]:
 def _explain(error: ValidationError) -> str:
     items = error.errors(include_url=False, include_input=False)
     return "; ".join(
-        f"{'.'.join(str(part) for part in item['loc']) or 'configuration'}: {explain(item, Config)}"
-        for item in items
+        _told(".".join(map(str, item["loc"])) or "configuration", explain(item, Config)) for item in items
     )
+
+
+def _told(place: str, message: str) -> str:
+    return message if re.match(rf"{re.escape(place)}\b", message) else f"{place}: {message}"
 
 
 def _assign(values: dict[str, Any], assignment: str) -> None:

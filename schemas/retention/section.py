@@ -143,6 +143,12 @@ class Retention(ExperimentSection):
         if FULL in names or FULL in self.options:
             raise ValueError("retention: full is always read, and has no options: leave it out")
         _require_distinct("retention.policies", names)
+        if unread := sorted(set(self.options) - {*names, *_POLICIES}):
+            raise ValueError(f"retention.options names {unread[0]!r}, which retention.policies does not have")
+        if self.trains_gate and self.heldout_share == 1:
+            raise ValueError(
+                "retention: a gate is trained on documents that heldout_share = 1 leaves none of"
+            )
         lengths = [entry.length for entry in self.sequences]
         _require_distinct("lengths of retention.sequences", lengths)
         parts: list[tuple[str, list[str] | None, list[float] | None]] = [

@@ -130,7 +130,7 @@ def check_fit(config: Config, storage: Storage, known: Mapping[int, Facts]) -> N
             policy_of(section, name, _no_gate() if has_gate(section, name) else None)
         outline = _outline(config, storage)
         for setup in setups(section):
-            refuse_unfit(outline, section, setup)
+            refuse_unfit(outline, section, setup, "retention.sequences")
         if section.speed is not None:
             for setup in speed_setups(section):
                 before = setup.length - decoded_tokens(section.speed.tokens, section.speed.turns)
@@ -140,10 +140,11 @@ def check_fit(config: Config, storage: Storage, known: Mapping[int, Facts]) -> N
                         f"{setup.length:,} to come before",
                         hint="lower its tokens or turns, or raise its lengths",
                     )
-                refuse_unfit(outline, section, setup, Prefill(prompt=before, chunk=1))
+                reading = Prefill(prompt=before, chunk=1)
+                refuse_unfit(outline, section, setup, "retention.speed.lengths", reading)
         if section.retrieval is not None:
             for setup in retrieval_setups(section):
-                refuse_unfit(outline, section, setup)
+                refuse_unfit(outline, section, setup, "retention.retrieval.lengths")
 
 
 def speed_setups(section: Retention) -> list[Setup]:
@@ -178,9 +179,9 @@ def decoded_tokens(tokens: int, turns: int) -> int:
 
 
 def refuse_unfit(
-    outline: LanguageModel, section: Retention, setup: Setup, protocol: Protocol | None = None
+    outline: LanguageModel, section: Retention, setup: Setup, place: str, protocol: Protocol | None = None
 ) -> None:
-    """Whether a setup can be read; an outline of the model is enough.
+    """Whether a setup, which the configuration has at `place`, can be read; an outline of the model is enough.
 
     Raises:
         ConfigError: if not.
@@ -190,7 +191,7 @@ def refuse_unfit(
     settings = settings_of(section, setup, gate)
     if protocol is not None:
         settings = replace(settings, protocol=protocol)
-    with about(f"{setup.policy} at {setup.budget:g}, {setup.length:,} tokens"):
+    with about(f"{place}: {setup.policy} at {setup.budget:g}, {setup.length:,} tokens"):
         new_cache(outline, settings, setup.length, torch.zeros(1, dtype=torch.int64))
 
 

@@ -20,6 +20,7 @@ from builders import commit_again
 from plain import finished
 from pydantic import ValidationError
 
+from infra.config_file import load_config
 from infra.duck import connect
 from infra.storage import Storage
 from schemas.config import Config
@@ -429,7 +430,7 @@ def test_doctored_tables_are_found(parts: Path, root: Path, table: str, sql: str
         (
             {"sequences": [{"length": 1000, "documents": 1}]},
             ModelError,
-            "sequences of 1,000 tokens are longer than .* was built for",
+            r"retention\.sequences: full at 1, .*: sequences of 1,000 tokens are longer than .* was built for",
         ),
         (
             {"speed": {"lengths": [64], "tokens": 16, "turns": 5}},
@@ -469,6 +470,11 @@ def test_a_model_with_another_attention_is_refused(parts: Path, tmp_path: Path) 
     [
         ({"policies": ["full"]}, "full is always read"),
         ({"policies": ["str", "str"]}, "not all different"),
+        ({"options": {"mine": {"policy": "str"}}}, "retention.options names 'mine', which"),
+        (
+            {"policies": ["str"], "options": {"str": {"gate": True}}, "heldout_share": 1},
+            "a gate is trained on documents that heldout_share = 1 leaves none of",
+        ),
         ({"budgets": [1.5]}, "a budget is a share above 0 and at most 1"),
         ({"sequences": [{"length": 96, "documents": 1, "policies": ["tova"]}]}, "names 'tova', which"),
         ({"protocols": ["prefill"], "prompt_share": 0.01}, "no prompt of whole chunks"),
@@ -479,6 +485,12 @@ def test_a_section_that_contradicts_itself_is_refused(
 ) -> None:
     with pytest.raises(ValidationError, match=message):
         small.config(parts, tmp_path, **{**LEAN, **changes})
+
+
+def test_a_section_is_named_once() -> None:
+    values = {"corpus": {"urls": ["a.txt"]}, "model": {"name": "m"}, "retention": {"budgets": [1.5]}}
+    with pytest.raises(ConfigError, match=r"^retention: a budget is a share"):
+        load_config(values)
 
 
 def test_too_few_held_out_documents_are_told(parts: Path, root: Path) -> None:
