@@ -34,7 +34,7 @@ def verify(
     with terminal_progress(plain=debug) as progress:
         found = verification.verify_root(storage, progress)
     if not found.n_files and not found.damaged:
-        raise ConfigError(f"there is nothing of functok's at {storage.root}", hint="give --root")
+        raise _nothing_at(storage)
     for entry in found.damaged:
         print(printable(f"damaged: {entry.name}: {entry.why}"))
     for folder in found.suspects:
@@ -73,12 +73,14 @@ def collect(storage: Storage, configs: Sequence[Config], *, delete: bool, hours:
         hours: What is younger is left alone.
 
     Raises:
-        ConfigError: if a configuration is of another root, or not finished.
+        ConfigError: if nothing is stored there, or a configuration is of another root, or not finished.
         DamagedError: if the catalogue is damaged.
     """
     from tasks.upkeep.gc import delete_garbage, find_garbage
 
     found = find_garbage(storage, configs, older_than=3600 * hours)
+    if not found and not storage.sizes():
+        raise _nothing_at(storage)
     for why, group in groupby(found, key=lambda entry: entry.why):
         entries = list(group)
         print(f"{why}: {len(entries)}, {sum(entry.n_bytes for entry in entries):,} bytes")
@@ -92,3 +94,7 @@ def collect(storage: Storage, configs: Sequence[Config], *, delete: bool, hours:
         return
     removed = delete_garbage(storage, found)
     print(f"deleted {len(removed)}, {sum(entry.n_bytes for entry in removed):,} bytes")
+
+
+def _nothing_at(storage: Storage) -> ConfigError:
+    return ConfigError(f"there is nothing of functok's at {storage.root}", hint="give --root")

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from infra.addresses import without_credentials
+from infra.config_file import load_config
 from schemas.errors import ConfigError
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -166,7 +167,8 @@ def up(
         say: Takes lines for people.
 
     Raises:
-        ConfigError: if the port is taken, a parameter is wrong, or a library's version lets no schedule fire.
+        ConfigError: if the port is taken, the configuration or a parameter is wrong, or a library's version lets no
+            schedule fire.
         FunctokError: if a child dies or does not start; the message has its last lines.
     """
     from infra.children import Children, require_free_port
@@ -175,6 +177,9 @@ def up(
     environment = server_environment(
         host, port, root=root, config=config, database_url=database_url, debug=debug
     )
+    if given := environment.get("FUNCTOK_CONFIG"):
+        # A child reads it, and would refuse it when the server is up.
+        load_config(given, root=environment.get("FUNCTOK_ROOT"))
     if not (PROJECT / "prefect.yaml").is_file():
         raise ConfigError(f"{PROJECT} has no prefect.yaml", hint="run `functok up` from a source checkout")
     with Children(name=f"up-{port}", environment=environment, directory=PROJECT) as children:

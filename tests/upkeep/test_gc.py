@@ -188,6 +188,15 @@ def test_the_command_shows_and_deletes_when_asked(root: Path, capsys: pytest.Cap
         assert (dead / "x").exists() == is_there
 
 
+def test_the_command_refuses_a_place_where_nothing_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["gc", "--root", str(tmp_path / "nowhere")])
+    assert ended.value.code == 1
+    assert "there is nothing of functok's at" in capsys.readouterr().err
+
+
 def test_copies_in_the_cache_whose_making_was_killed_go(root: Path, tmp_path: Path) -> None:
     aside = tmp_path / "cache" / "objects" / ".0123.abcd"
     aside.mkdir(parents=True)
