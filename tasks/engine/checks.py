@@ -44,6 +44,9 @@ def check(run: Run, stage: Stage[Any, Any]) -> None:
     question, storage = stage.question(run, run.result(stage)), run.storage
     if question is None:
         return
+    assert question.folders is not None or not _within(stage.name), (
+        f"the suite of {stage.name} asks a folder at a time (shard=True), but the stage's question has no folders"
+    )
     rows = {name: table.to_pylist() for name, table in question.small.items()}
     key = _check_key(stage.name, **{**rows, **question.of})
     if _passed(storage, stage.name, key):

@@ -200,9 +200,12 @@ def looking(storage: Storage, *, verify: bool = False) -> Iterator[None]:
 
 
 def _plan(run: Run, stage: Stage[Any, Any]) -> StagePlan:
-    unfinished = [needed.name for needed in stage.needs if not run.is_finished(needed)]
+    unfinished = [needed for needed in stage.needs if not run.is_finished(needed)]
     if unfinished:
-        reason = f"known once {' and '.join(unfinished)} {'is' if len(unfinished) == 1 else 'are'} done"
+        # One that nobody asked for waits for those that it needs, and is done with them.
+        asked = [needed for needed in unfinished if needed.applies(run.config)] or unfinished
+        names = [needed.name for needed in asked]
+        reason = f"known once {' and '.join(names)} {'is' if len(names) == 1 else 'are'} done"
         return StagePlan(stage=stage.name, done=0, missing=None, reason=reason)
     found = run.find(stage)
     missing = found.missing

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import pyarrow as pa
@@ -208,10 +209,12 @@ class Stage(Asked, ABC, Generic[U, R]):
     def refuse(self, config: Config) -> FunctokError:
         """Why it does not apply to a configuration that asked for it by name, and what would make it."""
         if lacking := self.lacking(config):
+            example = f"{lacking.partition('.')[0]}.toml"
+            is_shown = (files("configs") / example).is_file()
             return ConfigError(
                 f"this configuration has no {lacking} section, so there are no {self.things}",
                 stage=self.name,
-                hint=f"configs/{lacking.partition('.')[0]}.toml shows one",
+                hint=f"configs/{example} shows one" if is_shown else f"add [{lacking}]",
             )
         return FunctokError(f"the stage {self.name} does not apply to this configuration", stage=self.name)
 

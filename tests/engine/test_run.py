@@ -20,11 +20,12 @@ from builders import make_config, run_of
 from infra.manifest import MANIFEST, Manifest, load
 from infra.progress import silent
 from infra.storage import Storage, StoredFile
+from schemas.config import Config
 from schemas.errors import FunctokError
 from tasks.engine import run as engine
 from tasks.engine.checks import check, record_name
 from tasks.engine.run import Run, make, plan
-from tasks.engine.stage import Made, Stage, Unit
+from tasks.engine.stage import Made, Question, Stage, Unit
 
 LOG: list[Any] = []
 """What the stages of a test did, in order; on workers, too, which are threads here."""
@@ -380,6 +381,17 @@ def test_plans_say_what_is_there_and_why_not(run: Run, storage: Storage) -> None
     assert made() == []
     make(run, sums)
     assert plan(run, [both])[0].reason == "known once others is done"
+
+    class Unasked(Others):
+        name, section = "unasked", "nowhere"
+
+        def lacking(self, config: Config) -> str:
+            return self.section
+
+    assert Unasked().refuse(run.config).hint == "add [nowhere]"
+    assert (
+        plan(opened(storage), [Doubled(other, Unasked(numbers(8)))])[0].reason == "known once others is done"
+    )
     make(run, other)
     told = plan(run, [sums, both])
     assert (told[0].done, told[0].missing, told[0].reason) == (2, 0, "all sums are there")
@@ -718,3 +730,16 @@ def test_a_stage_without_a_question_is_asked_nothing(run: Run, storage: Storage)
     make(run, stage)
     check(run, stage)
     assert not storage.exists(record_name(stage.name))
+
+
+def test_a_suite_that_asks_each_folder_needs_the_folders(run: Run) -> None:
+    class Counted(Sums):
+        name = "tokenize"
+
+        def question(self, run: Run, result: list[int]) -> Question:
+            return Question(of={"sums": result})
+
+    stage = Counted(numbers(1))
+    make(run, stage)
+    with pytest.raises(AssertionError, match=r"suite of tokenize .* has no folders"):
+        check(run, stage)
