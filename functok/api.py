@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import duckdb
     import pyarrow as pa
 
+    from functok.explorer.server import Served
     from infra.storage import Storage
     from schemas.config import Config
     from schemas.work import StageName, StagePlan
@@ -147,6 +148,29 @@ class OpenRun:
 
         require_published(self._storage)
         return write_report(self._storage, DuckDb())
+
+    def explore(self, *, port: int = 0, model: str | None = None) -> Served:
+        """Serve the explorer from this process, on this machine alone, until it is closed.
+
+        Args:
+            port: The port, or the next free one; 0: any.
+            model: To encode pasted text with: `run` for the run's own model, or where it is now.
+
+        Returns:
+            What is served: `.address` for a browser, `.open_browser()`, `.close()`; a block closes it at its end.
+
+        Raises:
+            ConfigError: if nothing is published.
+
+        Example:
+            >>> with functok.open("runs/demo").explore() as explorer:
+            ...     explorer.address.startswith("http://127.0.0.1:")
+            True
+        """
+        from functok.explorer.server import Served
+
+        require_published(self._storage)
+        return Served(self._storage, port=port, model=model)
 
     def close(self) -> None:
         """Close the connection to the tables; the next question opens it again, on what is published then."""

@@ -178,16 +178,30 @@ def report(root: RootOption = None, endpoint_url: EndpointOption = None, debug: 
 @app.command()
 def explore(
     root: RootOption = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="The next free one is taken where it is not.")] = 4300,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. Where others can reach it, all pages need the token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="If it is taken, the next free one.")] = 4300,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open a browser.")] = True,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            help="Encode pasted text too: `run` for the run's own model, or where it is now.",
+            show_default=False,
+        ),
+    ] = None,
     endpoint_url: EndpointOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Look at the tables in a browser: from a token to every feature that it opens, and back."""
+    """Look at the tables in a browser: tokens, the features that they open, texts, SQL.
+
+    Needs no network and no server beside it. Example: `functok explore --root runs/demo`.
+    """
     from functok.explorer.server import serve
 
-    serve(_published(root, endpoint_url), host, port, browser=browser)
+    serve(_published(root, endpoint_url), host, port, browser=browser, model=model)
 
 
 @app.command()

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
-import math
 import os
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +16,7 @@ import duckdb
 import pyarrow as pa
 
 from functok.api import require_published
+from functok.formats import WRITERS
 from infra.duck import telling_damage
 from infra.interrupt import ends_query_only, one_query
 from infra.storage import Storage
@@ -211,61 +209,6 @@ def _target(output: Path | None) -> Iterator[IO[bytes]]:
         yield file
 
 
-def _write_csv(reader: pa.RecordBatchReader, target: IO[bytes]) -> None:
-    from pyarrow import csv
-
-    schema = pa.schema([pa.field(field.name, _flat(field.type)) for field in reader.schema])
-    with csv.CSVWriter(target, schema) as writer:
-        for batch in reader:
-            columns = [_flattened(column) for column in batch.columns]
-            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
-
-
-def _flat(kind: pa.DataType) -> pa.DataType:
-    """CSV has no lists, structs and maps: they become text."""
-    return pa.string() if pa.types.is_nested(kind) else kind
-
-
-def _flattened(column: pa.Array) -> pa.Array:
-    if not pa.types.is_nested(column.type):
-        return column
-    values = column.to_pylist()
-    return pa.array([None if value is None else _as_json(value) for value in values], pa.string())
-
-
-def _write_json(reader: pa.RecordBatchReader, target: IO[bytes]) -> None:
-    separator = "[\n"
-    for batch in reader:
-        for row in batch.to_pylist():
-            target.write(f"{separator}{_as_json(row)}".encode())
-            separator = ",\n"
-    target.write(b"[]\n" if separator == "[\n" else b"\n]\n")
-
-
-def _as_json(value: Any) -> str:
-    return json.dumps(_finite(value), ensure_ascii=False, default=str, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity and no NaN: they become null; decimals become numbers."""
-    if isinstance(value, Decimal):
-        value = float(value)
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    # A map is a list of pairs.
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _write_parquet(reader: pa.RecordBatchReader, target: IO[bytes]) -> None:
-    import pyarrow.parquet as pq
-
-    with pq.ParquetWriter(target, reader.schema, compression="zstd") as writer:
-        for batch in reader:
-            writer.write_batch(batch)
-
-
 def _write_table(reader: pa.RecordBatchReader, target: IO[bytes]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -297,4 +240,4 @@ def _cell(value: object) -> str:
     return printable(str(value))
 
 
-_WRITERS = {"csv": _write_csv, "json": _write_json, "parquet": _write_parquet, "table": _write_table}
+_WRITERS = {**WRITERS, "table": _write_table}

@@ -7,12 +7,14 @@ nowhere.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from tasks.explore.vocabulary import Columns, Figure, Grid, Page, Panel, Query, 
 
 HERE = Path(__file__).parent
 STATIC = HERE / "static"
+
 STEPS = 10
 """Shades and bars have classes, as no style of a page's own is allowed: so many steps of a shade."""
 
@@ -136,13 +139,21 @@ def _templates() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"as_json": _as_json, "shade": _shade, "sql_address": sql_address}
-    environment.globals |= {"styles": styles, "explorer_address": address, "differing": _differing}
+    environment.globals |= {"styles": styles, "static": static, "differing": _differing}
     return environment
 
 
 def styles() -> str:
     """The one stylesheet."""
     return (STATIC / "explorer.css").read_text(encoding="utf-8")
+
+
+@cache
+def static(name: str) -> str:
+    """The address of a file of ours, another one when the file is another one: browsers keep it."""
+    if name == "vega.js":
+        return f"/static/{name}?v={version('vl-convert-python')}"
+    return f"/static/{name}?v={hashlib.sha256((STATIC / name).read_bytes()).hexdigest()[:8]}"
 
 
 def sql_address(query: Query) -> str:

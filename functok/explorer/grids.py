@@ -124,7 +124,7 @@ class _Asked:
 def asked(connection: Any, grid: Grid, address: Address) -> _Asked:
     """The grid's query, sorted and filtered."""
     found = connection.execute(f"SELECT * FROM ({grid.query.sql}) LIMIT 0", dict(grid.query.values) or None)
-    kinds = {name: _kind(str(type_)) for name, type_, *_ in found.description}
+    kinds = {name: kind_of(str(type_)) for name, type_, *_ in found.description}
     given = dict(address.pairs)
     values, conditions, filters = dict(grid.query.values), [], {}
     for column in grid.filters:
@@ -226,7 +226,8 @@ def _pages(grid: Grid, address: Address, page: int, last: int) -> list[tuple[str
     return shown if last > 1 else []
 
 
-def _kind(duckdb_type: str) -> str:
+def kind_of(duckdb_type: str) -> str:
+    """How a column of this type can be filtered: as a number, a truth or a text."""
     if re.match(r"U?(TINY|SMALL|BIG|HUGE)?INT|INTEGER|UINTEGER|DOUBLE|FLOAT|DECIMAL|NUMBER", duckdb_type):
         return "number"
     return "truth" if duckdb_type.startswith("BOOL") else "text"

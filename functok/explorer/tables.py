@@ -176,6 +176,11 @@ class Tables:
         self._generation: Generation | None = None
         self.current()
 
+    @property
+    def known(self) -> str:
+        """The name of the tables that were last seen."""
+        return "" if self._generation is None else self._generation.name
+
     def current(self) -> Generation:
         """The tables that are published now, as known for at most `ASKED_EVERY` seconds."""
         with self._lock:

@@ -54,7 +54,7 @@ def pasted(asked: Asked) -> Page:
             panels=[
                 Missing(
                     what="No model is loaded: pages show what runs have stored, and compute nothing.",
-                    way="functok explore --root ROOT --model",
+                    way="functok explore --root ROOT --model run",
                 )
             ],
             trail=[("Texts", "/texts")],

@@ -1,10 +1,9 @@
-"""A page with every kind of panel, to look at and to test: `python tests/explore/every_panel.py` serves it."""
+"""A page with every kind of panel, full of text that would do harm if it were not escaped."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from tasks.explore.vocabulary import (
+    Action,
     Asked,
     Box,
     Change,
@@ -138,18 +137,13 @@ PAGES = (
     PageAt(path="/part/{number}", title="A part", build=part),
 )
 
-if __name__ == "__main__":
-    import sys
-    import tempfile
 
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    import uvicorn
-    from small_run import small_run
+def _keep(asked: Asked) -> str:
+    """What the form of the page sends is noted in the context."""
+    if asked.values.get("label") == "refused":
+        raise Refused("no such label", hint="another one")
+    asked.context["kept"].append(dict(asked.values))
+    return "/every"
 
-    from functok.explorer.app import all_pages, build_app
-    from infra.duck import CATALOG
-    from infra.storage import Storage
 
-    storage = Storage(tempfile.mkdtemp())
-    storage.write_json(CATALOG, small_run().write(storage).to_json())
-    uvicorn.run(build_app(storage, [*PAGES, *all_pages()]), port=int(sys.argv[1]))
+ACTIONS = (Action(path="/keep", act=_keep),)
