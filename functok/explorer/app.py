@@ -10,6 +10,7 @@ import asyncio
 import io
 import logging
 import re
+import secrets
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -56,7 +57,6 @@ KINDS = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 SVG_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 SAVED_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; sandbox"
 
-_BATCH = 10_000
 _log = logging.getLogger(__name__)
 
 
@@ -198,7 +198,7 @@ def build_app(
     pages: Sequence[PageAt] | None = None,
     actions: Sequence[Action] | None = None,
     *,
-    token: str,
+    token: str | None = None,
     host: str = "127.0.0.1",
     context: Mapping[str, Any] | None = None,
     page_seconds: float = PAGE_SECONDS,
@@ -210,7 +210,7 @@ def build_app(
         storage: The root.
         pages: The pages; all that there are if not given.
         actions: What forms send to; all that there are if not given.
-        token: What the opened address brings.
+        token: What the opened address brings; one that nobody knows if not given.
         host: The address that is listened on.
         context: What pages know beside tables, storage and catalogue.
         page_seconds: How long a page may take.
@@ -249,7 +249,7 @@ def build_app(
         return explorer.said(request, Refused("this address does not take that"))
 
     app.add_exception_handler(HTTPException, not_found)
-    return Guard(app, token, host)
+    return Guard(app, token or secrets.token_urlsafe(24), host)
 
 
 def _shown(explorer: Explorer, page: PageAt) -> Callable[..., Any]:
@@ -321,7 +321,7 @@ async def _download(
         stream.reader = reader
         with reader.stoppable():
             _, query = of(reader, _at(request))
-            batches = reader.execute(query.sql, dict(query.values) or None).to_arrow_reader(_BATCH)
+            batches = reader.batches(query)
             stream.begin()
             with io.BufferedWriter(stream, 1 << 16) as target:
                 WRITERS[format_](batches, target)
@@ -453,7 +453,7 @@ def _console(explorer: Explorer) -> Callable[..., Any]:
 
 def _result_grid(reader: Reader, typed: console.Typed, at: Address) -> tuple[Grid, Query]:
     """All rows of a result, as sorted and filtered."""
-    grid = console.grid(reader, console.selected(typed.sql), typed, is_whole=True)
+    grid = console.grid(reader, console.selected(typed.sql, reader.tables), typed, is_whole=True)
     return grid, grids.asked(reader, grid, at).query
 
 

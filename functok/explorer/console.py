@@ -8,7 +8,7 @@ more than read: COPY and ATTACH would write, and `pandas_scan(1)` reads memory.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -130,8 +130,12 @@ class Typed:
         )
 
 
-def selected(sql: str) -> str:
+def selected(sql: str, tables: Collection[str] = ()) -> str:
     """One SELECT, without the semicolon after it, as it can stand in parentheses.
+
+    Args:
+        sql: What was typed.
+        tables: Names of the tables; `<table>_in(documents)` stands beside some.
 
     Raises:
         Refused: if it is something else, or calls what does more than read; it is named.
@@ -160,7 +164,8 @@ def selected(sql: str) -> str:
         text = statement.query.strip().rstrip(";").rstrip()
         (found,) = parser.execute("SELECT json_serialize_sql(?)", [text]).fetchone() or ("",)
     for kind, name in _functions(json.loads(found)):
-        if (kind == "table" and name not in TABLE_FUNCTIONS) or name in FORBIDDEN:
+        is_read = name in TABLE_FUNCTIONS or name.removesuffix("_in") in tables
+        if (kind == "table" and not is_read) or name in FORBIDDEN:
             raise Refused(f"the console runs no {name}()", hint="tables are read by their names")
     return text
 
@@ -193,7 +198,7 @@ def result(reader: Reader, typed: Typed) -> Result:
     Raises:
         Refused: if it is no SELECT, or DuckDB refuses it.
     """
-    sql = selected(typed.sql)
+    sql = selected(typed.sql, reader.tables)
     with _refusing():
         if typed.explains:
             found = reader.execute(f"EXPLAIN {sql}").fetchall()

@@ -20,15 +20,19 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import duckdb
+import pyarrow as pa
 
 from infra.duck import CATALOG, Catalog, create_views, open_duckdb, read_catalog, telling_damage
 from infra.storage import Storage
 from schemas.config import DuckDb
 from schemas.errors import ConfigError, FunctokError
 from tasks.explore.labels import add_feature_labels
+from tasks.explore.vocabulary import Query
 
 ASKED_EVERY = 2.0
 """Seconds for which `catalog.json` is not asked for again."""
+
+_BATCH = 10_000
 
 _LISTS_ALL = re.compile(r"information_schema|duckdb_|pg_catalog|sqlite_master|\bshow\b", re.IGNORECASE)
 """What lists tables, and so needs all of them."""
@@ -66,6 +70,13 @@ class Reader:
         with self.stoppable(), telling_damage():
             self.generation.make_views(sql)
             return self._cursor.execute(sql, values)
+
+    def batches(self, query: Query) -> pa.RecordBatchReader:
+        """A query's rows as they are made, never all at once; raises as `execute`, while they are read too."""
+        with self.stoppable(), telling_damage():
+            self.generation.make_views(query.sql)
+            # With values beside it, DuckDB would keep the whole result.
+            return self._cursor.sql(query.text).to_arrow_reader(_BATCH)
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:
