@@ -118,10 +118,9 @@ def serve(
 
 def _encode(storage: Storage, model: str) -> Any:
     """What encodes pasted text; it loads its model when it is first asked."""
-    from infra.duck import read_catalog
     from tasks.explore.encoding import Encode
 
-    return Encode(storage, read_catalog(storage), None if model == OWN_MODEL else model)
+    return Encode(storage, None if model == OWN_MODEL else model)
 
 
 def _shown(host: str) -> str:
