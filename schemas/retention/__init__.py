@@ -27,6 +27,7 @@ ROOM = Room(
         "retention",
         "retention_layers",
         "retention_survival",
+        "retention_curves",
         "retention_losses",
         "retention_margins",
         "retention_readings",

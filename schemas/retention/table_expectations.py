@@ -95,6 +95,19 @@ TABLES: tuple[Expectation, ...] = (
             AND (policy <> 'random' OR survival = 0 OR ratio_to_random = 1)""",
         show="policy, layer, kind, age, survival, died, ratio_to_random",
     ),
+    Query(
+        name="curves are of all lives",
+        table="retention_curves",
+        needs=("retention_survival",),
+        meaning="Each age of a kind and tier is one row, of the lives of all layers, and a share.",
+        offenders="""SELECT c.policy, c.budget, c.protocol, c.length, c.kind, c.tier, c.age, c.at_risk,
+                s.at_risk AS summed, c.survival, c.survival_low, c.survival_high
+            FROM retention_curves AS c FULL JOIN (SELECT policy, budget, protocol, length, kind, tier, age,
+                sum(at_risk) AS at_risk, sum(died) AS died FROM retention_survival GROUP BY ALL) AS s
+            USING (policy, budget, protocol, length, kind, tier, age)
+            WHERE c.at_risk IS DISTINCT FROM s.at_risk OR c.died IS DISTINCT FROM s.died
+                OR c.survival NOT BETWEEN 0 AND 1 OR coalesce(c.survival_low > c.survival_high, false)""",
+    ),
     Keys(
         name="loss groups are unique",
         table="retention_losses",

@@ -133,6 +133,8 @@ TABLES: dict[str, pa.Schema] = {
         full_tokens_per_second=pa.float64(),
         speed_ratio=pa.float64(),
     ),
+    # over tokens that were read after something had first to leave: before, a reading is the full run, and would only
+    # dilute PAPER 2's medians over tokens
     "retention_layers": _of_setup(
         layer=pa.int32(),
         n_documents=pa.int64(),
@@ -161,6 +163,20 @@ TABLES: dict[str, pa.Schema] = {
         at_risk=pa.int64(),
         died=pa.int64(),
         ratio_to_random=pa.float64(),
+    ),
+    # the same over all layers
+    "retention_curves": _of_setup(
+        kind=pa.string(),
+        tier=pa.string(),
+        age=pa.int64(),
+        at_risk=pa.int64(),
+        died=pa.int64(),
+        survival=pa.float64(),
+        survival_low=pa.float64(),
+        survival_high=pa.float64(),
+        ratio_to_random=pa.float64(),
+        ratio_to_random_low=pa.float64(),
+        ratio_to_random_high=pa.float64(),
     ),
     "retention_losses": _of_setup(
         bucket=pa.string(),

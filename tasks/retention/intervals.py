@@ -108,6 +108,58 @@ def layer_intervals(connection: Any, resamples: int) -> pa.Table:
     return _table(rows, (*SETUP, "layer"), wanted, "retention_layers")
 
 
+def survival_intervals(connection: Any, resamples: int) -> pa.Table:
+    """Of each setup, kind, tier and age, layers together, the ends of survival, and of its ratio to `random`'s.
+
+    A resample has the same sequences under both policies.
+
+    Args:
+        connection: With the views `readings` and `shard_reading_survival`.
+        resamples: How many.
+    """
+    keys = (*SETUP, "kind", "tier")
+    found = connection.execute(
+        f"SELECT {', '.join(keys)}, sequence, age, sum(at_risk)::DOUBLE, sum(died)::DOUBLE "
+        "FROM readings JOIN shard_reading_survival USING (folder) GROUP BY ALL ORDER BY ALL"
+    ).fetchall()
+    curves: dict[tuple[Any, ...], dict[int, dict[int, tuple[float, float]]]] = {}
+    for *key, sequence, age, at_risk, died in found:
+        curves.setdefault(tuple(key), {}).setdefault(sequence, {})[age] = at_risk, died
+    rows = []
+    for key, own in curves.items():
+        random = curves.get(("random", *key[1:-1], "hot"), {})
+        ages = sorted({age for of in own.values() for age in of})
+        sums = np.array(
+            [
+                [[of.get(sequence, {}).get(age, (0, 0)) for age in ages] for of in (own, random)]
+                for sequence in own
+            ],
+            dtype=np.float64,
+        )
+        ends = bootstrap(sums.reshape(len(own), -1), _survivals(len(ages)), resamples)
+        rows += [
+            dict(zip(keys, key, strict=True))
+            | {"age": age}
+            | _named(("survival", "ratio_to_random"), ends[[place, len(ages) + place]])
+            for place, age in enumerate(ages)
+        ]
+    wanted = [f"{name}_{end}" for name in ("survival", "ratio_to_random") for end in _ENDS]
+    return _table(rows, (*keys, "age"), wanted, "retention_curves")
+
+
+def _survivals(ages: int) -> Callable[[Floats], Floats]:
+    """Survival at each age, then its ratio to random's; NaN from where a resample has nobody at risk on."""
+
+    def statistic(sums: Floats) -> Floats:
+        at_risk, died = np.moveaxis(sums.reshape(-1, 2, ages, 2), -1, 0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            survival = np.cumprod(1 - died / at_risk, axis=-1)
+            ratio = survival[:, 0] / survival[:, 1]
+        return np.concatenate([survival[:, 0], ratio], axis=1)
+
+    return statistic
+
+
 _ENDS = ("low", "high")
 
 

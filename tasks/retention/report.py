@@ -58,7 +58,7 @@ def sections(connection: Any) -> list[Callable[[], Section]]:
     built += [
         build
         for table, build in (
-            ("retention_survival", survival),
+            ("retention_curves", survival),
             ("retention_layers", errors),
             ("retention_margins", losses),
             ("retention_speed", speed),

@@ -167,8 +167,9 @@ def errors(connection: Any, at: Place | None = None) -> Section:
     return Section(
         key="retention-layers",
         title="Error by layer",
-        shows="How far a block’s output is from the full run’s, ‖policy − full‖ ÷ ‖full‖, the median over tokens, BOS "
-        "left out; and what the same evictions do to that layer alone, fed the full run’s inputs and keys (local). "
+        shows="How far a block’s output is from the full run’s, ‖policy − full‖ ÷ ‖full‖, and what the same evictions "
+        "do to that layer alone, fed the full run’s inputs and keys (local). Medians over tokens that were read after "
+        "something first had to leave: before, a reading is the full run. "
         f"What is carried is the one over the other. {setting_told(setting)}, a budget of {percent(budget, 1)}.",
         charts=[
             Chart(
@@ -264,6 +265,7 @@ def layers_table(found: Sequence[Row]) -> Table:
             Column("function_share", "percent", "function tokens among the kept", digits=1),
         ],
         rows=shown,
+        note="Errors, attention and keys are of tokens that were read after something first had to leave.",
     )
 
 

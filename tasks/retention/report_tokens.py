@@ -26,8 +26,7 @@ from tasks.retention.looks import (
 def survival_rows(connection: Any) -> list[Row]:
     """Survival by age of each kind, layers together, and its ratio to `random`'s at the same age.
 
-    Counts of lives and deaths are added over layers, then S(age) = Π (1 − died / at risk). A policy with tiers is
-    shown by its tier `warm`: tokens that have a slot of their own, exact or not.
+    A policy with tiers is shown by its tier `warm`: tokens that have a slot of their own, exact or not.
     """
     query = Query.of("retention/explore_survival", length=None, protocol=None, budget=None)
     return in_order(rows(connection, query.sql, query.values))
@@ -51,7 +50,8 @@ def survival(connection: Any, at: Place | None = None) -> Section:
         title="Survival: which tokens stay",
         shows=f"The share of tokens that still have a slot after so many more were read (Kaplan–Meier: tokens that are "
         f"there at the end are censored; sinks left out; layers and heads together), {where}. Survival as such is "
-        "fixed by the budget: what tells is the kind, and the ratio to random of the same ages.",
+        "fixed by the budget: what tells is the kind, and the ratio to random of the same ages. Bands are 95 % "
+        "intervals by sequence.",
         charts=[
             Chart(
                 spec=survival_chart(mine, "survival"),
@@ -100,23 +100,20 @@ def favoured(half: Sequence[Row]) -> Finding:
     """Which kind each policy that is not told of kinds keeps longer."""
     told = []
     for policy in dict.fromkeys(row["policy"] for row in half):
-        of = {row["kind"]: row["survival"] for row in half if row["policy"] == policy}
-        if (
-            policy in {"function", "content", "random"}
-            or set(of) != {"function", "content"}
-            or not any(of.values())
-        ):
+        of = [row for row in half if row["policy"] == policy and row["survival"]]
+        if policy in {"function", "content", "random"} or len(of) != 2:
             continue
-        kind = max(of, key=lambda name: of[name])
-        other = min(of, key=lambda name: of[name])
-        if of[kind] == of[other]:
-            told.append(f"{policy} neither kind")
+        less, more = sorted(of, key=lambda row: row["survival"])
+        if less["survival_high"] is None or less["survival_high"] >= more["survival_low"]:
+            told.append(f"{policy} neither kind clearly")
         else:
-            times = f" ({decimal(of[kind] / of[other])} times as many)" if of[other] else ""
-            told.append(f"{policy} {kind} tokens{times}")
+            told.append(
+                f"{policy} {more['kind']} tokens ({decimal(more['survival'] / less['survival'])} times as many)"
+            )
     age = integer(half[0]["age"])
     text = (
-        f"After {age} more tokens, of equally many tokens of each kind more are left of: {'; '.join(told)}."
+        f"After {age} more tokens, of equally many tokens of each kind more are left of: {'; '.join(told)}. (Clearly: "
+        "intervals apart.)"
     )
     return Finding(text=text if told else f"No policy has both kinds left after {age} more tokens.")
 
@@ -134,7 +131,12 @@ def survival_chart(found: Sequence[Row], field: str) -> Spec:
     return charts.panels(
         policies,
         lambda place, x, y: charts.series(
-            [row for row in named if row["policy"] == policies[place]], x, y, KINDS, marks=marks
+            [row for row in named if row["policy"] == policies[place]],
+            x,
+            y,
+            KINDS,
+            marks=marks,
+            band=(f"{field}_low", f"{field}_high"),
         ),
         charts.linear("age", "age (tokens read since)", zero=True),
         y,
@@ -153,8 +155,8 @@ def survival_table(half: Sequence[Row]) -> Table:
             Column("kind"),
             Column("age", "integer"),
             Column("at_risk", "integer", "at risk (all heads)"),
-            Column("survival", "percent", digits=2),
-            Column("ratio", "decimal", "÷ random"),
+            Column("survival", "percent", digits=2, shows="both"),
+            Column("ratio", "decimal", "÷ random", shows="both"),
         ],
         rows=half,
     )

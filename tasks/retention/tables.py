@@ -20,7 +20,12 @@ from tasks.engine.run import Run
 from tasks.engine.stage import Image, Shown
 from tasks.engine.tables import VERSION, TableGroup, Tables, ensure_folder, explained, write_table
 from tasks.retention.gates import GATES, file_of
-from tasks.retention.intervals import layer_intervals, loss_intervals, prediction_intervals
+from tasks.retention.intervals import (
+    layer_intervals,
+    loss_intervals,
+    prediction_intervals,
+    survival_intervals,
+)
 from tasks.retention.measures import FILES
 from tasks.retention.readings import READINGS, reading_rows
 from tasks.retention.retrieval import RETRIEVAL
@@ -32,6 +37,7 @@ _SQL_TABLES = (
     "retention",
     "retention_layers",
     "retention_survival",
+    "retention_curves",
     "retention_losses",
     "retention_margins",
     "retention_readings",
@@ -185,6 +191,7 @@ def _intervals(run: Run, group: Tables, readings: pa.Table, table: str) -> pa.Ta
     make = {
         "retention": lambda connection: prediction_intervals(connection, resamples),
         "retention_layers": lambda connection: layer_intervals(connection, resamples),
+        "retention_curves": lambda connection: survival_intervals(connection, resamples),
         "retention_losses": lambda connection: loss_intervals(
             connection, resamples, "bucket", "position_from", "position_to"
         ),

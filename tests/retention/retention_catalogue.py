@@ -33,7 +33,7 @@ class Made:
         carried: What an error grows by from layer to layer.
         similarity: Of kept keys.
         speed: Ratio to the full cache, of any budget.
-        bytes_more: What a policy takes beside its budget.
+        bytes_more: What a policy may take beside its budget.
         sequences: How many, of each length.
         noise: Standard deviation of a sequence's own share of everything, relative; the same for all policies.
         own_noise: The same, of a policy's own.
@@ -85,6 +85,7 @@ def tables(made: Made) -> dict[str, list[Row]]:
             ]:
                 setup = {"policy": policy, "budget": budget, "protocol": protocol, "length": length}
                 _add(found, made, setup, of_sequence, rng)
+    found["retention_curves"] = _curves(found["retention_survival"])
     _add_speed(found["retention_speed"], made)
     _add_retrieval(found["retention_retrieval"], made)
     return found
@@ -125,6 +126,9 @@ def _add(found: dict[str, list[Row]], made: Made, setup: Row, of_sequence: Any, 
         {
             **setup,
             "kv_bytes_share": setup["budget"] * (1 + made.bytes_more.get(setup["policy"], 0.0)),
+            "kv_bytes_allowed": None
+            if is_full
+            else round(1e6 * setup["budget"] * (1 + made.bytes_more.get(setup["policy"], 0.0))),
             "n_documents": len(of_sequence),
             "n_tokens": n_tokens * len(of_sequence),
             "perplexity": 20 * math.exp(mean),
@@ -186,6 +190,30 @@ def _add_survival(found: list[Row], setup: Row, layer: int) -> None:
                     }
                 )
                 at_risk -= died
+
+
+def _curves(lives: Sequence[Row]) -> list[Row]:
+    """Layers together: all of them have the same lives."""
+    found, left = list[Row](), dict[tuple[Any, ...], float]()
+    for row in lives:
+        if row["layer"] != LAYERS[0]:
+            continue
+        curve = tuple(row[name] for name in ("policy", "budget", "protocol", "length", "kind", "tier"))
+        survival = left.get(curve, 1.0) * (1 - row["died"] / row["at_risk"])
+        left[curve] = survival
+        more = {name: len(LAYERS) * row[name] for name in ("at_risk", "died")}
+        ends = {"survival": survival, "survival_low": 0.99 * survival, "survival_high": 1.01 * survival}
+        found.append({**{name: row[name] for name in row if name != "layer"}, **more, **ends})
+    random = {
+        tuple(row[name] for name in ("budget", "protocol", "length", "kind", "age")): row["survival"]
+        for row in found
+        if row["policy"] == "random"
+    }
+    for row in found:
+        of = random[tuple(row[name] for name in ("budget", "protocol", "length", "kind", "age"))]
+        for end in ("", "_low", "_high"):
+            row[f"ratio_to_random{end}"] = row[f"survival{end}"] / of
+    return found
 
 
 def _add_losses(found: dict[str, list[Row]], setup: Row, loss: float) -> None:

@@ -53,7 +53,7 @@ def finding(run: Made, title: str) -> Finding:
         ({"carried": {"str": 1.3, "cmp": 1.3}}, "Error propagation", "differs"),
         # A smaller error at the last layer that grows as the others' do is not enough.
         ({"error": BEST}, "Error propagation", "undecided"),
-        ({"loss": {"str": 0.05, "cmp": 0.05}}, "Coherence", "holds"),
+        ({"loss": {"str": 0.02, "cmp": 0.02}}, "Coherence", "holds"),
         # Better than all baselines, yet more than is tolerated.
         ({"loss": BEST}, "Coherence", "differs"),
         ({"similarity": BEST}, "Redundancy", "holds"),
@@ -92,7 +92,7 @@ def test_baselines_of_other_bytes_are_not_compared() -> None:
     run = made(mass={**BEST, "h2o": 0.1}, bytes_more={"h2o": 0.3})
     found = finding(run, "Survival: str")
     assert found.verdict == "holds"
-    assert "Not compared, for they keep other bytes: h2o." in found.text
+    assert "Not compared, for they may take other bytes: h2o." in found.text
     bytes_more = dict.fromkeys(claims.BASELINES, 0.3)
     assert verdicts(made(bytes_more=bytes_more))["Survival: str"] == "untested"
 
@@ -223,7 +223,7 @@ def test_survival_is_kaplan_meiers_over_layers_and_relative_to_random() -> None:
     assert found["cmp", "function"]["survival"] == pytest.approx(0.9**5, rel=1e-3)
     text = built(made())["retention-survival"].findings[0].text
     assert "str function tokens (1.69 times as many)" in text
-    assert "h2o neither kind" in text
+    assert "h2o neither kind clearly" in text
 
 
 def test_retrieval_counts_exact_matches_only_of_solved_tasks() -> None:
@@ -238,7 +238,7 @@ def test_retrieval_counts_exact_matches_only_of_solved_tasks() -> None:
 
 
 def test_what_is_not_published_has_no_section() -> None:
-    missing = ("retention_speed", "retention_retrieval", "retention_survival", "retention_readings")
+    missing = ("retention_speed", "retention_retrieval", "retention_curves", "retention_readings")
     run = made(without=missing)
     assert list(built(run)) == ["retention-frontier", "retention-layers", "retention-losses"]
     connection = retention_catalogue.connection(run)

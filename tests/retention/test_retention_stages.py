@@ -167,6 +167,7 @@ def test_tables_are_sums_over_sequences(parts: Path, root: Path) -> None:
         if row["local_error"]:
             assert row["carried"] == pytest.approx(row["error"] / row["local_error"])
     check_survival(found["retention_survival"], readings, files)
+    check_curves(found["retention_curves"], readings, files)
     check_losses(found, readings, files)
 
 
@@ -199,6 +200,40 @@ def check_survival(found: list[dict[str, Any]], readings: Any, files: Any) -> No
         random = None if key[0] == "full" else curves.get(("random", *key[1:3], "hot", key[4]))
         expected = None if not random else survival / random
         assert told[key]["ratio_to_random"] == (None if expected is None else pytest.approx(expected))
+
+
+def check_curves(found: list[dict[str, Any]], readings: Any, files: Any) -> None:
+    """Layers together, and the bootstrap's ends, sequence by sequence."""
+    kind, tier, ages = "content", "hot", range(0, small.LENGTH, 8)
+
+    def counts(policy: str) -> np.ndarray[Any, Any]:
+        own = [reading for reading in readings if reading.setup.policy == policy]
+        made = np.zeros((len(own), 2, len(ages)))
+        for sequence, reading in enumerate(own):
+            for row in files[reading]["reading_survival"]:
+                if (row["kind"], row["tier"]) == (kind, tier):
+                    made[sequence, :, row["age"] // 8] += row["at_risk"], row["died"]
+        return made
+
+    def survivals(sums: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        at_risk, died = np.moveaxis(sums.reshape(len(sums), -1, 2, len(ages)), 2, 0)
+        return np.prod(1 - died[..., :4] / at_risk[..., :4], axis=-1)
+
+    both = np.stack([counts("streaming"), counts("random")], axis=1)
+    flat = both.reshape(len(both), -1)
+    (own, of_random) = survivals(flat.sum(0)[None])[0]
+    ends = bootstrap(
+        flat, lambda sums: (lambda s: np.stack([s[:, 0], s[:, 0] / s[:, 1]], 1))(survivals(sums)), 50
+    )
+    (row,) = (
+        row
+        for row in found
+        if (row["policy"], row["kind"], row["tier"], row["age"]) == ("streaming", kind, tier, 24)
+    )
+    assert row["survival"] == pytest.approx(own)
+    assert row["ratio_to_random"] == pytest.approx(own / of_random)
+    told = [row[f"{name}_{end}"] for name in ("survival", "ratio_to_random") for end in ("low", "high")]
+    assert told == pytest.approx(ends.ravel().tolist())
 
 
 def check_losses(found: dict[str, list[dict[str, Any]]], readings: Any, files: Any) -> None:
