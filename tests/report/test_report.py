@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import closing
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -11,11 +12,13 @@ import pytest
 import report_catalogue
 from report_reading import Page, read, svgs
 
+from infra.duck import connect
 from infra.storage import Storage
 from schemas.config import DuckDb
 from schemas.errors import ConfigError
 from schemas.tables import TABLES
 from tasks.models.token_texts import visible
+from tasks.report import corpus, graph
 from tasks.report.report import REPORT, write_report
 from tasks.report.text import integer, percent
 
@@ -46,6 +49,13 @@ def test_coverage_table_has_the_papers_shape_and_the_tables_numbers(
         ]
         for rank in range(1, 11)
     ]
+
+
+def test_charts_are_what_vega_lite_s_schema_allows(published: report_catalogue.Published) -> None:
+    with closing(connect(published.storage)) as connection:
+        builders = [*corpus.sections(connection), *graph.sections(connection)]
+        drawn = [chart.spec.to_dict() for build in builders for chart in build().charts]
+    assert len(drawn) > 5
 
 
 def test_papers_numbers_are_labelled_as_the_papers(page: Page) -> None:
