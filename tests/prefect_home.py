@@ -32,12 +32,19 @@ def prefect_api() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def prefect_database(prefect_api: str) -> Path:
+def prefect_database() -> Path:
     """A copy of a migrated database: making one takes 10 s."""
-    copy = HOME / "copy" / "prefect.db"
-    copy.parent.mkdir()
+    import flows  # sets Prefect's environment before prefect is imported
+    from infra.run_api import run_api
     from infra.storage import LOCAL_CACHE
     from infra.temporary_server import empty_database
 
-    shutil.copyfile(empty_database(LOCAL_CACHE), copy)
+    assert flows.__doc__
+    empty = empty_database(LOCAL_CACHE)
+    if not empty.is_file():
+        with run_api(debug=True):
+            pass
+    copy = HOME / "copy" / "prefect.db"
+    copy.parent.mkdir()
+    shutil.copyfile(empty, copy)
     return copy

@@ -27,24 +27,32 @@ STARTS = {
 SLOW = ("server", "cluster", "s3", "chromium", "process", "slow")
 """Markers of what `make test-fast` leaves out; the first five may start processes."""
 
+PREFECT = (
+    "end_to_end/test_flows.py",
+    "end_to_end/test_readme.py",
+    "infra/test_deployments.py",
+    "infra/test_interrupt.py",
+    "infra/test_run_api.py",
+)
+"""Files that use `prefect_api`, one group: a server starts for 8 s, and takes a tenth of a core while it waits."""
+
 LONGEST = (
     "infra/test_up.py",
     "end_to_end/test_end_to_end.py",
-    "infra/test_ui_chromium.py",
-    "pretraining/test_consolidation_end_to_end.py",
+    "prefect",
     "pretraining/test_pretraining_processes.py",
-    "ceph",
-    "infra/test_interrupt.py",
     "infra/test_requests.py",
-    "end_to_end/test_flows.py",
+    "infra/test_ui_chromium.py",
+    "ceph",
+    "pretraining/test_consolidation_end_to_end.py",
     "end_to_end/test_cli.py",
     "end_to_end/test_bench.py",
-    "graph/test_tables.py",
-    "infra/test_run_api.py",
     "steering/test_steering_end_to_end.py",
-    "infra/test_storage.py",
+    "graph/test_tables.py",
     "graph/test_features.py",
-    "engine/test_validation.py",
+    "end_to_end/test_contributing.py",
+    "pretraining/test_consolidation_validation.py",
+    "corpus/test_tokenization.py",
 )
 """Groups that begin first, the longest before the others, so that all processes end together."""
 
@@ -55,14 +63,21 @@ def arrange(items: list[pytest.Item]) -> None:
         fixtures = getattr(item, "fixturenames", ())
         for marker in {STARTS[name] for name in fixtures if name in STARTS}:
             item.add_marker(marker)
+        if "prefect_api" in fixtures and group_of(item.nodeid) != "prefect":
+            raise pytest.UsageError(
+                f"{item.nodeid} uses prefect_api: name its file in tests/suite.py, PREFECT"
+            )
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(group_of(item.nodeid), len(LONGEST)))
 
 
 def group_of(nodeid: str) -> str:
-    """Tests of one group run in one process: those of a file share its fixtures, those on Ceph the gateway."""
-    file, _, name = nodeid.partition("::")
-    return "ceph" if "ceph" in name else file.removeprefix(f"{TESTS.name}/")
+    """Tests of one group run in one process: those of a file share its fixtures, others a server that starts long."""
+    path, _, name = nodeid.partition("::")
+    file = path.removeprefix(f"{TESTS.name}/")
+    if "ceph" in name:
+        return "ceph"
+    return "prefect" if file in PREFECT else file
 
 
 class Groups(LoadScopeScheduling):

@@ -1,6 +1,9 @@
 """`tasks.pretraining.worker` as a program that can die on the way, and that can shard over CPU processes.
 
 `python tests/training_program.py CONFIG SERIES [--die-at-step N] [--die-at-write N] [--sharded]`
+
+With both ways to die it trains twice, each time in a copy of itself, as importing takes longer than that, and prints
+how the copies ended and which states each left.
 """
 
 from __future__ import annotations
@@ -8,10 +11,14 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import plain
+from trained import Training
 
 from schemas.config import Config
 from tasks.pretraining import worker as pretraining_worker
@@ -43,6 +50,18 @@ def _take_processes_for_gpus() -> None:
     distributed.init_process_group("gloo")
 
 
+def _die_in_copies(ways: list[Callable[[], None]], config: Config, arguments: argparse.Namespace) -> None:
+    for library in ("accelerate", "transformers.models.llama.modeling_llama"):
+        import_module(library)
+    for prepare in ways:
+        if (child := os.fork()) == 0:
+            prepare()
+            pretraining_worker.work(config, arguments.series)
+            os._exit(0)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        print(ended, *Training(arguments.config.parent).states(), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("config", type=Path)
@@ -51,13 +70,19 @@ def main() -> None:
     parser.add_argument("--die-at-write", type=int, help="in the middle of the nth file below training/")
     parser.add_argument("--sharded", action="store_true")
     arguments = parser.parse_args()
+    config = Config.model_validate_json(arguments.config.read_text())
+    die: list[Callable[[], None]] = []
     if arguments.die_at_step is not None:
-        _die_at_step(arguments.die_at_step)
+        die.append(partial(_die_at_step, arguments.die_at_step))
     if arguments.die_at_write is not None:
-        plain._killing("training/", arguments.die_at_write)
+        die.append(partial(plain._killing, "training/", arguments.die_at_write))
+    if len(die) > 1:
+        _die_in_copies(die, config, arguments)
+        return
+    for prepare in die:
+        prepare()
     if arguments.sharded:
         _take_processes_for_gpus()
-    config = Config.model_validate_json(arguments.config.read_text())
     pretraining_worker.work(config, arguments.series)
     pretraining_worker._leave_group()
 

@@ -587,6 +587,7 @@ def test_layers_without_a_dictionary_are_refused(storage: Storage) -> None:
         build_graph(make_config(storage), storage, shards, features, SAES[:1])
 
 
+@pytest.mark.slow
 def test_edges_ten_times_larger_than_memory(storage: Storage) -> None:
     """10 million edges of 32 bytes, 320 MB, of which DuckDB may hold a tenth; the rows that numpy counts."""
     rng, n, features, pairs = np.random.default_rng(0), 5_000_000, [], []

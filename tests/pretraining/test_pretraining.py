@@ -380,6 +380,7 @@ def test_the_gradient_of_a_bfloat16_weight_is_added_in_float32(monkeypatch: pyte
     assert (head.grad - twin.grad).norm() < 4e-3 * twin.grad.norm()
 
 
+@pytest.mark.slow
 def test_bfloat16_and_compiled_blocks_train_the_same_up_to_rounding(
     trained: Training, untrained: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:

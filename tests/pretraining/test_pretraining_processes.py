@@ -39,7 +39,9 @@ def untrained(prepared: Training, tmp_path: Path) -> Training:
     return made
 
 
-def run_program(training: Training, config: Config, *options: str, launch: bool = False) -> int:
+def run_program(
+    training: Training, config: Config, *options: str, launch: bool = False
+) -> subprocess.CompletedProcess[str]:
     path = training.folder / "config.json"
     path.write_text(as_written(config, training.storage).model_dump_json())
     done = subprocess.run(
@@ -59,7 +61,7 @@ def run_program(training: Training, config: Config, *options: str, launch: bool 
         timeout=600,
     )
     assert done.returncode == 0 or "--die" in " ".join(options), done.stderr[-3000:]
-    return done.returncode
+    return done
 
 
 def assert_same(training: Training, other: Training) -> None:
@@ -72,13 +74,14 @@ def assert_same(training: Training, other: Training) -> None:
 
 def test_a_killed_training_goes_on_bit_for_bit(prepared: Training, untrained: Training) -> None:
     config = untrained.config()
-    # Between states: those of steps 4 and 7 (a checkpoint's) were saved, 8 was not.
-    assert run_program(untrained, config, "--die-at-step", "8") == -9
-    assert untrained.states() == ["state-00000007"]
+    killed = run_program(untrained, config, "--die-at-step", "8", "--die-at-write", "2")
+    assert killed.stdout.splitlines() == [
+        # Between states: those of steps 4 and 7 (a checkpoint's) were saved, 8 was not.
+        "-9 state-00000007",
+        # In the middle of writing the state of step 8 (its files: curve, state, manifest).
+        "-9 state-00000007 state-00000008",
+    ]
     assert untrained.steps(config) is None
-    # In the middle of writing the state of step 8 (its files: curve, state, manifest).
-    assert run_program(untrained, config, "--die-at-write", "2") == -9
-    assert untrained.states() == ["state-00000007", "state-00000008"]
     untrained.train(config)
     assert untrained.progress[0][:2] == (7 * BATCH_TOKENS, STEPS * BATCH_TOKENS)
     assert untrained.states() == []
@@ -101,7 +104,7 @@ def test_two_processes_share_a_sharded_model_and_go_on_after_a_kill(
     prepared: Training, untrained: Training
 ) -> None:
     config = untrained.config(processes=2, fsdp=True)
-    assert run_program(untrained, config, "--sharded", "--die-at-step", "10", launch=True) != 0
+    assert run_program(untrained, config, "--sharded", "--die-at-step", "10", launch=True).returncode != 0
     assert untrained.states() == ["state-00000008"]
     run_program(untrained, config, "--sharded", launch=True)
     assert_close(prepared, untrained)
