@@ -20,7 +20,14 @@ from prefect.artifacts import (
 )
 
 from infra.duck import CATALOG
-from infra.published import REPORT, browser_address, note_root, report_page
+from infra.published import (
+    REPORT,
+    browser_address,
+    explore_command,
+    explorer_page,
+    note_root,
+    report_page,
+)
 from infra.storage import Storage
 from tasks.engine.stage import Image, Shown
 
@@ -72,6 +79,25 @@ def show_report(storage: Storage) -> None:
         # The page of a key shows its description alone.
         shown = f"[{text}]({link}): {description[0].lower()}{description[1:]}"
         create_link_artifact(link=link, link_text=text, **_named(storage, "report", shown))
+
+
+def show_explorer(storage: Storage) -> None:
+    """How the tables are looked at: a link where the server is one of `functok up`, and the command."""
+    command = explore_command(storage.root, storage.endpoint_url)
+    try:
+        link = browser_address(explorer_page(storage.name))
+        if link is not None:
+            note_root(storage)
+    except Exception as error:
+        get_run_logger().warning("The explorer cannot be linked in Prefect: %s", error)
+        return
+    description = "The tables in your browser: tokens, features, texts, SQL"
+    if link is None:
+        create_markdown_artifact(markdown=_code(command), **_named(storage, "explorer", description))
+    else:
+        text = f"Explore {storage.name}"
+        shown = f"[{text}]({link}), or `{command}`"
+        create_link_artifact(link=link, link_text=text, **_named(storage, "explorer", shown))
 
 
 def show_damage(storage: Storage, rows: list[dict[str, Any]], n_files: int, n_bytes: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flows.artifacts import show_catalogue, shown_in_prefect
+from flows.artifacts import show_catalogue, show_explorer, shown_in_prefect
 from flows.stage import look, open_storage, reported_progress, stage_flow, step
 from infra.duck import Catalog, connect, read_catalog, telling_damage
 from schemas.config import Config
@@ -88,3 +88,4 @@ def show(run: Run, groups: Sequence[TableGroup]) -> None:
             if group.name in published:
                 shown_in_prefect(storage, group.shown(connection, config))
     show_catalogue(storage)
+    show_explorer(storage)

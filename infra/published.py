@@ -8,6 +8,7 @@ A page that comes over http may not open `file://` or `s3://`, so `functok up` s
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,6 +85,17 @@ def known_roots() -> list[KnownRoot]:
 def report_page(name: str) -> str:
     """Path of the page that shows a root's report."""
     return f"{PAGES}/{name}/report"
+
+
+def explorer_page(name: str) -> str:
+    """Path of the page that says how a root's tables are looked at."""
+    return f"{PAGES}/{name}/explore"
+
+
+def explore_command(root: str, endpoint_url: str | None = None) -> str:
+    """What opens the explorer on a root."""
+    endpoint = f" --endpoint-url {shlex.quote(endpoint_url)}" if endpoint_url else ""
+    return f"functok explore --root {shlex.quote(root)}{endpoint}"
 
 
 def browser_address(path: str) -> str | None:

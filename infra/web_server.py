@@ -20,7 +20,17 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from infra.prefect_server import is_loopback, prefect_environment
-from infra.published import GREETING, PAGES, REPORT, KnownRoot, known_root, known_roots, report_page
+from infra.published import (
+    GREETING,
+    PAGES,
+    REPORT,
+    KnownRoot,
+    explore_command,
+    explorer_page,
+    known_root,
+    known_roots,
+    report_page,
+)
 from schemas.errors import FunctokError
 
 if TYPE_CHECKING:
@@ -163,6 +173,7 @@ def _pages() -> ASGIApp:
             Route(PAGES, _guarded(_index)),
             Route(f"{PAGES}/", _guarded(_index)),
             Route(report_page("{name}"), _guarded(_report)),
+            Route(explorer_page("{name}"), _guarded(_explore)),
             *(Route(path, _guarded(_cdn_page)) for path in CDN_PAGES),
         ],
         exception_handlers={404: _not_found},
@@ -222,6 +233,17 @@ def _report(request: Request) -> Response:
             "run the deployment report (or reproduce) for this root",
         )
     return HTMLResponse(content, headers=_headers(REPORT_POLICY))
+
+
+def _explore(request: Request) -> Response:
+    name = request.path_params["name"]
+    root = known_root(name)
+    if root is None:
+        return _page(
+            404, "Unknown root", f"No run of this server has published tables under the name {name}."
+        )
+    text = "The explorer shows a run’s tables in your browser, from a process of your own on the machine that has them."
+    return _page(200, f"Explore {name}", text, explore_command(root.root, root.endpoint_url))
 
 
 def _index(_: Request) -> Response:

@@ -171,6 +171,7 @@ def test_reproduce_runs_every_stage_in_order_and_shows_results(config: Config, s
         for run in last_runs("flow_runs")
     )
     assert CATALOG in shown["catalogue"]["data"]
+    assert f"functok explore --root {config.storage.root}" in shown["explorer"]["data"]
     for stage in ("tokenize", "dictionaries", "features", "tables", "report"):
         assert shown[f"progress-{stage}"]["data"] == 100.0
     names = {run["name"] for run in last_runs("task_runs")}

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from every_panel import ACTIONS, HOSTILE, PAGES
+from republished import Roots
 from small_run import small_run
 from starlette.testclient import TestClient
 
@@ -28,14 +29,10 @@ HERE = "http://127.0.0.1:4300"
 TOKEN = "a-token-of-this-start"
 
 
-def publish(storage: Storage, seed: int = 0) -> None:
-    storage.write_json(CATALOG, small_run(seed).write(storage).to_json())
-
-
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     storage = Storage(str(tmp_path_factory.mktemp("root")))
-    publish(storage)
+    storage.write_json(CATALOG, small_run().write(storage).to_json())
     return storage
 
 
@@ -362,19 +359,12 @@ def test_a_page_ends_with_its_time(storage: Storage) -> None:
 def test_new_tables_are_moved_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("functok.explorer.tables.ASKED_EVERY", 0.0)
     storage = Storage(str(tmp_path))
-    publish(storage)
+    roots = Roots(storage)
     with TestClient(build_app(storage, PAGES, ()), base_url=HERE) as client:
         before = client.get("/every").text
         name = client.get("/generation").json()["generation"]
         assert f'data-generation="{name}"' in before
-        # Tables of another run have other names: a folder of tables never changes.
-        run = small_run(3)
-        other = Storage(str(tmp_path / "later"))
-        catalog = run.write(other).to_json()
-        catalog["tables"] = {table: f"later/{file}" for table, file in catalog["tables"].items()}
-        for columns in catalog["sharded"].values():
-            columns["name"] = [f"later/{file}" for file in columns["name"]]
-        storage.write_json(CATALOG, catalog)
+        roots.publish_next()
         assert client.get("/generation").json()["generation"] != name
         after = client.get("/every").text
         assert rows_of(after) != rows_of(before)

@@ -203,6 +203,7 @@ def walked(served: Served) -> dict[str, str]:
         "the API's documentation": "/docs",
         "reports": "/functok",
         "no such report": "/functok/none/report",
+        "how to explore": f"/functok/{served.roots[0].name}/explore",
     }
 
 
@@ -238,6 +239,7 @@ def test_no_page_calls_out_and_the_report_is_reached_by_its_link(served: Served,
 
 
 SHOWN = {
+    "how to explore": ["functok explore --root"],
     "a failed run": ["the stage tables is not finished", "Way out: run it first"],
     "a deployment's form": ["corpus"],
     "no such report": ["No run of this server has written a report under the name none."],

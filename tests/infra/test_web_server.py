@@ -72,6 +72,13 @@ def test_a_known_report_is_served_with_a_policy_of_its_own(pages: TestClient) ->
     )
 
 
+def test_a_known_root_says_how_it_is_explored(pages: TestClient, known: dict[str, KnownRoot]) -> None:
+    answer = pages.get("/functok/whole/explore")
+    assert answer.status_code == 200
+    assert f"functok explore --root {known['whole'].root}" in answer.text
+    assert pages.get("/functok/unknown/explore").status_code == 404
+
+
 @pytest.mark.parametrize(
     ("path", "status", "said"),
     [

@@ -70,7 +70,8 @@ function walk(step, isArrow) {
 function turn(step) {
   const pages = all(".beside a");
   const here = pages.findIndex(link => link.hasAttribute("aria-current"));
-  const next = here < 0 ? undefined : pages[here + step];
+  const named = step > 0 ? /\b(next|after)\b/i : /\b(before|previous)\b/i;
+  const next = here < 0 ? pages.find(link => named.test(link.textContent)) : pages[here + step];
   if (next) location.href = next.href;
   return Boolean(next);
 }
