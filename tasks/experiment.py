@@ -15,7 +15,7 @@ from tasks.dictionaries.facts import Facts
 from tasks.engine.run import Run
 from tasks.engine.stage import Stage
 from tasks.engine.tables import TableGroup
-from tasks.explore.vocabulary import PageAt
+from tasks.explore.vocabulary import DensityBounds, PageAt, TokenValues
 from tasks.report.vocabulary import Part
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class Experiment:
             known of the dictionaries, by layer.
         closing: Prints what a run ends with before them, from the published tables.
         pages: What it shows in the explorer; their addresses begin with its name.
+        brings: What it adds to the explorer's pages of texts and features.
     """
 
     name: str
@@ -56,3 +57,4 @@ class Experiment:
     check_fit: Callable[[Config, Storage, Mapping[int, Facts]], None] = _no_check
     closing: Callable[[Any, Console], None] = _no_print
     pages: tuple[PageAt, ...] = ()
+    brings: tuple[TokenValues | DensityBounds, ...] = ()

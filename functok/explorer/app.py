@@ -35,7 +35,19 @@ from functok.explorer.tables import Reader, Stopped, Tables
 from functok.formats import WRITERS
 from infra.storage import Storage
 from schemas.errors import FunctokError, whole_message
-from tasks.explore.vocabulary import Action, Asked, Grid, Missing, NotThere, Page, PageAt, Query, Refused
+from tasks.explore.vocabulary import (
+    Action,
+    Asked,
+    DensityBounds,
+    Grid,
+    Missing,
+    NotThere,
+    Page,
+    PageAt,
+    Query,
+    Refused,
+    TokenValues,
+)
 
 AT_ONCE = 8
 """Readers that are answered at once; others wait."""
@@ -68,12 +80,14 @@ class Explorer:
         tables: The published tables.
         pages: In the order of the menu.
         context: What pages know beside the tables (`Asked.context`).
+        brought: What experiments add to the spine's pages.
         page_seconds: How long a page may take.
     """
 
     tables: Tables
     pages: Sequence[PageAt]
     context: Mapping[str, Any] = field(default_factory=dict)
+    brought: Sequence[TokenValues | DensityBounds] = ()
     page_seconds: float = PAGE_SECONDS
     pool: ThreadPoolExecutor = field(
         init=False, default_factory=lambda: ThreadPoolExecutor(AT_ONCE, "explorer")
@@ -147,6 +161,7 @@ class Explorer:
                 "catalog": reader.generation.catalog,
                 **self.context,
             },
+            brought=self.brought,
         )
 
 
@@ -186,6 +201,14 @@ def all_pages() -> list[PageAt]:
     return [*PAGES, INDEX, *(page for name in EXPERIMENTS for page in experiment(name).pages)]
 
 
+def all_brought() -> list[TokenValues | DensityBounds]:
+    """What the experiments add to the spine's pages."""
+    from schemas.experiments import EXPERIMENTS
+    from tasks.stages import experiment
+
+    return [one for name in EXPERIMENTS for one in experiment(name).brings]
+
+
 def all_actions() -> list[Action]:
     """What forms of pages send to."""
     from tasks.explore.pages import ACTIONS
@@ -223,6 +246,7 @@ def build_app(
         tables=tables or Tables(storage),
         pages=all_pages() if pages is None else pages,
         context=context or {},
+        brought=all_brought(),
         page_seconds=page_seconds,
     )
 

@@ -1,5 +1,5 @@
 -- A layer's features: how often each is active, how many tokens open it and how unevenly, and what people call it.
--- top_share: of its activations, those at the token that opens it most often; is_learned: its density lies between two bounds.
+-- top_share: of its activations, those at the token that opens it most often; is_between: its density lies between two bounds.
 WITH opened AS (
     SELECT
         feature_id,
@@ -22,7 +22,7 @@ SELECT
     f.n,
     f.density,
     o.max_activation,
-    f.density BETWEEN $learned_from AND $learned_to AS is_learned
+    f.density BETWEEN $low AND $high AS is_between
 FROM feature_degree AS f
 LEFT JOIN opened AS o USING (feature_id)
 LEFT JOIN tokens AS t USING (token_id)

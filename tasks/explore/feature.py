@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from schemas.errors import FunctokError
 from tasks.dictionaries.published import cosines, neuronpedia_address
 from tasks.explore.examples import contexts, examples_of, places_of
-from tasks.explore.features import NO_FEATURE_TABLES, NO_GRAPH, layers_of, learned_bounds, opened_by
+from tasks.explore.features import NO_FEATURE_TABLES, NO_GRAPH, density_bounds, layers_of, opened_by
 from tasks.explore.labels import LABEL, dictionary_of, labels_of
 from tasks.explore.vocabulary import (
     Asked,
@@ -98,7 +98,7 @@ PAGES = (PageAt(path="/feature/{layer}/{feature_id}", title="Feature", build=fea
 
 
 def _facts(asked: Asked, row: Row, query: Query) -> Facts:
-    layer, feature_id, learned = row["layer"], row["feature_id"], learned_bounds(asked)
+    layer, feature_id, bounds = row["layer"], row["feature_id"], density_bounds(asked)
     facts = [
         (
             "opened most by",
@@ -111,10 +111,10 @@ def _facts(asked: Asked, row: Row, query: Query) -> Facts:
         ("largest", number(row["max_activation"], 4), ""),
         ("mean where active", number(row["mean_activation"], 4), ""),
     ]
-    if learned is not None:
-        is_learned = learned[0] <= row["density"] <= learned[1]
-        bounds = f"density {percent(learned[0], 4)} to {percent(learned[1], 1)}"
-        facts.append(("learned", f"{'yes' if is_learned else 'no'} ({bounds})", ""))
+    if bounds is not None:
+        called, low, high = bounds
+        is_between = "yes" if low <= row["density"] <= high else "no"
+        facts.append((called, f"{is_between} (density {percent(low, 4)} to {percent(high, 1)})", ""))
     source = asked.value(
         Query(sql="SELECT source FROM dictionaries WHERE layer = $layer", values={"layer": layer})
     ) if asked.has("dictionaries") else None  # fmt: skip

@@ -9,6 +9,7 @@ from tasks.explore.vocabulary import (
     Choice,
     Columns,
     Controls,
+    DensityBounds,
     Facts,
     Figure,
     Grid,
@@ -87,14 +88,14 @@ def layers_of(asked: Asked) -> list[int]:
     return [row["layer"] for row in found]
 
 
-def learned_bounds(asked: Asked) -> tuple[float, float] | None:
-    """The densities between which this run calls a feature learned; None where it calls none so."""
-    if not asked.has("learned_features"):
-        return None
-    found = asked.row(
-        Query(sql="SELECT min(min_density) AS low, max(max_density) AS high FROM learned_features")
-    )
-    return None if found is None or found["low"] is None else (found["low"], found["high"])
+def density_bounds(asked: Asked) -> tuple[str, float, float] | None:
+    """What this run calls features between two densities, and these; None where it calls none so."""
+    for one in asked.brought:
+        if isinstance(one, DensityBounds) and asked.has(*one.needs):
+            found = asked.row(one.bounds)
+            if found is not None and found["low"] is not None:
+                return one.name, found["low"], found["high"]
+    return None
 
 
 def opened_by(entropy: float | None, top_share: float | None) -> str:
@@ -106,8 +107,8 @@ def opened_by(entropy: float | None, top_share: float | None) -> str:
 
 
 def _grid(asked: Asked, layer: int) -> Grid:
-    learned = learned_bounds(asked)
-    low, high = learned or (None, None)
+    bounds = density_bounds(asked)
+    called, low, high = bounds or ("", None, None)
     summary = asked.row(
         Query(
             sql="SELECT dictionary_size, activated_features FROM graph_summary WHERE layer = $layer",
@@ -146,19 +147,27 @@ def _grid(asked: Asked, layer: int) -> Grid:
         "density",
         "max_activation",
     ]
-    if learned is not None:
-        columns.append(Column("is_learned", "mark", "learned"))
-        filters.append("is_learned")
+    note = (
+        "First token: the one that opens it most often. Density: share of all tokens at which it is active."
+    )
+    if bounds is not None:
+        note += f" {called.capitalize()}: its density is {percent(low, 4)} to {percent(high, 1)}."
+        columns.append(Column("is_between", "mark", called))
+        filters.append("is_between")
     return Grid(
         key="features",
         caption=f"{integer(summary['activated_features'])} features; {integer(never)} more are active nowhere here",
-        query=Query.of("explore/features", layer=layer, learned_from=low, learned_to=high),
+        query=Query.of("explore/features", layer=layer, low=low, high=high),
         columns=columns,
         order="-n",
         filters=filters,
         bars=["density", "token_entropy"],
         note="First token: the one that opens it most often. Density: share of all tokens at which it is active."
-        + ("" if learned is None else f" Learned: its density is {percent(low, 4)} to {percent(high, 1)}."),
+        + (
+            ""
+            if bounds is None
+            else f" {called.capitalize()}: its density is {percent(low, 4)} to {percent(high, 1)}."
+        ),
         empty="No feature is so.",
     )
 

@@ -1,9 +1,10 @@
-"""Documents, and a window of one token by token: the features that are active there, and what was lost."""
+"""Documents, and a window of one token by token: the features that are active there, and what else was measured."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from tasks.explore.examples import NO_OCCURRENCES, in_text
 from tasks.explore.features import NO_GRAPH, layers_of
@@ -24,6 +25,7 @@ from tasks.explore.vocabulary import (
     Panel,
     Query,
     Shade,
+    TokenValues,
     address,
 )
 from tasks.models.token_texts import visible
@@ -47,7 +49,6 @@ BY = {
     "strongest": "the strongest activation",
     "active": "how many features are active",
     "feature": "one feature",
-    "loss": "the loss",
 }
 
 
@@ -88,6 +89,25 @@ def texts(asked: Asked) -> Page:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Measured:
+    """What an experiment has measured at the tokens of a window.
+
+    Attributes:
+        what: What it is.
+        told: Each time it was measured, as it is told, to its row.
+        chosen: The one of them that is shown.
+    """
+
+    what: TokenValues
+    told: Mapping[str, Row]
+    chosen: str
+
+    def query(self, place: Mapping[str, object]) -> Query:
+        """The values in a window."""
+        return Query.of(self.what.values, **place, **self.told[self.chosen])
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Window:
     """What of a document is shown.
 
@@ -97,7 +117,7 @@ class _Window:
         last: Position of the last one.
         layers: The layers, ascending.
         feature_id: The feature that is looked for; None: none.
-        losses: Model and step of the losses that are shown; None: none are kept.
+        measured: What experiments have measured of this corpus, by name.
         at: Position of the token whose features are listed; None: of none.
     """
 
@@ -106,7 +126,7 @@ class _Window:
     last: int
     layers: Sequence[int]
     feature_id: int | None
-    losses: tuple[str, int] | None
+    measured: Mapping[str, _Measured]
     at: int | None
 
 
@@ -137,7 +157,7 @@ def text(asked: Asked) -> Page:
         last=first + size - 1,
         layers=layers if chosen == "all" else [int(chosen)] if chosen else [],
         feature_id=feature_id if chosen != "all" else None,
-        losses=_losses(asked),
+        measured=_measured(asked),
         at=_digits(asked, "at"),
     )
     here = {
@@ -145,7 +165,7 @@ def text(asked: Asked) -> Page:
         "layer": chosen or None,
         "feature": window.feature_id,
         "by": asked.values.get("by"),
-        "model": asked.values.get("model"),
+        "of": asked.values.get("of"),
     }
     shown, by = _shown(asked, window, here)
     return Page(
@@ -172,19 +192,15 @@ def _digits(asked: Asked, key: str) -> int | None:
     return int(value) if value.isascii() and value.isdigit() and len(value) < 10 else None
 
 
-def _losses(asked: Asked) -> tuple[str, int] | None:
-    """The checkpoint whose losses are shown: the chosen one, or the last of the first series."""
-    names = _checkpoints(asked)
-    chosen = asked.chosen("model", list(names), default=next(reversed(names), None)) if names else ""
-    return names.get(chosen)
-
-
-def _checkpoints(asked: Asked) -> dict[str, tuple[str, int]]:
-    """Checkpoints whose losses were measured token by token: as people read them to model and step."""
-    if not asked.has("token_losses", "loss_buckets"):
-        return {}
-    rows = asked.rows(Query.of("explore/loss_checkpoints"))
-    return {f"{row['model']} at step {row['step']}": (row["model"], row["step"]) for row in rows}
+def _measured(asked: Asked) -> dict[str, _Measured]:
+    found = {}
+    for one in asked.brought:
+        if isinstance(one, TokenValues) and asked.has(*one.needs):
+            told_of = {one.told(row): row for row in asked.rows(one.series)}
+            if told_of:
+                chosen = asked.chosen("of", list(told_of), default=next(reversed(told_of)))
+                found[one.name] = _Measured(what=one, told=told_of, chosen=chosen)
+    return found
 
 
 def _shown(asked: Asked, window: _Window, here: Mapping[str, object]) -> tuple[list[Panel], str]:
@@ -201,30 +217,29 @@ def _shown(asked: Asked, window: _Window, here: Mapping[str, object]) -> tuple[l
     active: dict[int, dict[int, Row]] = {layer: {} for layer in window.layers}
     for row in asked.rows(query) if window.layers else []:
         active[row["layer"]][row["position"]] = row
-    losses, of_losses = _lost(asked, window, place)
+    queries = {name: one.query(place) for name, one in window.measured.items()}
+    values = {
+        name: {row["position"]: float(row["value"]) for row in asked.rows(of)} for name, of in queries.items()
+    }
     choices = [
         *(["strongest", "active"] if window.layers else []),
         *(["feature"] if window.feature_id is not None and window.layers else []),
-        *(["loss"] if losses else []),
+        *(name for name, of in values.items() if of),
     ]
     by = asked.chosen("by", choices, default="feature" if "feature" in choices else None)
     contexts = []
-    for layer in window.layers if by != "loss" else []:
-        contexts.append(
-            Context(
-                tokens=_shades(tokens, _values(active[layer], by), active[layer], losses, window, here, by),
-                about=f"layer {layer}",
-            )
-        )
-    if losses and (by == "loss" or len(window.layers) > 1):
-        nearest = active[window.layers[0]] if window.layers else {}
-        shades = _shades(tokens, losses, nearest, losses, window, here, "loss")
-        contexts.append(
-            Context(tokens=shades, about=f"loss of {' at step '.join(map(str, window.losses or ()))}")
-        )
+    for layer in window.layers if by not in values else []:
+        shades = _shades(tokens, _values(active[layer], by), active[layer], values, window, here)
+        contexts.append(Context(tokens=shades, about=f"layer {layer}"))
+    nearest = active[window.layers[0]] if window.layers else {}
+    for name, of in values.items():
+        if of and (by == name or len(window.layers) > 1):
+            one = window.measured[name]
+            shades = _shades(tokens, of, nearest, values, window, here, one.what.kind)
+            contexts.append(Context(tokens=shades, about=f"{name} of {one.chosen}"))
     if not contexts:
-        contexts.append(Context(tokens=_shades(tokens, {}, {}, {}, window, here, "")))
-    note = f"Shade: {BY[by]}. " if by else ""
+        contexts.append(Context(tokens=_shades(tokens, {}, {}, values, window, here)))
+    note = f"Shade: {_kinds(window)[by]}. " if by else ""
     note += (
         "The strongest features of a token are under the cursor; a click on it lists all."
         if window.layers
@@ -232,7 +247,7 @@ def _shown(asked: Asked, window: _Window, here: Mapping[str, object]) -> tuple[l
     )
     panels: list[Panel] = [
         Contexts(
-            title="", contexts=contexts, query=of_losses if by == "loss" else query if window.layers else None,
+            title="", contexts=contexts, query=queries.get(by, query if window.layers else None),
             note=note, wraps=True,
         )
     ]  # fmt: skip
@@ -250,14 +265,9 @@ def _shown(asked: Asked, window: _Window, here: Mapping[str, object]) -> tuple[l
     return panels, by
 
 
-def _lost(
-    asked: Asked, window: _Window, place: Mapping[str, object]
-) -> tuple[dict[int, float], Query | None]:
-    if window.losses is None:
-        return {}, None
-    model, step = window.losses
-    query = Query.of("explore/text_losses", **place, model=model, step=step)
-    return {row["position"]: row["loss"] for row in asked.rows(query)}, query
+def _kinds(window: _Window) -> dict[str, str]:
+    """What can shade a text, and how it is told."""
+    return BY | {name: one.what.shown for name, one in window.measured.items()}
 
 
 def _values(active: Mapping[int, Row], by: str) -> dict[int, float]:
@@ -270,10 +280,10 @@ def _shades(
     tokens: Sequence[Row],
     values: Mapping[int, float],
     active: Mapping[int, Row],
-    losses: Mapping[int, float],
+    measured: Mapping[str, Mapping[int, float]],
     window: _Window,
     here: Mapping[str, object],
-    by: str,
+    kind: Literal["activation", "loss", "gone"] = "activation",
 ) -> list[Shade]:
     largest = max(values.values(), default=0.0)
     shades = []
@@ -285,8 +295,7 @@ def _shades(
             told_of.append(f"{row['active']} active; {', '.join(strongest)}")
             if window.feature_id is not None:
                 told_of.append(f"feature {window.feature_id}: {number(row['own'] or 0)}")
-        if position in losses:
-            told_of.append(f"loss {number(losses[position])}")
+        told_of += [f"{name} {number(of[position])}" for name, of in measured.items() if position in of]
         shades.append(
             Shade(
                 text=in_text(token["token"]),
@@ -294,7 +303,7 @@ def _shades(
                 value=" · ".join(told_of),
                 to=address("text", window.doc_id, **{**here, "at": position}),
                 mark=position == window.at,
-                kind="loss" if by == "loss" else "activation",
+                kind=kind,
             )
         )
     return shades
@@ -308,17 +317,13 @@ def _controls(asked: Asked, window: _Window, chosen: str, by: str, here: Mapping
             options.append(("all", "all, stacked"))
         controls.append(Choice(key="layer", label="Layer", options=options, value=chosen))
     kinds = [key for key in BY if key in ("strongest", "active") and window.layers]
-    kinds += ["feature"] * (window.feature_id is not None) + ["loss"] * (window.losses is not None)
+    kinds += ["feature"] * (window.feature_id is not None) + list(window.measured)
     if len(kinds) > 1:
-        controls.append(
-            Choice(key="by", label="Shade by", options=[(kind, BY[kind]) for kind in kinds], value=by)
-        )
-    if window.losses is not None and by == "loss":
-        names = list(_checkpoints(asked))
-        value = " at step ".join(map(str, window.losses))
-        controls.append(
-            Choice(key="model", label="Losses of", options=[(name, name) for name in names], value=value)
-        )
+        options = [(kind, _kinds(window)[kind]) for kind in kinds]
+        controls.append(Choice(key="by", label="Shade by", options=options, value=by))
+    if (one := window.measured.get(by)) is not None:
+        options = [(name, name) for name in one.told]
+        controls.append(Choice(key="of", label=f"{by.capitalize()} of", options=options, value=one.chosen))
     if window.layers and chosen != "all":
         value = "" if window.feature_id is None else str(window.feature_id)
         controls.append(Box(key="feature", label="Feature", value=value, placeholder="a number"))

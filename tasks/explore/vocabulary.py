@@ -382,6 +382,7 @@ class Asked:
     lists: Mapping[str, Sequence[str]] = field(default_factory=dict)
     root: str = ""
     context: Mapping[str, Any] = field(default_factory=dict)
+    brought: Sequence[TokenValues | DensityBounds] = ()
 
     def has(self, *tables: str) -> bool:
         """Whether all of these tables are published."""
@@ -463,3 +464,42 @@ class Action:
 
     path: str
     act: Callable[[Asked], str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenValues:
+    """Numbers that an experiment has measured at the tokens of texts: the page of a text shades by them too.
+
+    Attributes:
+        name: One word, in addresses and under the cursor.
+        shown: What it is, where a reader chooses what to shade by.
+        needs: The tables that it takes.
+        series: A row for each time that it was measured, the one to show at first last.
+        told: How such a row is told.
+        values: The query in `sql/` that gives `position` and `value`; it has `doc_id`, `first`, `last` and a row's
+            columns.
+        kind: The shade's hue.
+    """
+
+    name: str
+    shown: str
+    needs: tuple[str, ...]
+    series: Query
+    told: Callable[[Row], str]
+    values: str
+    kind: Literal["activation", "loss", "gone"] = "activation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DensityBounds:
+    """Densities between which an experiment calls a feature by a name, such as learned.
+
+    Attributes:
+        name: The word.
+        needs: The tables that it takes.
+        bounds: One row of `low` and `high`, null where there are none.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    bounds: Query

@@ -22,7 +22,7 @@ from tasks.pretraining.checkpoints import CHECKPOINTS
 from tasks.pretraining.generations import GENERATIONS
 from tasks.pretraining.growth import GROWTH
 from tasks.pretraining.losses import LOSSES
-from tasks.pretraining.pages import PAGES
+from tasks.pretraining.pages import BRINGS, PAGES
 from tasks.pretraining.tables import CONSOLIDATION
 
 if TYPE_CHECKING:
@@ -104,4 +104,5 @@ EXPERIMENT = Experiment(
     check_fit=check_fit,
     closing=closing,
     pages=PAGES,
+    brings=BRINGS,
 )

@@ -8,6 +8,7 @@ from tasks.explore.vocabulary import (
     Asked,
     Change,
     Controls,
+    DensityBounds,
     Facts,
     Figure,
     Findings,
@@ -19,6 +20,7 @@ from tasks.explore.vocabulary import (
     Panel,
     Query,
     Slider,
+    TokenValues,
     address,
 )
 from tasks.pretraining import report
@@ -312,3 +314,21 @@ PAGES = (
     PageAt(path="/pretraining/checkpoint", title="One checkpoint", build=checkpoint),
     PageAt(path="/pretraining/generations", title="Generations", build=generations),
 )
+
+BRINGS = (
+    TokenValues(
+        name="loss",
+        shown="the loss of its prediction, in nats",
+        needs=("token_losses", "loss_buckets"),
+        series=Query.of("pretraining/explore_loss_checkpoints"),
+        told=lambda row: f"{row['model']} at step {row['step']}",
+        values="pretraining/explore_token_losses",
+        kind="loss",
+    ),
+    DensityBounds(
+        name="learned",
+        needs=("learned_features",),
+        bounds=Query(sql="SELECT min(min_density) AS low, max(max_density) AS high FROM learned_features"),
+    ),
+)
+"""What texts and features show of a pre-training."""

@@ -12,6 +12,7 @@ import pyarrow as pa
 from builders import commit_found
 from small_run import SmallRun, small_run
 
+from functok.explorer.app import all_brought
 from infra.duck import CATALOG, Catalog, ShardFile, connect, read_catalog
 from infra.manifest import Manifest
 from infra.storage import Storage
@@ -124,6 +125,7 @@ def asked(
         values=values or {},
         root=storage.root,
         context={"storage": storage, "catalog": catalog, **context},
+        brought=all_brought(),
     )
 
 

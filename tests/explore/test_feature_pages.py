@@ -101,7 +101,7 @@ def test_features_are_as_in_the_activations(page: Asked, run: SmallRun, layer: i
         assert row["top_share"] == pytest.approx(counts.max() / len(of))
         assert row["token_entropy"] == pytest.approx(-(share * np.log2(share)).sum())
         assert row["max_activation"] == of.activation.max()
-        assert row["is_learned"] is None
+        assert row["is_between"] is None
     assert f"{D_SAE[layer] - len(rows)} more are active nowhere" in shown.caption
     assert f"/feature/{layer}/{own.feature_id.iloc[0]}" in links(page, shown)
 
@@ -130,15 +130,15 @@ def test_learned_features_are_told_where_the_run_has_bounds(run: SmallRun, tmp_p
     page = asked(storage)
     shown = grid(features(page), "features")
     rows = page.rows(shown.query)
-    assert {row["is_learned"] for row in rows} == {True, False}
-    assert all(row["is_learned"] == (0.3 <= row["density"] <= 0.35) for row in rows)
+    assert {row["is_between"] for row in rows} == {True, False}
+    assert all(row["is_between"] == (0.3 <= row["density"] <= 0.35) for row in rows)
     one = rows[0]
     facts = dict(
         (name, value)
         for panel in every(feature(again(page, {"layer": 0, "feature_id": one["feature_id"]})), Facts)
         for name, value, _ in panel.facts
     )
-    assert facts["learned"].startswith("yes" if one["is_learned"] else "no")
+    assert facts["learned"].startswith("yes" if one["is_between"] else "no")
 
 
 @pytest.mark.parametrize("feature_id", range(D_SAE[1]))

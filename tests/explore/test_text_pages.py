@@ -135,14 +135,14 @@ def test_losses_are_shown_where_they_were_measured(run: SmallRun, tmp_path: Path
         assert shade.strength == pytest.approx(here.get(position, 0) / max(here.values()))
     (stacked,) = every(text(again(page, {"doc_id": 3}, layer="all")), Contexts)
     assert [one.about for one in stacked.contexts] == ["layer 0", "layer 1", "loss of m at step 20"]
-    (earlier,) = every(text(again(page, {"doc_id": 3}, by="loss", model="m at step 1")), Contexts)
+    (earlier,) = every(text(again(page, {"doc_id": 3}, by="loss", of="m at step 1")), Contexts)
     assert earlier.contexts[0].about == "loss of m at step 1"
     choices = [
         choice
         for form in every(text(again(page, {"doc_id": 3}, by="loss")), Controls)
         for choice in form.controls
     ]
-    assert next(one for one in choices if one.key == "model").value == "m at step 20"
+    assert next(one for one in choices if one.key == "of").value == "m at step 20"
 
 
 def test_what_is_not_there_is_said(page: Asked, run: SmallRun, tmp_path: Path) -> None:
