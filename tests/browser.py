@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -56,3 +59,14 @@ def chromium(*arguments: str) -> Iterator[Browser]:
             yield browser
         finally:
             browser.close()
+
+
+def asked_in(net_log: Path) -> set[str]:
+    """The hosts and ports that pages have asked, by the network log; the browser's own errands have no origin."""
+    log = json.loads(net_log.read_text())
+    names = {number: name for name, number in log["constants"]["logEventTypes"].items()}
+    started = [event for event in log["events"] if names[event["type"]] == "URL_REQUEST_START_JOB"]
+    told = [event["params"] for event in started if "url" in event.get("params", {})]
+    urls = [entry["url"] for entry in told if entry.get("initiator", "not an origin") != "not an origin"]
+    assert urls
+    return {re.sub(r"^\w+://([^/?#]*).*", r"\1", url) for url in urls if re.match("https?|wss?", url)}

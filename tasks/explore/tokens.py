@@ -159,7 +159,10 @@ def _neighbours(asked: Asked, rank: int, layer: int | None) -> list[tuple[str, s
     """The token before it in the ranking, and the next."""
     query = Query.of("explore/neighbours", rank=rank)
     return [
-        (f"rank {row['rank']}: {visible(row['token'], 24)}", address("token", row["token_id"], layer=layer))
+        (
+            f"{'before' if row['rank'] < rank else 'next'}: {visible(row['token'], 24)}",
+            address("token", row["token_id"], layer=layer),
+        )
         for row in asked.rows(query)
     ]
 

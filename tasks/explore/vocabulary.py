@@ -350,7 +350,8 @@ class Page:
         panels: From above.
         lead: One or two sentences: what this is, and how to read it.
         trail: Pages above it: (name, address).
-        beside: (name, address) of neighbours: the same at other layers, the next, the one before.
+        beside: (name, address) of neighbours: the same at other layers, the next, the one before. The keys ← and →
+            turn to those whose name has the word `before`, and `next` or `after`.
     """
 
     title: str

@@ -85,7 +85,7 @@ def every(asked: Asked) -> Page:
         title="Every panel",
         lead=f"What pages are made of. {HOSTILE}",
         trail=[("Start", "/")],
-        beside=[("layer 0", address("every", layer=0)), ("layer 1", address("every", layer=1))],
+        beside=[("layer 1", address("every", layer=1)), ("next: part 1", address("part", 1))],
         panels=[
             Controls(
                 controls=[

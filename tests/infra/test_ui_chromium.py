@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from browser import chromium
+from browser import asked_in, chromium
 from s3 import free_port
 
 from infra.config_file import load_config
@@ -277,14 +276,3 @@ def visit(page: Page, url: str) -> None:
 def is_here(url: str, server: str) -> bool:
     """Whether a request stays on the server, or within the page."""
     return url.startswith((f"{server}/", server.replace("http", "ws", 1), "data:", "blob:"))
-
-
-def asked_in(net_log: Path) -> set[str]:
-    """The hosts and ports that pages have asked, by the network log; the browser's own errands have no origin."""
-    log = json.loads(net_log.read_text())
-    names = {number: name for name, number in log["constants"]["logEventTypes"].items()}
-    started = [event for event in log["events"] if names[event["type"]] == "URL_REQUEST_START_JOB"]
-    told = [event["params"] for event in started if "url" in event.get("params", {})]
-    urls = [entry["url"] for entry in told if entry.get("initiator", "not an origin") != "not an origin"]
-    assert urls
-    return {re.sub(r"^\w+://([^/?#]*).*", r"\1", url) for url in urls if re.match("https?|wss?", url)}

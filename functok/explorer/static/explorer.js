@@ -68,10 +68,8 @@ function walk(step, isArrow) {
 }
 
 function turn(step) {
-  const pages = all(".beside a");
-  const here = pages.findIndex(link => link.hasAttribute("aria-current"));
-  const named = step > 0 ? /\b(next|after)\b/i : /\b(before|previous)\b/i;
-  const next = here < 0 ? pages.find(link => named.test(link.textContent)) : pages[here + step];
+  const named = step > 0 ? /\b(next|after)\b/i : /\bbefore\b/i;
+  const next = all(".beside a").find(link => named.test(link.textContent));
   if (next) location.href = next.href;
   return Boolean(next);
 }
