@@ -17,7 +17,17 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 README = HERE / "README.md"
-BENCHES = ("tokenization", "extraction", "losses", "training", "overhead", "tables", "s3", "retention_peer")
+BENCHES = (
+    "tokenization",
+    "extraction",
+    "losses",
+    "training",
+    "overhead",
+    "tables",
+    "explore",
+    "s3",
+    "retention_peer",
+)
 _BEGIN, _END = "<!-- results: begin -->", "<!-- results: end -->"
 
 

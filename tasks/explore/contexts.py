@@ -94,7 +94,7 @@ def sampled(asked: Asked, token_id: int, layer: int | None) -> Sampled:
         texts={
             place: Context(
                 tokens=tokens,
-                about=f"document {integer(place.doc_id)}, position {integer(place.position)}",
+                about=f"{place.doc_id}:{place.position}",
                 to=address(
                     "text",
                     place.doc_id,
@@ -131,7 +131,8 @@ def contexts(asked: Asked, found: Sampled) -> list[Panel]:
             title="",
             contexts=list(found.texts.values()),
             query=found.query,
-            note=f"{plural(len(found.texts), 'occurrence')}, spread evenly over those in the corpus.",
+            note=f"{plural(len(found.texts), 'occurrence')}, spread evenly over those in the corpus; before each, its "
+            "document and position.",
         ),
     ]
 

@@ -222,6 +222,6 @@ def _next(layer: int, rank: int, tokens: Sequence[int]) -> Panel:
         bars=["new_features"],
         page_size=NEXT,
         note="A greedy cover takes the best at each step. It is not proven to be the smallest, and never needs more "
-        "than ln(number of features) times as many tokens as that.",
+        "than 1 + ln(number of features) times as many tokens as that.",
         empty="No other token adds a feature: every feature that is active here is reached.",
     )

@@ -35,9 +35,22 @@ def overview(asked: Asked) -> Page:
             Findings(title="Findings", findings=_findings(asked)),
             *_dictionaries(asked),
             *_expectations(asked),
+            *_settings(asked),
         ],
     )
 
+
+FIRST = (
+    "model",
+    "model_revision",
+    "tokenizer",
+    "corpus_urls",
+    "layers",
+    "context_size",
+    "prepend_bos",
+    "functok_version",
+)
+"""What is said first of a run's settings."""
 
 PAGES = (PageAt(path="/", title="Overview", build=overview, menu=True),)
 
@@ -71,8 +84,9 @@ def _run(asked: Asked) -> list[Panel]:
     numbers = Facts(title="In numbers", facts=counted)
     if not asked.has("run_info"):
         return [numbers]
-    query = Query(sql="SELECT key, value FROM run_info ORDER BY key")
-    told = [(row["key"].replace("_", " "), row["value"], "") for row in asked.rows(query)]
+    query = Query.of("explore/run_settings")
+    settings = {row["key"]: row["value"] for row in asked.rows(query)}
+    told = [(key.replace("_", " "), settings[key], "") for key in FIRST if key in settings]
     catalog = asked.context.get("catalog")
     keys = [(f"key of {group}", key, "") for group, key in (catalog.lineage.items() if catalog else ())]
     return [Facts(title="This run", facts=[*told, *keys], query=query), numbers]
@@ -102,6 +116,22 @@ def _dictionaries(asked: Asked) -> list[Panel]:
             note="Activated and mean L0: in the graph. The others: on held-out tokens where the dictionary was trained "
             "here, a dash where it was not. Explained variance leaves massive activations out, the column beside it "
             "has them in.",
+        )
+    ]
+
+
+def _settings(asked: Asked) -> list[Panel]:
+    if not asked.has("run_info"):
+        return []
+    return [
+        Grid(
+            key="settings",
+            caption="Everything that this run says of itself",
+            query=Query.of("explore/run_settings"),
+            columns=[Column("key", heading="setting"), Column("value")],
+            order="key",
+            filters=["key", "value"],
+            page_size=10,
         )
     ]
 

@@ -191,9 +191,9 @@ def _in_the_graph(asked: Asked, row: Row, layer: int) -> list[Panel]:
             Column("share", "percent", "of the active features"),
             Column("alike", "integer", "tokens of similar count"),
             Column("alike_median", "number", "their median degree", digits=6),
-            Column("percentile", "percent", "has more than", digits=0),
+            Column("percentile", "percent", "has more than so many", digits=0),
             Column("rarefied_degree", "number", "rarefied degree", digits=4),
-            Column("rarefied_percentile", "percent", "more than, of all", digits=0),
+            Column("rarefied_percentile", "percent", "more than so many of all", digits=0),
         ],
         order="layer",
         note=f"Of similar count: {ALIKE:g} times less to {ALIKE:g} times more frequent in the graph’s documents; ties "
@@ -220,6 +220,7 @@ def _in_the_graph(asked: Asked, row: Row, layer: int) -> list[Panel]:
         order="-n",
         filters=["feature_id", "n", "share", "lift", "max_activation", "degree", "density"],
         bars=["share"],
+        page_size=20,
         note="Lift: how many times more often the feature is active at this token than at any. Density: the share of "
         "all tokens at which it is.",
         empty=f"It activates no feature at layer {layer}.",

@@ -123,6 +123,16 @@ def test_training(data: Path) -> None:
     assert report["flops"]["per_token"] == 6 * (4 * 32 * 32 + 3 * 32 * 96 + 300 * 32) + 12 * 32 * 32
 
 
+@pytest.mark.slow
+def test_explore(tmp_path: Path, run_bench: RunBench) -> None:
+    report = run_bench("explore", "--root", str(tmp_path / "root"), "--activations", "60000", "--rounds", "1")
+    assert report["input"]["activations"] >= 60000
+    assert [figure["what"] for figure in report["figures"]] == [
+        f"explore: seconds of {page}" for page in report["input"]["addresses"]
+    ]
+    assert all(figure["target"] == "≤ 2" for figure in report["figures"])
+
+
 @pytest.mark.process
 def test_programs_of_the_overhead_bench_fail_loudly(tmp_path: Path) -> None:
     program = Program(tmp_path)

@@ -214,7 +214,7 @@ def test_contexts_are_the_text_around_occurrences(run: SmallRun, connection: Any
         own = every[every.token_id == token_id]
         assert len(shown) == min(12, len(own))
         for context in shown:
-            document, position = (int(part.rpartition(" ")[2]) for part in context.about.split(", "))
+            document, position = map(int, context.about.split(":"))
             begins = max(0, position - WIDTH)
             expected = texts[document][begins : position + WIDTH + 1]
             assert [shade.to for shade in context.tokens] == [f"/token/{token}?layer=0" for token in expected]
@@ -232,7 +232,7 @@ def test_samples_are_spread_and_reach_every_occurrence(
     seen = set()
     for sample in range(12):
         shown = of(page(connection, 0, sample=str(sample)), Contexts)[0].contexts
-        places = [tuple(int(part.rpartition(" ")[2]) for part in one.about.split(", ")) for one in shown]
+        places = [tuple(map(int, one.about.split(":"))) for one in shown]
         assert len(set(places)) == 5
         seen |= set(places)
     assert seen == everywhere
@@ -300,4 +300,4 @@ def test_a_token_outside_the_graph_says_so(run: SmallRun, tmp_path: Path) -> Non
         assert any("in none of the documents whose features were read" in text for text in said)
         # Only the first document is in the graph.
         first = of(page(connection, 0), Contexts)[0]
-        assert {context.about.split(",")[0] for context in first.contexts} == {"document 0"}
+        assert {context.about.split(":")[0] for context in first.contexts} == {"0"}
