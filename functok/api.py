@@ -7,7 +7,6 @@ Nothing slow is imported before it is needed.
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -33,7 +32,7 @@ class OpenRun:
     """What runs have published under a root; `functok.open` and `functok.run` give it.
 
     Its tables are those of one finished run, the last one when they are first asked for: open the root again to see
-    what a later run has made.
+    what a later run has made. One thread asks it at a time; each of several opens the root for itself.
 
     Args:
         root: A local path or `s3://bucket/prefix`; credentials come from the environment.
@@ -105,7 +104,7 @@ class OpenRun:
         from infra.duck import telling_damage
 
         with telling_damage():
-            relation: duckdb.DuckDBPyRelation = self._own_connection.sql(query, params=parameters)
+            relation: duckdb.DuckDBPyRelation = self._connection.sql(query, params=parameters)
         return relation
 
     def table(self, name: str) -> pa.Table:
@@ -176,20 +175,8 @@ class OpenRun:
         """Close the connection to the tables; the next question opens it again, on what is published then."""
         if "_connection" in self.__dict__:
             self._connection.close()
-        for name in ("_connection", "_of_threads", "tables"):
+        for name in ("_connection", "tables"):
             self.__dict__.pop(name, None)
-
-    @property
-    def _own_connection(self) -> duckdb.DuckDBPyConnection:
-        """The calling thread's: one is used by one thread at a time, and all of a run see the same tables."""
-        if not hasattr(self._of_threads, "connection"):
-            self._of_threads.connection = self._connection.cursor()
-        connection: duckdb.DuckDBPyConnection = self._of_threads.connection
-        return connection
-
-    @cached_property
-    def _of_threads(self) -> threading.local:
-        return threading.local()
 
     @cached_property
     def _connection(self) -> duckdb.DuckDBPyConnection:
