@@ -12,11 +12,13 @@ import logging
 import re
 import secrets
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.metadata import version
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -33,7 +35,7 @@ from functok.explorer.grids import Address
 from functok.explorer.guard import Guard, is_from_elsewhere
 from functok.explorer.tables import Reader, Stopped, Tables
 from functok.formats import WRITERS
-from infra.storage import Storage
+from infra.storage import LOCAL_CACHE, Storage, put_aside
 from schemas.errors import FunctokError, whole_message
 from tasks.explore.vocabulary import (
     Action,
@@ -101,12 +103,12 @@ class Explorer:
         loop = asyncio.get_running_loop()
         working = loop.run_in_executor(self.pool, work)
         limit = self.page_seconds if seconds is None else seconds
-        until, why = loop.time() + limit, ""
+        why = ""
         try:
             while not (await asyncio.wait([working], timeout=0.1))[0]:
                 if not why and await request.is_disconnected():
                     why = LEFT
-                if not why and loop.time() > until:
+                if not why and work.seconds > limit:
                     why = f"this took longer than {limit:g} s, and was ended"
                 if why:
                     work.stop(why)
@@ -172,10 +174,17 @@ class _Work:
         self._tables, self._answer = tables, answer
         self._reader: Reader | None = None
         self._why = ""
+        self._began: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """For how long it has been going on; what waits for its turn takes no time."""
+        return 0 if self._began is None else time.monotonic() - self._began
 
     def __call__(self) -> Response:
         if self._why:
             raise Stopped(self._why)
+        self._began = time.monotonic()
         with self._tables.reader() as reader:
             self._reader = reader
             try:
@@ -252,7 +261,7 @@ def build_app(
 
     @asynccontextmanager
     async def while_served(_: FastAPI) -> AsyncIterator[None]:
-        # Putting Vega together takes a second: not when the first chart is looked at.
+        # Not when the first chart is looked at.
         threading.Thread(target=static_file, args=("vega.js",), daemon=True).start()
         yield
         explorer.pool.shutdown(wait=False, cancel_futures=True)
@@ -532,23 +541,24 @@ async def _static(name: str) -> Response:
 def static_file(name: str) -> bytes | None:
     """A file of ours by its name; None where there is none. `vega.js` comes out of vl-convert."""
     if name == "vega.js":
-        return _vega()
+        with _making:
+            return _vega()
     path = drawing.STATIC / name
     return path.read_bytes() if path in drawing.STATIC.iterdir() else None
 
 
-_vega_lock = threading.Lock()
+_making = threading.Lock()
 
 
 @cache
-def _bundle() -> bytes:
+def _vega() -> bytes:
+    """Vega, Vega-Lite and Vega Embed; putting them together takes more than a second, once a version."""
+    kept = LOCAL_CACHE / f"vega-{version('vl-convert-python')}.js"
+    with suppress(OSError):
+        return kept.read_bytes()
     import vl_convert
 
-    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
-    return bundle.encode()
-
-
-def _vega() -> bytes:
-    """Vega, Vega-Lite and Vega Embed; putting them together takes a second, once."""
-    with _vega_lock:
-        return _bundle()
+    content: bytes = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;").encode()
+    with suppress(OSError), put_aside(kept) as aside:
+        aside.write_bytes(content)
+    return content

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -127,8 +128,7 @@ class Generation:
         own = self._database.execute("SELECT view_name FROM duckdb_views() WHERE NOT internal").fetchall()
         self.tables = frozenset(published) | {name for (name,) in own}
         self._published = frozenset(published)
-        # As the root is written, and as the filesystem of its own knows it.
-        places = ", ".join(_text(f"{place}/") for place in dict.fromkeys((storage.root, storage.path)))
+        places = ", ".join(_text(f"{place}/") for place in _places(storage))
         for setting in (
             f"allowed_directories = [{places}]",
             "python_enable_replacements = false",
@@ -234,6 +234,15 @@ class Tables:
             yield reader
         finally:
             reader.close()
+
+
+def _places(storage: Storage) -> list[str]:
+    """The root as it is written and as its filesystem knows it, and where links lead: DuckDB follows them first."""
+    found = [storage.root, storage.path]
+    if storage.is_local:
+        root = Path(storage.path)
+        found += [str(root.resolve()), *(str(one.resolve()) for one in root.iterdir() if one.is_symlink())]
+    return list(dict.fromkeys(found))
 
 
 def _text(value: str) -> str:

@@ -134,6 +134,18 @@ def test_the_database_reads_the_root_and_nothing_else(
                 reader.execute(sql)
 
 
+def test_a_root_may_be_a_link_or_hold_some(roots: Roots, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """DuckDB follows links before it looks whether it may read there."""
+    folder = tmp_path_factory.mktemp("links")
+    (folder / "root").symlink_to(roots.storage.root)
+    (folder / "other").mkdir()
+    for entry in Path(roots.storage.root).iterdir():
+        (folder / "other" / entry.name).symlink_to(entry)
+    for name in ("root", "other"):
+        with Tables(Storage(str(folder / name))).reader() as reader:
+            assert reader.execute("SELECT count(*) > 0 FROM activations").fetchone() == (True,)
+
+
 def test_views_are_made_when_they_are_asked_for(roots: Roots) -> None:
     with Tables(roots.storage).reader() as reader:
         made = "SELECT count(*) FROM duckdb_views() WHERE NOT internal AND view_name = 'coverage'"
