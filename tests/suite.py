@@ -36,6 +36,12 @@ PREFECT = (
 )
 """Files that use `prefect_api`, one group: a server starts for 8 s, and takes a tenth of a core while it waits."""
 
+EACH_ARCHITECTURE = (
+    "llama",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "gpt_neox")),
+)
+"""Those of `tiny`, for tests that compute a second for each: one is enough for `make test-fast`."""
+
 LONGEST = (
     "infra/test_up.py",
     "end_to_end/test_end_to_end.py",

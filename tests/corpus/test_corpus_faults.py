@@ -481,7 +481,7 @@ def test_one_reject_that_stands_for_many_fails_the_run(tmp_path: Path, run: Any)
 
 
 def test_a_file_of_a_thousand_that_cannot_be_read_is_named(tmp_path: Path, run: Any) -> None:
-    (tmp_path / "a.jsonl").write_bytes(jsonl(*tiny.texts(300)))
+    (tmp_path / "a.jsonl").write_bytes(jsonl(*tiny.texts(300, longest=3)))
     (tmp_path / "b.jsonl").write_bytes(jsonl("x").replace(b"text", b"body"))
     with pytest.raises(
         CorpusError, match=r"1 of 2 files gave no document .*b\.jsonl:1: no text field"
@@ -496,7 +496,7 @@ def test_a_file_of_a_thousand_that_cannot_be_read_is_named(tmp_path: Path, run: 
 
 
 def test_a_file_whose_end_is_missing_is_named(tmp_path: Path, run: Any) -> None:
-    content = gzip.compress(jsonl(*tiny.texts(300)))
+    content = gzip.compress(jsonl(*tiny.texts(300, longest=3)))
     (tmp_path / "a.jsonl.gz").write_bytes(content[:-4])
     with pytest.raises(CorpusError, match=r"1 of 1 files .*a\.jsonl\.gz:301: truncated gzip file"):
         run()

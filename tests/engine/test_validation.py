@@ -322,6 +322,7 @@ def test_what_was_passed_is_not_asked_again(storage: Storage, monkeypatch: pytes
         check("tables", run, storage, catalog)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("great_expectations")
 def test_a_failure_is_shown_in_data_docs_and_mended_by_the_next_run(storage: Storage) -> None:
     run = small_run()

@@ -14,6 +14,7 @@ import pytest
 import reference
 import tiny
 import torch
+from suite import EACH_ARCHITECTURE
 
 from infra.duck import open_duckdb, view_of_shards
 from infra.storage import Storage
@@ -95,7 +96,7 @@ def contents(made: list[FeatureShard], storage: Storage) -> list[bytes]:
     return [storage.read_bytes(name) for names in files for name in names]
 
 
-@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
 @pytest.mark.parametrize("prepend_bos", [True, False])
 def test_features_are_what_plain_hooks_and_sae_encode_give(
     parts: Path, tmp_path: Path, architecture: str, prepend_bos: bool
@@ -371,6 +372,7 @@ def test_a_process_that_outlives_a_run_reads_its_model_again_when_that_has_chang
     assert np.array_equal(values(), changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep_dense", [False, True])
 def test_a_padding_id_beyond_the_embedding_is_no_matter(
     parts: Path, tmp_path: Path, keep_dense: bool

@@ -263,6 +263,7 @@ def test_tables_have_the_contracts_columns_and_order(storage: Storage) -> None:
 _BASELINES: dict[tuple[int, int], dict[str, list[dict[str, Any]]]] = {}
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(
     seed=st.integers(0, 2),
@@ -437,6 +438,7 @@ def test_files_of_equal_content_count_each(storage: Storage) -> None:
         assert [tuple(row.values()) for row in rows_of(storage, catalog, table)] == expected[table]
 
 
+@pytest.mark.slow
 def test_a_file_that_joins_gives_the_tables_of_a_fresh_run(tmp_path: Path) -> None:
     documents = random_documents(6, 30)
     grown, fresh = Storage(str(tmp_path / "grown")), Storage(str(tmp_path / "fresh"))

@@ -264,6 +264,7 @@ def test_a_checkpoint_without_a_prediction_of_a_bucket_has_the_row(storage: Stor
     assert rows[4:] == [(2, bucket, 0, None, None) for bucket in BUCKETS]
 
 
+@pytest.mark.slow
 def test_sums_by_document_give_the_tables_of_single_losses_to_the_bit(tmp_path: Path) -> None:
     found = []
     for keep in (True, False):
@@ -455,6 +456,7 @@ def test_one_more_checkpoint_makes_its_own_files(storage: Storage) -> None:
     assert made_files(storage) == after
 
 
+@pytest.mark.slow
 def test_equal_checkpoints_of_two_series_count_in_both(storage: Storage) -> None:
     run = consolidation_run(storage)
     run.write(storage)
@@ -480,6 +482,7 @@ def test_equal_checkpoints_of_two_series_count_in_both(storage: Storage) -> None
         assert values["s"]["small"].tolist() == pytest.approx(values["s"]["large"].tolist())
 
 
+@pytest.mark.slow
 def test_the_group_joins_what_is_published_and_what_was_just_made(storage: Storage) -> None:
     run = consolidation_run(storage)
     whole, grown = run.write(storage), run.grown[0]

@@ -382,6 +382,7 @@ def test_planted_rows_of_tables_are_caught_and_named(
     assert row in told
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("great_expectations")
 def test_good_data_passes_and_is_shown(storage: Storage) -> None:
     run = consolidation_run(storage)
@@ -413,6 +414,7 @@ def test_what_was_passed_is_not_asked_again(storage: Storage, monkeypatch: pytes
         check(stage, run, storage)
 
 
+@pytest.mark.slow
 def test_sums_by_document_pass_and_wrong_kinds_do_not(storage: Storage) -> None:
     run = consolidation_run(storage, losses={"keep_tokens": False, "resamples": 120})
     run.write(storage)

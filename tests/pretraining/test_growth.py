@@ -431,6 +431,7 @@ def test_other_bounds_need_no_forward(grown: tuple[Place, list[GrownSae]], work:
         assert new["ce_recovered"] == old["ce_recovered"]
 
 
+@pytest.mark.slow
 def test_a_new_checkpoint_trains_its_own_sae_alone_where_they_start_fresh(
     models: list[Path], documents: list[str], tmp_path: Path, work: list[str]
 ) -> None:
@@ -445,6 +446,7 @@ def test_a_new_checkpoint_trains_its_own_sae_alone_where_they_start_fresh(
     assert work.count("features") == len(here.shards.shards)
 
 
+@pytest.mark.slow
 def test_a_new_checkpoint_trains_those_after_it_again_where_each_starts_from_the_one_before(
     models: list[Path], documents: list[str], tmp_path: Path, work: list[str]
 ) -> None:

@@ -454,6 +454,7 @@ def test_empty_tables_count_as_not_asked_for(tmp_path: Path) -> None:
         assert final_losses(connection) == []
 
 
+@pytest.mark.slow
 def test_same_tables_give_the_same_bytes(tmp_path: Path, storage: Storage) -> None:
     again = catalogue.publish(Storage(str(tmp_path)), Made(noise=0.3))
     write_report(again)

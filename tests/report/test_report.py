@@ -85,6 +85,7 @@ def test_run_tables_hold_gate_expectations_rejects_and_settings(page: Page) -> N
     assert ["model", "tiny & random"] in page.tables["Run"]
 
 
+@pytest.mark.slow
 def test_same_tables_give_the_same_bytes(tmp_path: Path, published: report_catalogue.Published) -> None:
     again = report_catalogue.publish(Storage(str(tmp_path)))
     write_report(again.storage, DuckDb(threads=1))

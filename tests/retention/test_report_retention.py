@@ -178,6 +178,7 @@ def built(run: Made) -> dict[str, Section]:
     return {section.key: section for section in (build() for build in sections)}
 
 
+@pytest.mark.slow
 def test_every_section_has_charts_that_can_be_drawn_and_told() -> None:
     found = built(made(loss=BEST, mass=BEST))
     assert list(found) == [

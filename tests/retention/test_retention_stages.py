@@ -93,6 +93,7 @@ def test_readings_do_not_depend_on_what_is_read_beside_them(parts: Path, root: P
             assert pq.read_table(tmp_path / file).equals(pq.read_table(root / file)), file
 
 
+@pytest.mark.slow
 def test_a_file_that_joins_brings_its_own_sequences(parts: Path, root: Path) -> None:
     wider = [{"length": small.LENGTH, "documents": 99}]
     one = finished(small.config(parts, root, **{**LEAN, "sequences": wider}), None, READINGS)

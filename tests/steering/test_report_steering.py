@@ -218,6 +218,7 @@ def test_a_single_case_and_experiment_decide_nothing(tmp_path: Path) -> None:
     assert LAYER not in found
 
 
+@pytest.mark.slow
 def test_only_strength_zero_leaves_steering_untested(tmp_path: Path) -> None:
     found = verdicts(tmp_path, Made(cases=1, gain={"add": {0.0: 0.0}}))
     assert [found[title][0] for title in (RAISES, PLACE, COST)] == ["untested"] * 3
@@ -499,12 +500,14 @@ def test_hostile_texts_are_inert(storage: Storage) -> None:
     assert not re.search(r"https?:|//[a-z]", re.sub(r"base64,[^\"]*", "", html))
 
 
+@pytest.mark.slow
 def test_same_tables_give_the_same_bytes(storage: Storage) -> None:
     first = read(storage)
     write_report(storage)
     assert read(storage) == first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("made", "keys", "told"),
     [

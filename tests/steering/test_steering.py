@@ -17,6 +17,7 @@ import torch
 from builders import commit_again, run_of
 from plain import finished
 from pydantic import ValidationError
+from suite import EACH_ARCHITECTURE
 
 from infra.storage import Storage
 from schemas.config import Config
@@ -313,7 +314,7 @@ def check_against_twin(twin: Twin, rows: Sequence[dict[str, Any]], own: dict[str
         assert row["steered_text"] == twin.tokenizer.decode(new, skip_special_tokens=True), row
 
 
-@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
 def test_a_sweeps_numbers_are_the_plain_twins(world: World, tmp_path: Path, architecture: str) -> None:
     here = prepare(world, tmp_path, architecture, random_controls=1, strengths=[2.0])
     single, both = here.tables()

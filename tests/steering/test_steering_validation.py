@@ -474,6 +474,7 @@ def test_planted_rows_are_caught_and_named(
     assert row in told
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("great_expectations")
 def test_good_data_passes_and_is_shown(storage: Storage) -> None:
     run = good_run(storage)

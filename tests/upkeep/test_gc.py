@@ -146,6 +146,7 @@ def test_what_somebody_finished_or_published_meanwhile_stays(root: Path) -> None
     assert (root / published).exists()
 
 
+@pytest.mark.slow
 def test_finished_work_goes_only_where_no_configuration_needs_it(finished: Path, root: Path) -> None:
     storage, config = Storage(str(root)), config_of(finished, root)
     other = config.model_copy(update={"windows": config.windows.model_copy(update={"context_size": 32})})

@@ -140,6 +140,7 @@ def test_verify_tells_repairs_and_makes_anew(
     assert config.storage.root == str(root)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [CATALOG, "report.html", "report.json", "dtype.json"])
 def test_damaged_json_is_made_anew(finished: Path, root: Path, name: str) -> None:
     storage = Storage(str(root))
