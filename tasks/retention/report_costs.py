@@ -181,7 +181,8 @@ def errors(connection: Any, at: Place | None = None) -> Section:
             Chart(
                 spec=carried_chart([row for row in mine if row["carried"] is not None]),
                 alt=f"Carried error against layer, a line a policy; at the last layer {'; '.join(carried)}.",
-                caption="Carried: error ÷ local error, 95 % intervals by sequence.",
+                caption="Carried: error ÷ local error, 95 % intervals by sequence. The local error of cmp leaves "
+                "out what it quantizes and merges, so that its line lies too high.",
             ),
         ],
         tables=[layers_table(found)],

@@ -44,7 +44,8 @@ def survival(connection: Any, at: Place | None = None) -> Section:
         if (of := [row for row in half if row["policy"] == policy])
     ]
     where = f"{setting_told(setting)}, a budget of {percent(budget, 1)}"
-    age = half[0]["age"] if half else 0
+    # A curve ends where nobody is left.
+    age = max((row["age"] for row in half), default=0)
     return Section(
         key="retention-survival",
         title="Survival: which tokens stay",
@@ -93,7 +94,11 @@ def half_way(found: Sequence[Row]) -> list[Row]:
 def _ratios_told(half: Sequence[Row]) -> str:
     known = [row for row in half if row["policy"] != "random" and row["ratio"] is not None]
     told = [f"{row['policy']}, {row['kind']}: {decimal(row['ratio'])}" for row in known]
-    return f"At an age of {integer(known[0]['age'])} tokens: {'; '.join(told)}." if known else ""
+    return (
+        f"At an age of {integer(max(row['age'] for row in known))} tokens: {'; '.join(told)}."
+        if known
+        else ""
+    )
 
 
 def favoured(half: Sequence[Row]) -> Finding:
@@ -110,7 +115,7 @@ def favoured(half: Sequence[Row]) -> Finding:
             told.append(
                 f"{policy} {more['kind']} tokens ({decimal(more['survival'] / less['survival'])} times as many)"
             )
-    age = integer(half[0]["age"])
+    age = integer(max(row["age"] for row in half))
     text = (
         f"After {age} more tokens, of equally many tokens of each kind more are left of: {'; '.join(told)}. (Clearly: "
         "intervals apart.)"
