@@ -117,7 +117,10 @@ def frontier_chart(drawn: Sequence[Row]) -> Spec:
             band=("perplexity_ratio_low", "perplexity_ratio_high"),
             opacity=0.07,
         ),
-        charts.share("kv_bytes_share", "share of the full cache’s bytes", top=None),
+        # Nothing is said by the room between no bytes and the smallest budget.
+        replace(
+            charts.share("kv_bytes_share", "share of the full cache’s bytes", top=None), scale={"zero": False}
+        ),
         charts.log("perplexity_ratio", "perplexity ÷ the full cache’s"),
     )
 

@@ -55,6 +55,17 @@ target = " Moscow"
 """What the README's cases are to the demo's model, for a tiny one."""
 
 
+RETENTION = """
+[retention]
+policies = ["streaming", "str"]
+chunk = 8
+sinks = 2
+recent = 4
+heldout_share = 0.6
+sequences = [{ length = 64, documents = 2 }]
+"""
+
+
 @pytest.fixture(scope="module")
 def place(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder laid out as the README's reader has it: `my.toml`, and a finished run in `runs/demo`."""
@@ -66,6 +77,7 @@ def place(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     steering = 'cases = "elsewhere.toml"\nstrengths = [2.0]\nmodes = ["add"]\nrandom_controls = 1\nmax_new_tokens = 2'
     (folder / "my-steering.toml").write_text(f"{config}[steering]\n{steering}\n")
     (folder / "my-cases.toml").write_text(CASES)
+    (folder / "my-retention.toml").write_text(f"{config}{RETENTION}")
     return folder
 
 
