@@ -18,6 +18,7 @@ from schemas.sections import (
     Dask,
     DuckDb,
     ExperimentSection,
+    Features,
     FunctionTokens,
     Gate,
     Graph,
@@ -35,6 +36,7 @@ __all__ = [
     "Corpus",
     "Dask",
     "DuckDb",
+    "Features",
     "FunctionTokens",
     "Gate",
     "Graph",
@@ -59,6 +61,7 @@ class SpineConfig(Section):
     function_tokens: FunctionTokens = Field(default_factory=FunctionTokens)
     activations: Activations = Field(default_factory=Activations)
     graph: Graph = Field(default_factory=Graph)
+    features: Features = Field(default_factory=Features)
     duckdb: DuckDb = Field(default_factory=DuckDb)
     dask: Dask = Field(default_factory=Dask)
     storage: StorageSection = Field(default_factory=StorageSection)
@@ -72,6 +75,8 @@ class SpineConfig(Section):
             raise ValueError(
                 "corpus.keep_occurrences = false counts only: remove the sae entries, or keep them"
             )
+        if self.features.logits and not self.sae:
+            raise ValueError("features.logits needs sae entries, whose decoders it reads")
         has_tokenizer = self.model.tokenizer or self.vocabulary_size is not None
         if not self.model.name and (self.sae or not has_tokenizer):
             raise ValueError("model.name is missing: a directory, a hub id or a .gguf file")
@@ -116,7 +121,7 @@ class SpineConfig(Section):
     @property
     def needs_head(self) -> bool:
         """Whether the model's own predictions are asked for, not its residual stream alone."""
-        return any(section.needs_head for section in self.experiments)
+        return self.features.logits or any(section.needs_head for section in self.experiments)
 
 
 if TYPE_CHECKING:

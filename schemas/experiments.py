@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 EXPERIMENTS: tuple[str, ...] = ("steering", "pretraining", "retention")
 """In the order in which their stages run."""
 
-_SPINE = ("corpus", "dictionaries", "graph")
+# The graph has two groups of tables.
+_SPINE = ("corpus", "dictionaries", "graph", "graph.feature_tables")
 
 
 @cache

@@ -278,6 +278,22 @@ class Graph(Section):
     )
 
 
+class Features(Section):
+    """The tables that show one feature at a time."""
+
+    top_examples: PositiveInt = Field(20, description="Strongest activations kept of each feature.")
+    decile_examples: PositiveInt = Field(
+        5, description="Activations drawn from each tenth of a feature's, weakest to strongest."
+    )
+    histogram_bins: PositiveInt = Field(40, description="Bins from 0 to the feature's largest activation.")
+    logits: bool = Field(
+        False, description="Read the model's head: which tokens each feature's decoder direction promotes."
+    )
+    logit_tokens: PositiveInt = Field(
+        10, description="Tokens promoted, and as many suppressed, of each feature."
+    )
+
+
 class DuckDb(Section):
     """Resources of the table stage."""
 

@@ -77,10 +77,12 @@ def unit_folders() -> set[str]:
 def table_groups(config: Config) -> list[TableGroup]:
     """The groups of tables that a configuration asks for, in the order in which they are made."""
     from tasks.corpus.tables import CorpusTables
+    from tasks.graph.feature_tables import FEATURE_TABLES
     from tasks.graph.tables import GRAPH
 
     asked = experiments_of(config)
-    groups = [CorpusTables([one.facts for one in asked]), GRAPH, *(one.tables for one in asked)]
+    groups = [CorpusTables([one.facts for one in asked]), GRAPH, FEATURE_TABLES]
+    groups += [one.tables for one in asked]
     return [group for group in groups if group.applies(config)]
 
 

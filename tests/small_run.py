@@ -102,7 +102,7 @@ class SmallRun:
         return Catalog(
             tables={name: f"tables/{name}.parquet" for name in self.tables},
             sharded=sharded,
-            lineage={"corpus": "c", "graph": "g"},
+            lineage={"corpus": "c", "graph": "g", "features": "f"},
         )
 
 
@@ -209,7 +209,12 @@ def _tables(run: SmallRun) -> dict[str, pd.DataFrame]:
     tokens["share"] = tokens["count"] / tokens["count"].sum()
     tokens["cumulative_share"] = tokens["count"].cumsum() / tokens["count"].sum()
     tokens["is_function"] = (tokens["count"].cumsum() - tokens["count"]) / tokens["count"].sum() < 0.4
-    active = pd.concat([frame.assign(layer=layer) for (layer, _), frame in run.activations.items()])
+    active = pd.concat(
+        [
+            frame.assign(layer=layer, doc_id=frame.doc + run.shards.shards[place].doc_offset)
+            for (layer, place), frame in run.activations.items()
+        ]
+    ).reset_index(drop=True)
     edges = (
         active.groupby(["layer", "token_id", "feature_id"])
         .agg(
@@ -249,6 +254,14 @@ def _tables(run: SmallRun) -> dict[str, pd.DataFrame]:
                 "ks": 0.1,
             }
         )
+    strongest = active.sort_values("activation", ascending=False, kind="stable")
+    examples = strongest.groupby(["layer", "feature_id"]).head(2).assign(kind="top")
+    examples["place"] = examples.groupby(["layer", "feature_id"]).cumcount() + 1
+    histogram = edges.groupby(["layer", "feature_id"]).agg(n=("n", "sum"), high=("max_activation", "max"))
+    by_feature = edges.groupby(["layer", "feature_id"]).n.transform("sum")
+    share = edges.n / by_feature
+    entropy = (-share * np.log2(share)).groupby([edges.layer, edges.feature_id]).transform("sum")
+    lift = share / edges.token_id.map(tokens.set_index("token_id").share)
     dictionaries = pd.DataFrame(
         [{"layer": d.layer, "dictionary_size": d.d_sae, "source": d.source} for d in run.dictionaries]
     )
@@ -259,6 +272,9 @@ def _tables(run: SmallRun) -> dict[str, pd.DataFrame]:
         "token_degree": pd.concat(degrees),
         "coverage": pd.concat(coverages),
         "graph_summary": pd.DataFrame(summaries),
+        "feature_examples": examples,
+        "feature_histogram": histogram.reset_index().assign(bin=1, low=0.0),
+        "feature_tokens": edges.assign(lift=lift, token_entropy=entropy),
         "dictionaries": dictionaries.reindex(columns=TABLES["dictionaries"].names),
     }
 

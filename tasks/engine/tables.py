@@ -226,15 +226,38 @@ def write_table(
         ConfigError: if DuckDB cannot work within its limits.
         StorageError: if a file cannot be read or written.
     """
-    query = read_sql(table)
     with opened(f"the table {table}", resources, storage, inputs) as connection:
-        (statement,) = connection.extract_statements(query)
-        bound = {key: value for key, value in parameters.items() if key in statement.named_parameters}
         for view, rows in (relations or {}).items():
             connection.register(view, rows)
-        with storage.write_by_path(name, resources.temp_directory or None) as place:
-            target = place.path.replace("'", "''")
-            connection.execute(f"COPY ({query}) TO '{target}' (FORMAT parquet, COMPRESSION zstd)", bound)
+        return copy_table(connection, resources, storage, table, name, **parameters)
+
+
+def copy_table(
+    connection: Any,
+    resources: DuckDb,
+    storage: Storage,
+    table: str,
+    name: str,
+    options: str = "",
+    **parameters: Any,
+) -> StoredFile:
+    """Run a table's SQL on a connection that has its upstream tables, into the Parquet file `name`.
+
+    Args:
+        connection: Of `opened`.
+        resources: Limits of DuckDB.
+        storage: Where the output is.
+        table: Which table.
+        name: The file to write; it appears whole or not at all.
+        options: Further options of the COPY.
+        parameters: Values bound to the SQL's `$names`; those it does not name are not bound.
+    """
+    query = read_sql(table)
+    (statement,) = connection.extract_statements(query)
+    bound = {key: value for key, value in parameters.items() if key in statement.named_parameters}
+    with storage.write_by_path(name, resources.temp_directory or None) as place:
+        target = place.path.replace("'", "''")
+        connection.execute(f"COPY ({query}) TO '{target}' (FORMAT parquet, COMPRESSION zstd{options})", bound)
     assert place.stored is not None
     return place.stored
 

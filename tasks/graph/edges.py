@@ -72,9 +72,9 @@ def ensure_edges(
     rows_per_pass = memory_bytes(resources.memory_limit) // BYTES_PER_ROW
     largest = _largest(resources, storage, layer, own, inputs)
     if _rows(own) <= rows_per_pass:
-        ranges = token_ranges(np.empty(0, np.int32), np.empty(0, np.int64), rows_per_pass)
+        ranges = id_ranges(np.empty(0, np.int32), np.empty(0, np.int64), rows_per_pass)
     else:
-        ranges = token_ranges(*_rows_by_token(resources, storage, layer, inputs), rows_per_pass)
+        ranges = id_ranges(*_rows_by_token(resources, storage, layer, inputs), rows_per_pass)
     unit = _unit(layer, largest)
     # The number of passes is in the name, so that files of different cuts never mix.
     names = [f"edges-{index:04d}-of-{len(ranges):04d}.parquet" for index in range(len(ranges))]
@@ -122,25 +122,25 @@ def _rows_by_token(
     return rows["token_id"], rows["n"]
 
 
-def token_ranges(
-    token_id: npt.NDArray[np.int32], rows: npt.NDArray[np.int64], rows_per_pass: int
+def id_ranges(
+    ids: npt.NDArray[np.int32], rows: npt.NDArray[np.int64], rows_per_pass: int
 ) -> list[tuple[int, int]]:
-    """Cut the tokens into consecutive ranges of about equal numbers of rows.
+    """Cut tokens or features into consecutive ranges of about equal numbers of rows.
 
     Args:
-        token_id: (T,) distinct, ascending.
-        rows: (T,) rows of each; a token with more than its share of them gets a range of its own.
+        ids: (T,) distinct, ascending.
+        rows: (T,) rows of each; one with more than its share of them gets a range of its own.
         rows_per_pass: Rows a range should have at most.
 
     Returns:
-        First and last token of each range, both included; together they hold every 32-bit id.
+        First and last id of each range, both included; together they hold every 32-bit id.
     """
     lowest, highest = -(2**31), 2**31 - 1
     total = int(rows.sum())
     passes = max(1, math.ceil(total / max(1, rows_per_pass)))
     before = np.cumsum(rows) - rows
     starts = np.searchsorted(before, np.arange(1, passes) * total / passes)
-    firsts = [int(token_id[start]) for start in np.unique(starts) if 0 < start < len(token_id)]
+    firsts = [int(ids[start]) for start in np.unique(starts) if 0 < start < len(ids)]
     return list(zip([lowest, *firsts], [*(first - 1 for first in firsts), highest], strict=True))
 
 

@@ -8,6 +8,7 @@ from tasks.dictionaries.dictionaries import known_facts
 from tasks.dictionaries.facts import Facts, check_facts, check_layer
 from tasks.models.model import check_windows, context_length, model_dimensions, vocabulary_rows
 from tasks.models.tokenizers import load_tokenizer, require_rows
+from tasks.models.unembedding import final_norm
 
 
 def check_model(config: Config, storage: Storage) -> None:
@@ -26,6 +27,8 @@ def check_model(config: Config, storage: Storage) -> None:
     device_called(config.model.device)
     d_model, n_layers = model_dimensions(config.model, storage)
     outline = model_outline(config.model, storage, with_head=config.needs_head)
+    if config.features.logits:
+        final_norm(outline, config.model.name)
     find_blocks(outline, n_layers, d_model, config.model.name)
 
 

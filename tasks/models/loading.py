@@ -51,6 +51,41 @@ def load_module(model: Model, storage: Storage, *, with_head: bool) -> Any:
     return module.to(device)
 
 
+def load_ends(model: Model, storage: Storage, dtype: torch.dtype) -> Any:
+    """A causal transformers model without its blocks: embedding, final norm and head, on the CPU, from its files.
+
+    What the files hold of blocks is not read; that they hold a head is.
+
+    Raises:
+        ModelError: if it cannot be loaded, or its files lack what it has outside its blocks.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as told
+
+    config = load_config_of(model, storage)
+    text = config.get_text_config()
+    text.num_hidden_layers = 0
+    if getattr(text, "layer_types", None):
+        text.layer_types = []
+    place = location(model, storage)
+    verbosity = told.get_verbosity()
+    # The blocks that are left out are no news.
+    told.set_verbosity_error()
+    try:
+        with explained(model):
+            module, found = AutoModelForCausalLM.from_pretrained(
+                place, config=config, dtype=dtype, output_loading_info=True, **revision(model)
+            )
+    finally:
+        told.set_verbosity(verbosity)
+    if missing := _names(found["missing_keys"]):
+        raise ModelError(
+            f"model {model.name}: its files lack {_first(missing)}, which would be filled with random numbers",
+            hint="set features.logits = false, or give a model that was saved with its head",
+        )
+    return module.eval().requires_grad_(False)
+
+
 def model_outline(model: Model, storage: Storage, *, with_head: bool) -> Any:
     """The same model on the meta device: its modules, and where its files are here, its names against their headers.
 

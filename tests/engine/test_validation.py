@@ -235,6 +235,23 @@ PLANTS: dict[str, dict[str, Plant]] = {
         "dictionaries are the layers'": frame_plant(
             "tables", "dictionaries", "dictionary_size: 17, summary_size: 16", dictionary_size=17
         ),
+        "examples' places are unique": twice("tables", "feature_examples", "place: 1, rows: 2"),
+        "examples are possible": frame_plant("tables", "feature_examples", "kind: decile 0", kind="decile 0"),
+        "examples' places have no gaps": frame_plant("tables", "feature_examples", "last_place: 9", place=9),
+        "examples are activations of edges": frame_plant(
+            "tables", "feature_examples", "activation: 99.0", activation=99.0
+        ),
+        "the first example is the strongest": frame_plant(
+            "tables", "feature_examples", "told_activation: 0.5", activation=0.5
+        ),
+        "histogram bins are unique": twice("tables", "feature_histogram", "bin: 1, rows: 2"),
+        "histogram bins are possible": frame_plant("tables", "feature_histogram", "low: -1.0", low=-1.0),
+        "histograms count every activation": frame_plant("tables", "feature_histogram", "n: 500", n=500),
+        "feature_tokens = edges": frame_plant("tables", "feature_tokens", "layer: 0", n=500),
+        "lifts are positive": frame_plant("tables", "feature_tokens", "lift: 0.0", lift=0.0),
+        "token entropies are possible": frame_plant(
+            "tables", "feature_tokens", "highest: 9.0", token_entropy=9.0
+        ),
     },
 }
 

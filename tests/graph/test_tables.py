@@ -47,7 +47,7 @@ from tasks.dictionaries.dictionaries import DICTIONARIES
 from tasks.engine.catalog_file import write_catalog_file
 from tasks.engine.run import Run
 from tasks.engine.tables import are_published, publish, write_table
-from tasks.graph.edges import edge_files, ensure_edges, token_ranges
+from tasks.graph.edges import edge_files, ensure_edges, id_ranges
 from tasks.graph.features import FEATURES
 from tasks.graph.power_law import fit_power_law
 from tasks.graph.tables import GRAPH, graph_inputs
@@ -626,10 +626,10 @@ def test_edges_ten_times_larger_than_memory(storage: Storage) -> None:
     ),
     rows_per_pass=st.integers(1, 200),
 )
-def test_token_ranges_hold_every_token_once(rows: list[tuple[int, int]], rows_per_pass: int) -> None:
+def test_id_ranges_hold_every_token_once(rows: list[tuple[int, int]], rows_per_pass: int) -> None:
     tokens = np.array(sorted(token for token, _ in rows), np.int32)
     counts = np.array([count for _, count in rows], np.int64)
-    ranges = token_ranges(tokens, counts, rows_per_pass)
+    ranges = id_ranges(tokens, counts, rows_per_pass)
     assert (ranges[0][0], ranges[-1][1]) == (-(2**31), 2**31 - 1)
     assert all(last + 1 == first for (_, last), (first, _) in pairwise(ranges))
     largest = max(counts, default=0)

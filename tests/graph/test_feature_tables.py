@@ -1,0 +1,230 @@
+"""The tables of single features against slow, obvious references: sorted lists, `Fraction` and `math.log2`."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from dataclasses import replace
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import (
+    Cut,
+    Document,
+    build,
+    make_config,
+    make_dictionary,
+    random_documents,
+    run_of,
+    write_corpus,
+    write_features,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from infra.duck import Catalog, connect, read_catalog
+from infra.storage import Storage
+from schemas.config import Config
+from schemas.graph.feature_tables import TABLES
+from tasks.corpus.tables import CorpusTables
+from tasks.corpus.tokenization import TOKENIZE
+from tasks.dictionaries.dictionaries import DICTIONARIES
+from tasks.engine.checks import check_tables
+from tasks.engine.run import Run
+from tasks.engine.tables import are_published, candidate, publish
+from tasks.graph.feature_tables import FEATURE_TABLES
+from tasks.graph.features import FEATURES
+from tasks.graph.tables import GRAPH
+
+SAES = [make_dictionary(4, 50), make_dictionary(1, 64)]
+GROUPS = (CorpusTables(), GRAPH, FEATURE_TABLES)
+FEW = {"features": {"top_examples": 3, "decile_examples": 2, "histogram_bins": 7}}
+MADE = ("feature_examples", "feature_histogram", "feature_tokens")
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage(str(tmp_path / "root"))
+
+
+def cut_up(documents: list[Document], starts: list[int], in_graph: int) -> list[Cut]:
+    bounds = [0, *sorted(starts), len(documents)]
+    return [
+        Cut(source="a.jsonl", documents=documents[start:end], in_graph=max(0, min(end, in_graph) - start))
+        for start, end in pairwise(bounds)
+    ]
+
+
+def run_with(config: Config, storage: Storage, cuts: list[Cut], seed: int = 0) -> Run:
+    shards = write_corpus(storage, cuts, seed=seed)
+    features = write_features(storage, cuts, shards, SAES, seed=seed)
+    return run_of(config, storage, {TOKENIZE: shards, DICTIONARIES: SAES, FEATURES: features})
+
+
+def rows_of(storage: Storage, catalog: Catalog, table: str) -> list[tuple[Any, ...]]:
+    """The rows of a table as they lie in its files, layer after layer."""
+    files = [storage.read_parquet(file.name) for file in catalog.sharded[table]]
+    return [tuple(row.values()) for file in files for row in file.to_pylist()]
+
+
+def lot(feature: int, doc: int, position: int) -> int:
+    x = (doc * 1664525 + position * 22695477 + feature * 69069 + 1013904223) % 2147483647
+    return (x * x % 2147483647 + x * 1103515245) % 2147483647
+
+
+def reference(documents: list[Document], top: int, of_decile: int, bins: int) -> dict[str, list[Any]]:
+    """Every table as lists sorted feature by feature give it."""
+    tables: dict[str, list[Any]] = defaultdict(list)
+    seen = Counter(token for document in documents for token in document.tokens)
+    for layer in (1, 4):
+        found: dict[int, list[tuple[float, int, int, int]]] = defaultdict(list)
+        for doc, document in enumerate(documents):
+            for position, token in enumerate(document.tokens):
+                for feature, value in document.active[layer][position].items():
+                    found[feature].append((-value, doc, position, token))
+        for feature, activations in sorted(found.items()):
+            activations.sort()
+            n, deciles = len(activations), defaultdict(list)
+            for place, one in enumerate(activations):
+                deciles[f"decile {10 - place * 10 // n}"].append(one)
+            kinds = {"top": activations[:top]}
+            for decile, members in deciles.items():
+                kinds[decile] = sorted(members, key=lambda one: lot(feature, one[1], one[2]))[:of_decile]
+            for kind, members in sorted(kinds.items()):
+                for place, (negative, doc, position, token) in enumerate(members, 1):
+                    row = (layer, feature, kind, place, doc, position, token, -negative)
+                    tables["feature_examples"].append(row)
+            largest = -activations[0][0]
+            binned = Counter(min(bins, 1 + math.floor(-a * bins / largest)) for a, *_ in activations)
+            for index, count in sorted(binned.items()):
+                edges = (largest * (index - 1) / bins, largest * index / bins)
+                tables["feature_histogram"].append((layer, feature, index, *edges, count))
+            tokens = Counter(token for *_, token in activations)
+            entropy = sum(count / n * math.log2(n / count) for count in tokens.values())
+            for token, count in sorted(tokens.items(), key=lambda item: (-item[1], item[0])):
+                values = [-a for a, _, _, of in activations if of == token]
+                lift = Fraction(count, n) / Fraction(seen[token], seen.total())
+                row = (layer, token, feature, count, max(values), math.fsum(values), float(lift), entropy)
+                tables["feature_tokens"].append(tuple(pytest.approx(value, rel=1e-8) for value in row))
+    return tables
+
+
+@pytest.mark.parametrize(("seed", "starts"), [(0, [7, 22]), (1, []), (2, [3, 3, 20])])
+def test_tables_are_what_lists_give(storage: Storage, seed: int, starts: list[int]) -> None:
+    documents = random_documents(seed, 40, features=12)
+    catalog = build(run_with(make_config(storage, **FEW), storage, cut_up(documents, starts, 31)), *GROUPS)
+    expected = reference(documents[:31], 3, 2, 7)
+    for table in MADE:
+        assert rows_of(storage, catalog, table) == expected[table]
+    check_tables(make_config(storage), storage, catalog)
+
+
+_BASELINES: dict[int, dict[str, list[Any]]] = {}
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    seed=st.integers(0, 1),
+    starts=st.lists(st.integers(1, 29), max_size=6),
+    order=st.integers(0, 999),
+    threads=st.sampled_from([1, 2, 5]),
+)
+def test_sharding_order_and_threads_change_no_bit(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, starts: list[int], order: int, threads: int
+) -> None:
+    # Few values, so that many activations are equally strong.
+    documents = [
+        replace(
+            document,
+            active={
+                layer: [{f: float(round(v) + 1) for f, v in active.items()} for active in of]
+                for layer, of in document.active.items()
+            },
+        )
+        for document in random_documents(seed, 30, features=6)
+    ]
+
+    def tables(starts: list[int], order: int, threads: int) -> dict[str, list[Any]]:
+        storage = Storage(str(tmp_path_factory.mktemp("root")))
+        config = make_config(storage, duckdb={"threads": threads}, **FEW)
+        catalog = build(run_with(config, storage, cut_up(documents, starts, 25), seed=order), *GROUPS)
+        return {table: rows_of(storage, catalog, table) for table in MADE}
+
+    if seed not in _BASELINES:
+        _BASELINES[seed] = tables([], 0, 1)
+    assert tables(starts, order, threads) == _BASELINES[seed]
+
+
+def one_feature(storage: Storage, n: int, memory: str) -> tuple[Catalog, list[float]]:
+    """The tables of one feature that is active at each of `n` tokens, in rising strength."""
+    active = [{3: float(place + 1)} for place in range(n)]
+    document = Document(tokens=[place % 5 for place in range(n)], active={1: active})
+    cuts = [Cut(source="a", documents=[document], in_graph=1)]
+    shards = write_corpus(storage, cuts)
+    features = write_features(storage, cuts, shards, [make_dictionary(1)])
+    config = make_config(storage, (1,), duckdb={"memory_limit": memory, "threads": 1})
+    run = run_of(config, storage, {TOKENIZE: shards, DICTIONARIES: [make_dictionary(1)], FEATURES: features})
+    return build(run, *GROUPS), [value for of in active for value in of.values()]
+
+
+def test_a_sample_of_many_activations_is_that_of_all(storage: Storage) -> None:
+    """Most activations of a frequent feature are left out before the draw: it draws the same."""
+    n = 40_000
+    catalog, _ = one_feature(storage, n, "1GB")
+    by_decile: dict[str, list[int]] = defaultdict(list)
+    for position in range(n):
+        by_decile[f"decile {1 + position * 10 // n}"].append(position)
+    found: dict[str, list[int]] = defaultdict(list)
+    for row in rows_of(storage, catalog, "feature_examples"):
+        found[row[2]].append(row[5])
+    assert found.pop("top") == list(range(n - 1, n - 21, -1))
+    assert found == {
+        decile: sorted(positions, key=lambda position: lot(3, 0, position))[:5]
+        for decile, positions in by_decile.items()
+    }
+
+
+def test_a_layer_that_activates_nothing_has_empty_tables(storage: Storage) -> None:
+    documents = [Document(tokens=[3, 4], active={1: [{}, {}], 4: [{}, {}]})]
+    catalog = build(run_with(make_config(storage), storage, cut_up(documents, [], 1)), *GROUPS)
+    for table in MADE:
+        assert rows_of(storage, catalog, table) == []
+    check_tables(make_config(storage), storage, catalog)
+
+
+def test_tables_have_the_schemas_columns(storage: Storage) -> None:
+    publish(
+        storage,
+        build(run_with(make_config(storage), storage, cut_up(random_documents(3, 9), [4], 9)), *GROUPS),
+    )
+    with connect(storage) as connection:
+        for table in MADE:
+            schema = connection.sql(f"FROM {table}").to_arrow_table().schema
+            assert [(f.name, f.type) for f in schema] == [(f.name, f.type) for f in TABLES[table]]
+
+
+def test_a_folder_depends_on_what_is_in_it_alone(storage: Storage) -> None:
+    cuts = cut_up(random_documents(7, 20), [9], 20)
+    first = build(run_with(make_config(storage, **FEW), storage, cuts), *GROUPS)
+    same = build(run_with(make_config(storage, graph={"rarefaction_m": 7}, **FEW), storage, cuts), *GROUPS)
+    assert first.lineage["graph"] != same.lineage["graph"]
+    assert first.lineage["features"] == same.lineage["features"]
+    other = run_with(make_config(storage, features={**FEW["features"], "top_examples": 4}), storage, cuts)
+    assert FEATURE_TABLES.planned(other) is None
+    assert build(other, *GROUPS).lineage["features"] != first.lineage["features"]
+
+
+def test_a_root_from_before_these_tables_is_read_and_completed(storage: Storage) -> None:
+    run = run_with(make_config(storage), storage, cut_up(random_documents(8, 12), [], 12))
+    publish(storage, build(run, CorpusTables(), GRAPH))
+    with connect(storage) as connection:
+        assert connection.execute("SELECT count(*) > 0 FROM edges").fetchone() == (True,)
+    assert not are_published(run, GROUPS)
+    catalog = candidate(storage, [group.build(run) for group in GROUPS])
+    check_tables(run.config, storage, catalog)
+    publish(storage, catalog)
+    assert are_published(run, GROUPS)
+    assert set(MADE) <= set(read_catalog(storage).sharded)
