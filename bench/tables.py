@@ -1,4 +1,4 @@
-"""All tables from 100 million synthetic non-zeros, and the memory that takes.
+"""All tables from 100 million synthetic non-zeros, the memory that takes, and what those of single features add.
 
 Makes shards of power-law tokens and features for three layers (kept for the next run), then builds the tables
 in a fresh process: `python -m bench.tables`.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -16,13 +17,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from bench.common import emit, figure, parser, say, spread
+from bench.common import emit, figure, parser, ratio, say, spread
+from infra.duck import Catalog, create_views, open_duckdb
 from infra.manifest import Manifest, commit, content_key, load
 from infra.storage import Storage
 from schemas.config import Config, DuckDb
 from schemas.corpus.tables import VOCABULARY
 from schemas.tables import SHARD_FILES
 from schemas.work import CorpusShards, Dictionary, FeatureShard, GraphShard, TokenShard
+from tasks.engine.tables import Tables
 from tasks.graph.features import count_edges, round_mantissa
 
 LAYERS = (7, 15, 22)
@@ -58,17 +61,25 @@ def main() -> None:
     what = f"all tables from {built[0]['nonzeros'] / 1e6:.0f} M non-zeros"
     memory = spread([entry["peak_memory_gb"] for entry in built])
     seconds = spread([entry["seconds"] for entry in built])
-    figures = [figure(f"{what}: peak memory, GB", memory, "≤", 4), figure(f"{what}: seconds", seconds)]
+    added = ratio(*([entry[of] for entry in built] for of in ("feature_seconds", "graph_seconds")))
+    read = spread([entry["read_seconds"] for entry in built])
+    figures = [
+        figure(f"{what}: peak memory, GB", memory, "≤", 4),
+        figure(f"{what}: seconds", seconds),
+        figure("tables of single features: time over that of the others", added, "≤", 1.5),
+        figure("one feature's examples, histogram and tokens: seconds to read", read),
+    ]
     emit("tables", {"figures": figures, "built": built})
 
 
 def build(storage: Storage, nonzeros: int, memory_limit: str, threads: int) -> dict[str, object]:
-    """Build both groups of tables from the shards that are there."""
+    """Build the groups of tables from the shards that are there, and read those of some features."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from builders import run_of
 
     from tasks.corpus.tokenization import TOKENIZE
     from tasks.dictionaries.dictionaries import DICTIONARIES
+    from tasks.graph.feature_tables import FEATURE_TABLES
     from tasks.graph.features import FEATURES
     from tasks.graph.tables import GRAPH
 
@@ -93,7 +104,9 @@ def build(storage: Storage, nonzeros: int, memory_limit: str, threads: int) -> d
 
     run = run_of(config, storage, {TOKENIZE: shards, DICTIONARIES: dictionaries, FEATURES: features})
     graph = GRAPH.build(run, progress)
-    seconds = time.perf_counter() - started
+    between = time.perf_counter()
+    shown = FEATURE_TABLES.build(run, progress)
+    ended = time.perf_counter()
     edges = [file.name for file in graph.sharded["edges"]]
     return {
         "nonzeros": sum(feature.n_activations for feature in features),
@@ -102,10 +115,28 @@ def build(storage: Storage, nonzeros: int, memory_limit: str, threads: int) -> d
         "edge_files": len(edges),
         "memory_limit": memory_limit,
         "threads": threads,
-        "seconds": round(seconds, 1),
+        "seconds": round(ended - started, 1),
+        "graph_seconds": round(between - started, 3),
+        "feature_seconds": round(ended - between, 3),
+        "read_seconds": round(read_features(storage, shown), 4),
         "peak_memory_gb": round(peak_gb(), 2),
         "seconds_of": steps,
     }
+
+
+def read_features(storage: Storage, shown: Tables) -> float:
+    """Median seconds to read what is kept of one feature, of features of every frequency."""
+    seconds = []
+    with open_duckdb(storage) as connection:
+        create_views(connection, storage, Catalog(sharded=shown.sharded))
+        for feature in [n * 17 % DICTIONARY_SIZE for n in (1, 3, 10, 100, 1_000, 10_000, 100_000)] * 2:
+            started = time.perf_counter()
+            for table in shown.sharded:
+                connection.execute(
+                    f"FROM {table} WHERE layer = {LAYERS[1]} AND feature_id = {feature}"
+                ).fetchall()
+            seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[len(seconds) // 2 :])
 
 
 def peak_gb() -> float:

@@ -262,6 +262,20 @@ def _tables(run: SmallRun) -> dict[str, pd.DataFrame]:
     share = edges.n / by_feature
     entropy = (-share * np.log2(share)).groupby([edges.layer, edges.feature_id]).transform("sum")
     lift = share / edges.token_id.map(tokens.set_index("token_id").share)
+    logits = [
+        {
+            "layer": layer,
+            "feature_id": feature,
+            "sign": sign,
+            "place": 1,
+            "token_id": 0,
+            "token": "t0",
+            "logit": 0.5,
+        }
+        for layer, d_sae in D_SAE.items()
+        for feature in range(d_sae)
+        for sign in ("promoted", "suppressed")
+    ]
     dictionaries = pd.DataFrame(
         [{"layer": d.layer, "dictionary_size": d.d_sae, "source": d.source} for d in run.dictionaries]
     )
@@ -275,6 +289,7 @@ def _tables(run: SmallRun) -> dict[str, pd.DataFrame]:
         "feature_examples": examples,
         "feature_histogram": histogram.reset_index().assign(bin=1, low=0.0),
         "feature_tokens": edges.assign(lift=lift, token_entropy=entropy),
+        "feature_logits": pd.DataFrame(logits),
         "dictionaries": dictionaries.reindex(columns=TABLES["dictionaries"].names),
     }
 

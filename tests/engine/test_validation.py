@@ -252,6 +252,11 @@ PLANTS: dict[str, dict[str, Plant]] = {
         "token entropies are possible": frame_plant(
             "tables", "feature_tokens", "highest: 9.0", token_entropy=9.0
         ),
+        "logits' places are unique": twice(
+            "tables", "feature_logits", "feature_id: 0, sign: promoted, place: 1"
+        ),
+        "logits are possible": frame_plant("tables", "feature_logits", "token: None", token=None),
+        "every feature has its logits": frame_plant("tables", "feature_logits", "last_place: 2", place=2),
     },
 }
 

@@ -10,6 +10,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from builders import (
     Cut,
@@ -25,19 +28,20 @@ from builders import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infra.duck import Catalog, connect, read_catalog
+from infra.duck import Catalog, ShardFile, connect, read_catalog
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.graph.feature_tables import TABLES
+from schemas.work import FeatureShard, GraphShard, TokenShard
 from tasks.corpus.tables import CorpusTables
 from tasks.corpus.tokenization import TOKENIZE
 from tasks.dictionaries.dictionaries import DICTIONARIES
 from tasks.engine.checks import check_tables
 from tasks.engine.run import Run
 from tasks.engine.tables import are_published, candidate, publish
-from tasks.graph.feature_tables import FEATURE_TABLES
+from tasks.graph.feature_tables import FEATURE_TABLES, ensure_layer
 from tasks.graph.features import FEATURES
-from tasks.graph.tables import GRAPH
+from tasks.graph.tables import GRAPH, graph_inputs
 
 SAES = [make_dictionary(4, 50), make_dictionary(1, 64)]
 GROUPS = (CorpusTables(), GRAPH, FEATURE_TABLES)
@@ -228,3 +232,51 @@ def test_a_root_from_before_these_tables_is_read_and_completed(storage: Storage)
     publish(storage, catalog)
     assert are_published(run, GROUPS)
     assert set(MADE) <= set(read_catalog(storage).sharded)
+
+
+def test_activations_many_times_larger_than_memory(storage: Storage) -> None:
+    """3 million activations, a third of them of one feature, of which DuckDB may hold a tenth; what numpy sorts."""
+    rng, n, layer = np.random.default_rng(0), 3_000_000, 3
+    feature = np.where(rng.random(n) < 1 / 3, 77, rng.integers(0, 1000, n)).astype(np.int32)
+    columns: dict[str, Any] = {
+        "doc": np.arange(n, dtype=np.int32) // 100,
+        "position": np.arange(n, dtype=np.int32) % 100,
+        "token_id": rng.integers(0, 50, n).astype(np.int32),
+        "feature_id": feature,
+        "activation": rng.integers(1, 5000, n).astype(np.float32),
+    }
+    storage.write_parquet("f/activations.parquet", pa.table(columns), row_group_size=100_000)
+    shard = TokenShard(folder="t", source="a", doc_offset=0, n_documents=n // 100, n_tokens=n, n_rejects=0)
+    part = GraphShard(shard=shard, n_documents=n // 100, n_tokens=n)
+    features = [FeatureShard(layer=layer, folder="f", part=part, n_activations=n)]
+    rows = pa.table(columns).group_by(["token_id", "feature_id"])
+    edges = rows.aggregate([("activation", "count"), ("activation", "max"), ("activation", "sum")])
+    names = ["token_id", "feature_id", "n", "max_activation", "sum_activation"]
+    storage.write_parquet("e.parquet", edges.rename_columns(names))
+    seen = np.bincount(columns["token_id"])
+    tokens = pa.table({"layer": pa.array([layer] * 50, pa.int32()), "token_id": range(50), "count": seen})
+    storage.write_parquet("d.parquet", tokens)
+    inputs = Catalog(
+        tables={"token_degree": "d.parquet"},
+        sharded={
+            "edges": [ShardFile(name="e.parquet", layer=layer)],
+            "activations": graph_inputs(features, layer)["activations"],
+        },
+    )
+    config = make_config(storage, (layer,), duckdb={"memory_limit": "32MB", "threads": 1})
+    ensure_layer(config, storage, layer, features, inputs)
+    files = sorted(name for name in storage.sizes("tables") if name.endswith(".parquet"))
+    assert len(files) > 3 * 5
+
+    def made(table: str) -> pa.Table:
+        return pa.concat_tables([storage.read_parquet(name) for name in files if f"/{table}-" in name])
+
+    top = made("feature_examples")
+    top = top.filter(pc.equal(top["kind"], "top"))
+    order = np.lexsort([np.arange(n), -columns["activation"], feature])
+    _, starts = np.unique(feature[order], return_index=True)
+    expected = (starts[:, None] + np.arange(20)).ravel()
+    place = top["doc_id"].to_numpy() * 100 + top["position"].to_numpy()
+    assert np.array_equal(place, order[expected])
+    assert pc.sum(made("feature_histogram")["n"]).as_py() == n
+    assert made("feature_tokens").num_rows == edges.num_rows

@@ -738,6 +738,8 @@ def test_the_bench_prints_its_figures(tmp_path: Path) -> None:
     memory = report["figures"][0]
     assert 0.05 < memory["median"] < 4
     assert memory["met"] is True
+    assert 0 < report["figures"][2]["median"] < 20
+    assert 0 < report["figures"][3]["median"] < 5
     assert report["built"][0]["nonzeros"] >= 5e4
     assert 0 < report["built"][0]["edges"] <= report["built"][0]["nonzeros"]
 
