@@ -83,8 +83,8 @@ class FeatureTables(TableGroup):
             ModelError: if logits are asked for, and the model has no head.
         """
         graph = GRAPH.build(run)
-        features = run.result(FEATURES)
-        layers = checked_layers(features, run.result(DICTIONARIES))
+        features, dictionaries = run.result(FEATURES), run.result(DICTIONARIES)
+        layers = checked_layers(features, dictionaries)
         total = len(layers) * (1 + run.config.features.logits)
         advance = one_by_one(progress, total)
         progress(0, total, "feature tables")

@@ -77,4 +77,5 @@ def final_norm(module: Any, name: str) -> torch.nn.Module:
             f"model {name}: found no final norm in {type(module).__name__}, which features.logits folds in",
             hint="set features.logits = false",
         )
-    return norms[-1]
+    last: torch.nn.Module = norms[-1]
+    return last

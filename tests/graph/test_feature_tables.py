@@ -235,7 +235,7 @@ def test_a_root_from_before_these_tables_is_read_and_completed(storage: Storage)
 
 
 def test_activations_many_times_larger_than_memory(storage: Storage) -> None:
-    """3 million activations, a third of them of one feature, of which DuckDB may hold a tenth; what numpy sorts."""
+    """3 million activations, a third of them of one feature, of which DuckDB may hold a few; what numpy sorts."""
     rng, n, layer = np.random.default_rng(0), 3_000_000, 3
     feature = np.where(rng.random(n) < 1 / 3, 77, rng.integers(0, 1000, n)).astype(np.int32)
     columns: dict[str, Any] = {
@@ -252,7 +252,8 @@ def test_activations_many_times_larger_than_memory(storage: Storage) -> None:
     rows = pa.table(columns).group_by(["token_id", "feature_id"])
     edges = rows.aggregate([("activation", "count"), ("activation", "max"), ("activation", "sum")])
     names = ["token_id", "feature_id", "n", "max_activation", "sum_activation"]
-    storage.write_parquet("e.parquet", edges.rename_columns(names))
+    edges = edges.rename_columns(names).append_column("layer", pa.array([layer] * edges.num_rows, pa.int32()))
+    storage.write_parquet("e.parquet", edges)
     seen = np.bincount(columns["token_id"])
     tokens = pa.table({"layer": pa.array([layer] * 50, pa.int32()), "token_id": range(50), "count": seen})
     storage.write_parquet("d.parquet", tokens)
@@ -263,7 +264,7 @@ def test_activations_many_times_larger_than_memory(storage: Storage) -> None:
             "activations": graph_inputs(features, layer)["activations"],
         },
     )
-    config = make_config(storage, (layer,), duckdb={"memory_limit": "32MB", "threads": 1})
+    config = make_config(storage, (layer,), duckdb={"memory_limit": "48MB", "threads": 1})
     ensure_layer(config, storage, layer, features, inputs)
     files = sorted(name for name in storage.sizes("tables") if name.endswith(".parquet"))
     assert len(files) > 3 * 5
