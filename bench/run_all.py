@@ -25,6 +25,7 @@ BENCHES = (
     "overhead",
     "tables",
     "explore",
+    "readers",
     "s3",
     "retention_peer",
 )

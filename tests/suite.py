@@ -49,6 +49,7 @@ LONGEST = (
     "pretraining/test_pretraining_processes.py",
     "infra/test_requests.py",
     "infra/test_ui_chromium.py",
+    "explore/test_explorer_chromium.py",
     "ceph",
     "pretraining/test_consolidation_end_to_end.py",
     "end_to_end/test_cli.py",

@@ -54,7 +54,14 @@ class Served:
         self.port: int = self._socket.getsockname()[1]
         self._host = _shown(host)
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=SECONDS_TO_LEAVE
+            app,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=SECONDS_TO_LEAVE,
+            # SQL is in addresses, so that they can be shared.
+            h11_max_incomplete_event_size=1 << 20,
+            http="h11",
+            ws="none",
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(

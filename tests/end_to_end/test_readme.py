@@ -113,6 +113,7 @@ def test_the_readme_shows_the_commands_that_there_are() -> None:
     shown = {shlex.split(line, comments=True)[1] for line in FUNCTOK}
     assert shown == {"run", "status", "query", "catalog", "report", "verify", "gc"}
     assert "functok up" in README
+    assert "functok explore" in README
 
 
 @pytest.mark.parametrize("line", MAKE)

@@ -1,8 +1,9 @@
-"""The explorer's pages on a root: seconds a page, alone and with 20 readers at once while runs publish under them.
+"""The explorer with 20 readers at once for a minute, while runs publish under them: failures, waits, and its memory.
 
 The server is `functok explore`, a process of its own, on a copy of the root whose folders are links: a new
 `catalog.json` every few seconds makes it open all tables anew. Its growth is the median of its memory in the last
-quarter of that time less that in the second. Pages are the first of each kind that others lead to.
+quarter of that time less that in the second. Pages are the first of each kind that others lead to; `bench.explore`
+measures how fast each of them is alone.
 """
 
 from __future__ import annotations
@@ -126,40 +127,26 @@ def together(
 
 def main() -> None:
     """Print the report."""
-    made = parser("explorer", __doc__)
+    made = parser("readers", __doc__)
     made.add_argument("--root", default="runs/demo", help="a local root with published tables")
-    made.add_argument("--seconds", type=float, default=60, help="of the readers at once")
+    made.add_argument("--seconds", type=float, default=60, help="for which they read")
     arguments = made.parse_args()
     with explored(arguments.root) as (client, process, catalogue):
         found = pages(client)
-        each: dict[str, list[float]] = {path: [] for path in found}
-        for _ in range(arguments.rounds):
-            for path in found:
-                each[path].append(timed(client, path))
-        for path, waits in each.items():
-            say(f"{statistics.median(waits):.3f} s  {path}")
+        say(f"{len(found)} pages: {', '.join(found)}")
         many = together(client, found, catalogue, process, arguments.seconds)
-    slowest = max(each.values(), key=statistics.median)
     emit(
-        "explorer",
+        "readers",
         {
-            "pages": {path: spread(waits) for path, waits in each.items()},
-            "together": many,
             "figures": [
-                figure("explorer: seconds of the slowest page, warm", spread(slowest), "≤", 1.0),
                 figure(
-                    "explorer: MB more after a minute of 20 readers and new tables",
-                    spread([many["growth"]]),
-                    "≤",
-                    50.0,
+                    "explorer, 20 readers for a minute: pages that failed", spread([many["failed"]]), "≤", 0
                 ),
-                figure(
-                    "explorer: pages that failed meanwhile",
-                    spread([many["failed"]]),
-                    "≤",
-                    0,
-                ),
+                figure("the same: MB that it grew", spread([many["growth"]]), "≤", 50),
             ],
+            "limits": "Python: pages are made in threads of one process.",
+            "input": {"pages": found},
+            "together": many,
         },
     )
 
