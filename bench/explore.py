@@ -14,7 +14,7 @@ from typing import Any
 
 from bench.common import emit, figure, parser, say, spread
 from bench.tables import LAYERS, make_shards
-from infra.duck import CATALOG, connect
+from infra.duck import connect
 from infra.storage import Storage
 from schemas.config import Config
 
@@ -29,8 +29,7 @@ def main() -> None:
     arguments.add_argument("--activations", type=float, default=100e6, help="activations in all")
     chosen = arguments.parse_args()
     storage = Storage(chosen.root)
-    if not storage.exists(CATALOG):
-        publish_root(storage, int(chosen.activations))
+    publish_root(storage, int(chosen.activations))
     with connect(storage) as connection:
         n_edges, n_nonzeros = connection.execute(
             "SELECT sum(n_edges), sum(mean_l0 * n_tokens) FROM graph_summary"
@@ -50,7 +49,7 @@ def main() -> None:
 
 
 def publish_root(storage: Storage, activations: int) -> None:
-    """Publish the tables of a corpus and a graph of so many activations."""
+    """Publish the tables of a corpus and a graph of so many activations; those that are there are not made again."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from builders import run_of
 
