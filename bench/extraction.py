@@ -3,7 +3,7 @@
 All sides see the same windows in the same batches, with the same dictionaries, threads and float32, and
 everything is loaded before the clock starts.
 
-- `ours`: `extract_features` on finished token shards: reading the shards, batches, truncated forward, encoding,
+- `ours`: the stage `features` on finished token shards: reading the shards, batches, truncated forward, encoding,
   ordering, edges, Parquet, manifests.
 - `bare_loop`: the same truncated forward over batches made beforehand, `addmm` and the threshold for
   each layer on the real positions; what comes out is dropped.
