@@ -64,7 +64,7 @@ def test_a_run_walks_through_the_stages_that_apply(tmp_path: Path) -> None:
     assert stages_of(config) == SPINE
     assert stages_of(counting) == ("tokenize", "tables", "report")
     assert [stage.name for stage in working_stages(counting)] == ["tokenize"]
-    assert [group.name for group in table_groups(config)] == ["corpus", "graph"]
+    assert [group.name for group in table_groups(config)] == ["corpus", "graph", "features"]
     assert [group.name for group in table_groups(counting)] == ["corpus"]
     assert stages_of(config, only="features") == ("features",)
     assert stages_of(config, start_from="features") == ("features", "tables", "report")

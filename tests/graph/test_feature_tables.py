@@ -129,6 +129,7 @@ def test_tables_are_what_lists_give(storage: Storage, seed: int, starts: list[in
 _BASELINES: dict[int, dict[str, list[Any]]] = {}
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(
     seed=st.integers(0, 1),
@@ -234,6 +235,7 @@ def test_a_root_from_before_these_tables_is_read_and_completed(storage: Storage)
     assert set(MADE) <= set(read_catalog(storage).sharded)
 
 
+@pytest.mark.slow
 def test_activations_many_times_larger_than_memory(storage: Storage) -> None:
     """3 million activations, a third of them of one feature, of which DuckDB may hold a few; what numpy sorts."""
     rng, n, layer = np.random.default_rng(0), 3_000_000, 3

@@ -418,7 +418,6 @@ def test_a_taken_port_is_a_clear_error() -> None:
             require_free_port("127.0.0.1", port)
 
 
-@pytest.mark.process
 def test_a_configuration_that_cannot_be_read_is_refused_before_a_server_starts(tmp_path: Path) -> None:
     said: list[str] = []
     (tmp_path / "my.toml").write_text("[corpus]\nurl = 3\n")
@@ -428,6 +427,7 @@ def test_a_configuration_that_cannot_be_read_is_refused_before_a_server_starts(t
     assert not said
 
 
+@pytest.mark.process
 def test_a_child_that_dies_ends_the_rest_and_is_quoted(tmp_path: Path) -> None:
     environment = dict(os.environ) | {"PREFECT_HOME": str(tmp_path)}
     (tmp_path / "dies.py").write_text("print('the disk is on fire'); raise SystemExit(3)")

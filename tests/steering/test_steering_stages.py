@@ -20,6 +20,7 @@ from tasks.dictionaries.dictionaries import DICTIONARIES
 from tasks.engine.checks import check, check_tables
 from tasks.engine.run import Run, make, plan
 from tasks.engine.tables import are_published, candidate, publish
+from tasks.graph.feature_tables import FEATURE_TABLES
 from tasks.graph.features import FEATURES
 from tasks.graph.tables import GRAPH
 from tasks.stages import is_up_to_date, open_run, plan_run, stages_of, table_groups, working_stages
@@ -153,7 +154,7 @@ def assert_changes_are_noticed(run: Run) -> None:
 
 def test_tables_are_current_until_their_results_change(config: Config, storage: Storage) -> None:
     run = finished(config, storage, FEATURES, REACTIVATION, STEERING)
-    others = [CorpusTables([EXPERIMENT.facts]), GRAPH]
+    others = [CorpusTables([EXPERIMENT.facts]), GRAPH, FEATURE_TABLES]
     groups = [*others, STEERING_GROUP]
     assert not are_published(run, groups)
     publish(storage, candidate(storage, [group.build(run) for group in others]))
