@@ -122,6 +122,7 @@ WHOLE = [
     "check features",
     "corpus tables",
     "graph tables",
+    "features tables",
     "check tables",
     "publish",
     "report",
@@ -311,6 +312,7 @@ STEERING = [
     "check steering",
     "corpus tables",
     "graph tables",
+    "features tables",
     "steering tables",
     "check tables",
     "publish",
@@ -390,7 +392,7 @@ def test_tables_without_steering_publishes_the_graph_then_fails(
     with pytest.raises(FunctokError, match=f"{missing} is not finished") as caught:
         tables(steering)
     assert f"--only {missing}" in caught.value.hint
-    assert stages.journal == ["corpus tables", "graph tables", "check tables", "publish"]
+    assert stages.journal == ["corpus tables", "graph tables", "features tables", "check tables", "publish"]
 
 
 @pytest.mark.usefixtures("prefect_api")
