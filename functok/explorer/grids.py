@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 from urllib.parse import urlencode
 
@@ -22,7 +23,7 @@ MOST_ROWS = 1_000
 """Rows of a page at most, whatever an address asks for."""
 
 _NUMBER = r"[-+]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-_CONDITIONS = re.compile(rf"\s*(>=|<=|!=|<>|=|>|<)?\s*({_NUMBER})\s*(?:,|and|\s|$)", re.IGNORECASE)
+_CONDITIONS = re.compile(rf"\s*(>=|<=|!=|<>|=|>|<)?\s*({_NUMBER})\s*(%)?\s*(?:,|and|\s|$)", re.IGNORECASE)
 _TRUTHS = {"yes": True, "true": True, "1": True, "✓": True, "no": False, "false": False, "0": False}
 
 
@@ -259,9 +260,11 @@ def _conditions(column: str, kind: str, typed: str) -> list[tuple[Any, ...]]:
         end = match.end()
         text = match[2].replace("_", "")
         value = int(text) if re.fullmatch(r"[-+]?\d{1,30}", text) else float(text)
+        if match[3]:
+            value = float(Decimal(text) / 100)
         found.append((f"{name} {match[1] or '='} {{}}", value))
     if end != len(typed) or not found:
-        raise Refused("type a number, as 7, >= 3 or < 1e-4")
+        raise Refused("type a number, as 7, >= 3, > 5 % or < 1e-4")
     return found
 
 

@@ -14,7 +14,7 @@ import ipaddress
 import secrets
 import socket
 from http.cookies import CookieError, SimpleCookie
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
@@ -65,7 +65,7 @@ class Guard:
         await self._app({**scope, "has_token": self._has_token(scope, headers)}, receive, _with_headers(send))
 
     def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
-        name = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+        name = _split(f"//{headers.get('host', '')}").hostname or ""
         if name not in self._names and not (self._is_shared and _is_address(name)):
             return PlainTextResponse("this server is asked by a name that is not its own", 421)
         query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
@@ -99,7 +99,15 @@ class Guard:
 def _is_own(headers: Headers) -> bool:
     """Whether a request comes from a page of this server: browsers say where one that changes something is from."""
     origin = headers.get("origin")
-    return origin is not None and urlsplit(origin).netloc == headers.get("host")
+    return origin is not None and _split(origin).netloc == headers.get("host")
+
+
+def _split(address: str) -> SplitResult:
+    """The parts of an address; of what is none, no parts."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return urlsplit("")
 
 
 def is_from_elsewhere(headers: Headers) -> bool:

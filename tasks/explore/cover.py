@@ -37,7 +37,7 @@ CURVES = charts.Key(
     field="tokens",
     looks={
         "the most frequent": charts.Look(charts.BLUE, charts.LINE),
-        "the chosen": charts.Look(charts.VERMILLION, "diamond"),
+        "the chosen": charts.Look(charts.VERMILLION, "diamond", size=140),
     },
 )
 

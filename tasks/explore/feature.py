@@ -354,5 +354,7 @@ def _spread(examples: Sequence[Row], most: int) -> list[Row]:
 
 def _beside(asked: Asked, layer: int, feature_id: int) -> list[tuple[str, str]]:
     row = asked.row(Query.of("explore/beside_feature", layer=layer, feature_id=feature_id))
-    found = [] if row is None else [row["before"], row["after"]]
-    return [(f"feature {one}", address("feature", layer, one)) for one in found if one is not None]
+    found = [] if row is None else [("before", row["before"]), ("next", row["after"])]
+    return [
+        (f"{where}: feature {one}", address("feature", layer, one)) for where, one in found if one is not None
+    ]

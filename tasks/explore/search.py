@@ -20,6 +20,18 @@ from tasks.explore.vocabulary import (
 from tasks.models.token_texts import DOTTED_CIRCLE, NAMED
 from tasks.report.vocabulary import Column
 
+_FEATURE = (
+    re.compile(
+        r"/?(?:feature[\s/]*)?(?:(?:layer|l)?\s*(?P<layer>\d{1,9})\s*[\s/:,]\s*)?(?:feature\s*)?(?P<feature>\d{1,9})",
+        re.ASCII | re.IGNORECASE,
+    ),
+    re.compile(
+        r"feature\s*(?P<feature>\d{1,9})\s*(?:of|at|in|,)?\s*layer\s*(?P<layer>\d{1,9})",
+        re.ASCII | re.IGNORECASE,
+    ),
+)
+"""How a feature is written: `1201`, `15/1201`, `layer 15, feature 1201`, `feature 1201 of layer 15`."""
+
 PLACEHOLDER = r"␣the  \n  <0xE2>  1201"
 _SHOWN = {shown: character for character, shown in NAMED.items()}
 _ESCAPE = re.compile("|".join([*map(re.escape, _SHOWN), r"\\u\{([0-9a-f]{1,6})\}"]))
@@ -87,11 +99,14 @@ def found(typed: str) -> Panel:
 
 
 def _numbered(asked: Asked, typed: str) -> list[Panel]:
-    """A number may be a feature's."""
-    digits = typed.strip().lower().removeprefix("feature").strip()
-    if not (digits.isascii() and digits.isdigit() and len(digits) < 10 and asked.has("feature_degree")):
+    """A number may be a feature's, alone or with its layer."""
+    match = next(filter(None, (form.fullmatch(typed.strip()) for form in _FEATURE)), None)
+    if match is None or not asked.has("feature_degree"):
         return []
-    query = Query.of("explore/feature_search", feature_id=int(digits))
+    digits, layer = match["feature"], match["layer"]
+    query = Query.of(
+        "explore/feature_search", feature_id=int(digits), layer=None if layer is None else int(layer)
+    )
     facts = [
         (
             f"feature {digits} at layer {row['layer']}",

@@ -36,7 +36,7 @@ AROUND = 10
 MOST_DRAWN = 400
 
 DRAWN = charts.Key(
-    field="kind", looks={**charts.KINDS.looks, "this token": charts.Look(charts.ORANGE, "diamond")}
+    field="kind", looks={**charts.KINDS.looks, "this token": charts.Look(charts.ORANGE, "diamond", size=140)}
 )
 
 

@@ -405,12 +405,15 @@ class Asked:
         """A whole number of the address.
 
         Raises:
-            NotThere: if it is none.
+            NotThere: if it is none, or one that no table can hold.
         """
         try:
-            return int(self.parts[key])
+            number = int(self.parts[key])
         except ValueError:
             raise NotThere(f"{self.parts[key]!r} is no whole number", hint="look at the address") from None
+        if abs(number) >= 1 << 63:
+            raise NotThere(f"{number} is larger than any number here", hint="look at the address")
+        return number
 
     def chosen(self, key: str, options: Sequence[object], default: object | None = None) -> str:
         """The option that the address chooses; one that is none of them counts as the default, or the first."""

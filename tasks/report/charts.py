@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -208,12 +209,17 @@ def _grid(emphasised: float | None) -> Any:
     return {"condition": {"test": f"datum.value === {emphasised:g}", "value": 0.6}, "value": FAINT}
 
 
+MARK = 26
+"""Area of a marker, in square pixels."""
+
+
 class Look(NamedTuple):
-    """How a series looks: its colour, its marker and its line."""
+    """How a series looks: its colour, its marker, its line, and the marker's area."""
 
     colour: str
     shape: str
     dash: Sequence[int] = SOLID
+    size: int = MARK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,6 +261,15 @@ class Key:
     def shape(self) -> alt.Shape:
         """Markers by series."""
         return alt.Shape(**self._encoded([look.shape for look in self.looks.values()]))
+
+    def size(self) -> alt.SizeValue:
+        """Areas of markers by series."""
+        others = [
+            {"test": f"datum[{json.dumps(self.field)}] === {json.dumps(name)}", "value": look.size}
+            for name, look in self.looks.items()
+            if look.size != MARK
+        ]
+        return alt.SizeValue(MARK, condition=others)
 
     def dash(self, *, is_told: bool) -> alt.StrokeDash:
         """Lines by series; told by the legend where no markers tell the series apart."""
@@ -328,7 +343,9 @@ def series(
             base.mark_line(strokeWidth=1.6).encode(y=y.y(), strokeDash=key.dash(is_told=marks is None))
         )
     if marks is not None:
-        points = base.mark_point(filled=filled, size=26, opacity=1).encode(y=y.y(), shape=key.shape())
+        points = base.mark_point(filled=filled, size=MARK, opacity=1).encode(y=y.y(), shape=key.shape())
+        if any(look.size != MARK for look in key.looks.values()):
+            points = points.encode(size=key.size())
         layers.append(points.properties(data=data(_every(rows, key.field, marks))) if marks > 1 else points)
     return alt.layer(*layers, data=data(rows))
 

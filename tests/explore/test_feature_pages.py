@@ -276,6 +276,13 @@ def test_neuronpedia_is_named_of_what_it_has() -> None:
     assert neuronpedia_address("trained here", 7) is None
 
 
+def test_arrows_lead_to_the_features_beside(page: Asked) -> None:
+    shown = feature(again(page, {"layer": 1, "feature_id": 3}))
+    places = {name.split(":")[0]: int(to.split("/")[-1]) for name, to in shown.beside if "/feature/1/" in to}
+    assert set(places) == {"before", "next"}
+    assert places["before"] < 3 < places["next"]
+
+
 def test_what_is_not_there_is_said(page: Asked) -> None:
     with pytest.raises(NotThere, match="no features of layer 5"):
         feature(again(page, {"layer": 5, "feature_id": 0}))

@@ -116,6 +116,7 @@ def test_a_grid_is_paged(client: TestClient) -> None:
         ("count", "1", "count = 1"),
         ("count", "> 1 < 8", "count > 1 AND count < 8"),
         ("count", "< 1e1", "count < 10"),
+        ("count", "> 100 % <= 300%", "count > 1 AND count <= 3"),
         ("is_function", "yes", "is_function"),
         ("token_id", "!= 3", "token_id <> 3"),
     ],
@@ -134,7 +135,8 @@ def test_a_blank_is_typed_as_it_is_shown(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize(
-    ("column", "typed"), [("count", "many"), ("count", ">="), ("count", "1; DROP"), ("is_function", "maybe")]
+    ("column", "typed"),
+    [("count", "many"), ("count", ">="), ("count", "1; DROP"), ("count", "% 3"), ("is_function", "maybe")],
 )
 def test_a_wrong_filter_is_told_where_it_is(client: TestClient, column: str, typed: str) -> None:
     answer = client.get("/every", params={f"tokens.{column}": typed})
@@ -175,6 +177,9 @@ def test_a_page_is_kept_as_one_file(client: TestClient) -> None:
     assert answer.headers["content-disposition"] == 'attachment; filename="Every-panel.html"'
     text = answer.text
     assert "<script" not in text
+    # No script brings the marked token of a longer text into view.
+    assert 'class="panel contexts"' in client.get("/every").text
+    assert 'class="panel contexts"' not in text
     assert not re.findall(r'(?:src|href|action)="(?!data:)', text)
     assert "url(" not in re.sub(r"url\(#", "", text)
     assert "data:image/svg+xml;base64," in text
@@ -213,13 +218,14 @@ def test_a_form_is_kept(client: TestClient, kept: list[dict[str, str]]) -> None:
         {"origin": "http://127.0.0.1:9999"},
         {"origin": "http://evil.example"},
         {"origin": "null"},
+        {"origin": "http://["},
     ):
         assert client.post("/keep", data={"label": "a"}, headers=headers).status_code == 403
     assert len(kept) == 1
 
 
 def test_only_names_of_this_machine_are_answered(client: TestClient) -> None:
-    for host in ("evil.example", "127.0.0.1.evil.example", "192.168.0.7", ""):
+    for host in ("evil.example", "127.0.0.1.evil.example", "192.168.0.7", "", "["):
         assert client.get("/every", headers={"host": host}).status_code == 421
     for host in ("localhost:4300", "[::1]:4300", "127.0.0.1"):
         assert client.get("/every", headers={"host": host}).status_code == 200

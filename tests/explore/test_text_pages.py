@@ -149,6 +149,8 @@ def test_what_is_not_there_is_said(page: Asked, run: SmallRun, tmp_path: Path) -
     for doc_id in (5, -1, 10**12):
         with pytest.raises(NotThere, match="no document"):
             text(again(page, {"doc_id": doc_id}))
+    with pytest.raises(NotThere, match="larger than any"):
+        text(again(page, {"doc_id": 10**20}))
     assert not every(text(again(page, {"doc_id": 1})), Missing)
     (told,) = every(pasted(page), Missing)
     assert "--model" in told.way

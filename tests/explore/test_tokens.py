@@ -153,7 +153,15 @@ def test_a_number_may_be_a_feature(run: SmallRun, connection: Any) -> None:
     assert [(fact[1], fact[2]) for fact in facts.facts] == [
         (f"{degrees[layer, 3]} tokens open it", f"/feature/{layer}/3") for layer in D_SAE
     ]
+    layer = max(D_SAE)
+    for typed in (
+        f"{layer}/3", f"L{layer} 3", f"{layer}:3", f"layer {layer}, feature 3",
+        f"Feature 3 of layer {layer}", f"/feature/{layer}/3",
+    ):  # fmt: skip
+        (facts,) = of(built(search.PAGES, "/search", connection, q=typed), Facts)
+        assert [fact[2] for fact in facts.facts] == [f"/feature/{layer}/3"]
     assert not of(built(search.PAGES, "/search", connection, q="feature 999"), Facts)
+    assert not of(built(search.PAGES, "/search", connection, q="99/3"), Facts)
     assert not of(built(search.PAGES, "/search", connection), Facts)
 
 

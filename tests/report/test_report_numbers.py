@@ -206,6 +206,18 @@ def test_ink_follows_the_readers_scheme_and_data_does_not() -> None:
     assert all(look.colour in drawn for look in charts.KINDS.looks.values())
 
 
+def test_a_series_of_larger_markers_is_drawn_larger() -> None:
+    look = charts.Look(charts.BLUE, "circle")
+    key = charts.Key(field="s", looks={"a": look, "b": look, "c": look._replace(size=400)})
+    rows = [{"x": n, "y": n, "s": s} for n, s in enumerate("abc", 1)]
+    x, y = charts.log("x", "x"), charts.log("y", "y")
+    (marks,) = charts.vega_lite(charts.series(rows, x, y, key, lines=False))["layer"]
+    assert marks["encoding"]["size"] == {
+        "condition": [{"test": 'datum["s"] === "c"', "value": 400}],
+        "value": charts.MARK,
+    }
+
+
 def test_a_series_has_marks_lines_and_a_band_of_its_rows() -> None:
     rows = [{"s": name, "x": x, "y": 2.0 * x, "low": x, "high": math.nan} for name in "ab" for x in (1, 2, 3)]
     key = charts.Key.cycled("s", ["a", "b"])
