@@ -50,6 +50,7 @@ from tasks.explore.vocabulary import (
     Refused,
     TokenValues,
 )
+from tasks.report.vocabulary import Part
 
 AT_ONCE = 8
 """Readers that are answered at once; others wait."""
@@ -161,6 +162,7 @@ class Explorer:
             context={
                 "storage": self.tables.storage,
                 "catalog": reader.generation.catalog,
+                "kept": reader.generation.kept,
                 **self.context,
             },
             brought=self.brought,
@@ -218,6 +220,14 @@ def all_brought() -> list[TokenValues | DensityBounds]:
     return [one for name in EXPERIMENTS for one in experiment(name).brings]
 
 
+def all_parts() -> list[Part]:
+    """What the experiments tell, each nothing where it was not run."""
+    from schemas.experiments import EXPERIMENTS
+    from tasks.stages import experiment
+
+    return [experiment(name).report for name in EXPERIMENTS]
+
+
 def all_actions() -> list[Action]:
     """What forms of pages send to."""
     from tasks.explore.pages import ACTIONS
@@ -254,7 +264,7 @@ def build_app(
     explorer = Explorer(
         tables=tables or Tables(storage),
         pages=all_pages() if pages is None else pages,
-        context=context or {},
+        context={"parts": all_parts(), **(context or {})},
         brought=all_brought(),
         page_seconds=page_seconds,
     )

@@ -67,9 +67,12 @@ def findings(connection: Any, parts: Sequence[Part] = ()) -> list[Finding]:
 
 
 def _findings(asked: Asked) -> list[Finding]:
-    """As the server has computed them once, or else computed now."""
-    known: list[Finding] | None = asked.context.get("findings")
-    return findings(asked.connection, asked.context.get("parts", ())) if known is None else known
+    """Computed once for the tables of a run: the intervals of experiments take seconds."""
+    kept = asked.context.get("kept", {})
+    if "findings" not in kept:
+        kept["findings"] = findings(asked.connection, asked.context.get("parts", ()))
+    found: list[Finding] = kept["findings"]
+    return found
 
 
 def _run(asked: Asked) -> list[Panel]:

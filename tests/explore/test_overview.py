@@ -30,6 +30,7 @@ from tasks.explore.vocabulary import (
     Slider,
 )
 from tasks.report import corpus, graph
+from tasks.report.vocabulary import Finding
 
 
 @pytest.fixture(scope="module")
@@ -189,10 +190,32 @@ def test_findings_that_are_known_are_not_computed_again(connection: Any) -> None
         Asked(
             connection=connection,
             tables=frozenset({"tokens", "documents", "rejects"}),
-            context={"findings": known},
+            context={"kept": {"findings": known}},
         )
     )
     assert of(page, Findings)[0].findings == known
+
+
+def test_what_experiments_found_is_asked_once_for_the_tables_of_a_run(connection: Any) -> None:
+    asked_of: list[str] = []
+
+    class Told:
+        def facts(self, _: Any) -> list[tuple[str, str]]:
+            return []
+
+        def findings(self, _: Any) -> list[Finding]:
+            asked_of.append("findings")
+            return [Finding(title="told by an experiment", text="It holds.", verdict="holds")]
+
+    page = Asked(
+        connection=connection,
+        tables=frozenset({"tokens", "documents", "rejects"}),
+        context={"kept": {}, "parts": [Told()]},
+    )
+    for _ in range(2):
+        (shown,) = of(overview.overview(page), Findings)
+        assert shown.findings[-1].title == "told by an experiment"
+    assert asked_of == ["findings"]
 
 
 def test_a_value_in_a_comment_or_a_text_is_no_value() -> None:
