@@ -22,8 +22,8 @@ def tables(config: Config) -> None:
     Where what some of them are made of is not finished, the others are published before the flow fails.
 
     Args:
-        config: The whole configuration; `function_tokens`, `graph` and `duckdb`, and what experiments ask of their
-            tables, matter here.
+        config: The whole configuration; `function_tokens`, `graph`, `features` and `duckdb`, and what experiments ask
+            of their tables, matter here.
     """
     groups = stages.table_groups(config)
     run = look("tables", config, open_storage(config), groups[0].needs)

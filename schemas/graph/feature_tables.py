@@ -18,7 +18,7 @@ TABLES: dict[str, pa.Schema] = {
         layer=pa.int32(),
         feature_id=pa.int32(),
         # top: its strongest activations, from place 1 down. decile 1 (the weakest tenth of its activations, by rank) to
-        # decile 10 (the strongest): a random few of each, place in the order of the draw.
+        # decile 10 (the strongest): a few of each, drawn by lot from parts of equal size, from place 1 down.
         kind=pa.string(),
         place=pa.int64(),
         doc_id=pa.int64(),
@@ -73,7 +73,8 @@ EXPECTATIONS: tuple[Expectation, ...] = (
         name="examples' places are unique",
         table="feature_examples",
         meaning="A place of a kind is one row.",
-        columns=("layer", "feature_id", "kind", "place"),
+        # In the order of the file: top, decile 1, …, decile 10.
+        columns=("layer", "feature_id", "len(kind)", "kind", "place"),
     ),
     Rows(
         name="examples are possible",

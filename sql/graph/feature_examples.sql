@@ -1,42 +1,84 @@
 -- Occurrences that show what each feature of one layer is about, here of the features from $first to $last.
 -- top: its $top strongest activations, place 1 the strongest; ties in corpus order.
--- decile 1 (the weakest tenth of its activations) to decile 10 (the strongest): $of_decile of each, drawn by a lot,
--- place in the order of the draw, so that the first few are a sample too. A feature with fewer than ten activations
--- leaves deciles empty. The lot is a hash of feature and occurrence in whole numbers below the prime 2^31 - 1.
-WITH ranked AS (
+-- decile 1 (the weakest tenth of its activations, by rank) to decile 10 (the strongest): $of_decile of each, place 1 the
+-- strongest. Each is drawn from a part of the decile, of as many ranks as the decile's other parts, by a hash of feature
+-- and part in whole numbers below the prime 2^31 - 1. A feature with fewer activations than parts gives all of them.
+--
+-- All activations are sorted at once, not feature by feature in a window: a sort spills, a window holds a whole feature.
+WITH counts AS (
+    SELECT
+        feature_id,
+        sum(n)::BIGINT AS n,
+        (sum(sum(n)) OVER (ORDER BY feature_id) - sum(n))::BIGINT AS of_features_before
+    FROM edges
+    WHERE layer = $layer AND feature_id BETWEEN $first AND $last
+    GROUP BY feature_id
+),
+sorted AS (
+    SELECT *, row_number() OVER () - 1 AS row
+    FROM (
+        SELECT feature_id, doc_id, position, token_id, activation
+        FROM activations
+        WHERE feature_id BETWEEN $first AND $last
+        ORDER BY feature_id, activation DESC, doc_id, position
+    )
+),
+ranked AS NOT MATERIALIZED (
+    SELECT sorted.*, n, row - of_features_before AS stronger
+    FROM sorted
+    JOIN counts USING (feature_id)
+),
+parts AS (
+    SELECT
+        *,
+        10 * $of_decile AS n_parts,
+        stronger * n_parts // n AS part,
+        (part * n + n_parts - 1) // n_parts AS first_of_part,
+        ((part + 1) * n + n_parts - 1) // n_parts - first_of_part AS size,
+        (feature_id * 69069::BIGINT + part * 22695477 + 1013904223) % 2147483647 AS x,
+        (x * x % 2147483647 + x * 1103515245) % 2147483647 AS lot
+    FROM ranked
+),
+chosen AS MATERIALIZED (
     SELECT
         feature_id,
         doc_id,
         position,
         token_id,
         activation,
-        row_number() OVER (PARTITION BY feature_id ORDER BY activation DESC, doc_id, position) AS strength,
-        count(*) OVER (PARTITION BY feature_id) AS n
-    FROM activations
-    WHERE feature_id BETWEEN $first AND $last
+        stronger,
+        n,
+        part,
+        part // $of_decile AS from_top,
+        stronger = first_of_part + lot % size AS is_drawn
+    FROM parts
+    WHERE stronger < $top OR is_drawn
 ),
-lots AS (
+examples AS NOT MATERIALIZED (
+    SELECT feature_id, 0::TINYINT AS decile, stronger + 1 AS place, doc_id, position, token_id, activation
+    FROM chosen
+    WHERE stronger < $top
+    UNION ALL
     SELECT
-        *,
-        10 - (strength - 1) * 10 // n AS decile,
-        (doc_id * 1664525 + position * 22695477::BIGINT + feature_id * 69069::BIGINT + 1013904223) % 2147483647 AS x,
-        (x * x % 2147483647 + x * 1103515245) % 2147483647 AS lot
-    FROM ranked
-),
-drawn AS (
-    SELECT
-        *,
-        row_number() OVER (PARTITION BY feature_id, decile ORDER BY lot, doc_id, position) AS draw
-    FROM lots
-    -- Of many activations, hundreds for each that is wanted are enough to draw from.
-    WHERE strength <= $top OR lot::DOUBLE * n < 2147483647.0::DOUBLE * 10 * 200 * $of_decile
-    QUALIFY strength <= $top OR draw <= $of_decile
+        feature_id,
+        (10 - from_top)::TINYINT,
+        -- Of the decile's parts, or where some are empty of its ranks.
+        least(part - from_top * $of_decile, stronger - (from_top * n + 9) // 10) + 1,
+        doc_id,
+        position,
+        token_id,
+        activation
+    FROM chosen
+    WHERE is_drawn
 )
-SELECT $layer::INTEGER AS layer, feature_id, 'top' AS kind, strength AS place, doc_id, position, token_id, activation
-FROM drawn
-WHERE strength <= $top
-UNION ALL
-SELECT $layer::INTEGER, feature_id, 'decile ' || decile, draw, doc_id, position, token_id, activation
-FROM drawn
-WHERE draw <= $of_decile
-ORDER BY feature_id, kind, place
+SELECT
+    $layer::INTEGER AS layer,
+    feature_id,
+    if(decile = 0, 'top', 'decile ' || decile) AS kind,
+    place,
+    doc_id,
+    position,
+    token_id,
+    activation
+FROM examples
+ORDER BY feature_id, decile, place

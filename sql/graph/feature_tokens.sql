@@ -2,25 +2,16 @@
 -- do so most often first.
 -- lift: the token's share of the feature's activations over its share of the graph's tokens; 1 is what chance gives.
 -- token_entropy: Shannon entropy, in bits, of the tokens of the feature's activations: 0 where one token has them all,
--- log2(degree) where all of its tokens have as many. A sum of exact multiples of 2^-32 over n * log2(N / n), so no
--- order of addition can change it.
-WITH own AS (
-    SELECT token_id, feature_id, n, max_activation, sum_activation
-    FROM edges
-    WHERE layer = $layer AND feature_id BETWEEN $first AND $last
-),
-totals AS (
-    SELECT feature_id, sum(n)::DOUBLE AS total
-    FROM own
-    GROUP BY feature_id
-),
-entropies AS (
+-- log2(degree) where all of its tokens have as many. log2(N) less the mean of log2(n), which is a sum of exact multiples
+-- of 2^-32, so no order of addition can change it; to nine decimals.
+WITH features AS (
     SELECT
         feature_id,
-        any_value(total) AS total,
-        sum((n * log2(total / n) * 4294967296)::HUGEINT)::DOUBLE / 4294967296 / any_value(total) AS token_entropy
-    FROM own
-    JOIN totals USING (feature_id)
+        sum(n)::DOUBLE AS total,
+        sum((n * log2(n) * 4294967296)::HUGEINT)::DOUBLE / 4294967296 AS information,
+        greatest(0, round(log2(total) - information / total, 9)) AS token_entropy
+    FROM edges
+    WHERE layer = $layer AND feature_id BETWEEN $first AND $last
     GROUP BY feature_id
 ),
 shares AS (
@@ -29,15 +20,16 @@ shares AS (
     WHERE layer = $layer
 )
 SELECT
-    $layer::INTEGER AS layer,
-    token_id,
-    feature_id,
-    n,
-    max_activation,
-    sum_activation,
-    n / total / share AS lift,
-    token_entropy
-FROM own
-JOIN entropies USING (feature_id)
-JOIN shares USING (token_id)
-ORDER BY feature_id, n DESC, token_id
+    e.layer,
+    e.token_id,
+    e.feature_id,
+    e.n,
+    e.max_activation,
+    e.sum_activation,
+    e.n / f.total / s.share AS lift,
+    f.token_entropy
+FROM edges AS e
+JOIN features AS f USING (feature_id)
+JOIN shares AS s USING (token_id)
+WHERE e.layer = $layer AND e.feature_id BETWEEN $first AND $last
+ORDER BY e.feature_id, e.n DESC, e.token_id

@@ -29,14 +29,14 @@ from tasks.graph.edges import id_ranges
 from tasks.graph.features import FEATURES
 from tasks.graph.tables import GRAPH, checked_layers, graph_inputs
 
-VERSION = 1
+VERSION = 2
 """Raise when what is in a file changes."""
 
 MADE = ("feature_tokens", "feature_examples", "feature_histogram")
 """What each layer's folder holds, in the order in which it is made."""
 
 BYTES_PER_ROW = 100
-"""Memory a pass gets for each activation: DuckDB sorts them by feature and strength, and again by feature and lot."""
+"""Memory a pass gets for each activation: DuckDB sorts them by feature and strength."""
 
 ROWS_PER_GROUP = 16_384
 """Rows that a reader of one feature reads at least; there are as many entries in a file's footer as groups."""
@@ -133,11 +133,13 @@ def ensure_layer(
     written = []
     # One connection: what it reads of small shards that lie elsewhere it reads once.
     with opened(f"the feature tables of layer {layer}", resources, storage, inputs) as connection:
-        rows = connection.execute(
-            "SELECT feature_id, sum(n)::BIGINT AS n FROM edges GROUP BY feature_id ORDER BY feature_id"
-        ).fetchnumpy()
         rows_per_pass = memory_bytes(resources.memory_limit) // BYTES_PER_ROW
-        ranges = id_ranges(np.asarray(rows["feature_id"]), np.asarray(rows["n"]), rows_per_pass)
+        rows: dict[str, Any] = {"feature_id": np.empty(0, np.int32), "n": np.empty(0, np.int64)}
+        if sum(feature.n_activations for feature in features if feature.layer == layer) > rows_per_pass:
+            rows = connection.execute(
+                "SELECT feature_id, sum(n)::BIGINT AS n FROM edges GROUP BY feature_id ORDER BY feature_id"
+            ).fetchnumpy()
+        ranges = id_ranges(rows["feature_id"], rows["n"], rows_per_pass)
         for table in MADE:
             for index, (first, last) in enumerate(ranges):
                 written.append(

@@ -74,8 +74,8 @@ def rows_of(storage: Storage, catalog: Catalog, table: str) -> list[tuple[Any, .
     return [tuple(row.values()) for file in files for row in file.to_pylist()]
 
 
-def lot(feature: int, doc: int, position: int) -> int:
-    x = (doc * 1664525 + position * 22695477 + feature * 69069 + 1013904223) % 2147483647
+def lot(feature: int, part: int) -> int:
+    x = (feature * 69069 + part * 22695477 + 1013904223) % 2147483647
     return (x * x % 2147483647 + x * 1103515245) % 2147483647
 
 
@@ -91,13 +91,14 @@ def reference(documents: list[Document], top: int, of_decile: int, bins: int) ->
                     found[feature].append((-value, doc, position, token))
         for feature, activations in sorted(found.items()):
             activations.sort()
-            n, deciles = len(activations), defaultdict(list)
+            n, parts = len(activations), defaultdict(list)
             for place, one in enumerate(activations):
-                deciles[f"decile {10 - place * 10 // n}"].append(one)
-            kinds = {"top": activations[:top]}
-            for decile, members in deciles.items():
-                kinds[decile] = sorted(members, key=lambda one: lot(feature, one[1], one[2]))[:of_decile]
-            for kind, members in sorted(kinds.items()):
+                parts[place * 10 * of_decile // n].append(one)
+            kinds = defaultdict(list, top=activations[:top])
+            for part, members in parts.items():
+                drawn = members[lot(feature, part) % len(members)]
+                kinds[f"decile {10 - part // of_decile}"].append(drawn)
+            for kind, members in sorted(kinds.items(), key=lambda item: (len(item[0]), item[0])):
                 for place, (negative, doc, position, token) in enumerate(members, 1):
                     row = (layer, feature, kind, place, doc, position, token, -negative)
                     tables["feature_examples"].append(row)
@@ -163,33 +164,14 @@ def test_sharding_order_and_threads_change_no_bit(
     assert tables(starts, order, threads) == _BASELINES[seed]
 
 
-def one_feature(storage: Storage, n: int, memory: str) -> tuple[Catalog, list[float]]:
-    """The tables of one feature that is active at each of `n` tokens, in rising strength."""
-    active = [{3: float(place + 1)} for place in range(n)]
-    document = Document(tokens=[place % 5 for place in range(n)], active={1: active})
-    cuts = [Cut(source="a", documents=[document], in_graph=1)]
-    shards = write_corpus(storage, cuts)
-    features = write_features(storage, cuts, shards, [make_dictionary(1)])
-    config = make_config(storage, (1,), duckdb={"memory_limit": memory, "threads": 1})
-    run = run_of(config, storage, {TOKENIZE: shards, DICTIONARIES: [make_dictionary(1)], FEATURES: features})
-    return build(run, *GROUPS), [value for of in active for value in of.values()]
-
-
-def test_a_sample_of_many_activations_is_that_of_all(storage: Storage) -> None:
-    """Most activations of a frequent feature are left out before the draw: it draws the same."""
-    n = 40_000
-    catalog, _ = one_feature(storage, n, "1GB")
-    by_decile: dict[str, list[int]] = defaultdict(list)
-    for position in range(n):
-        by_decile[f"decile {1 + position * 10 // n}"].append(position)
-    found: dict[str, list[int]] = defaultdict(list)
-    for row in rows_of(storage, catalog, "feature_examples"):
-        found[row[2]].append(row[5])
-    assert found.pop("top") == list(range(n - 1, n - 21, -1))
-    assert found == {
-        decile: sorted(positions, key=lambda position: lot(3, 0, position))[:5]
-        for decile, positions in by_decile.items()
-    }
+def test_what_is_drawn_is_spread_over_every_part() -> None:
+    """Of one part of many features, and of many parts of one, each tenth of the ranks is drawn as often."""
+    for drawn in (
+        [lot(feature, 7) % 1000 for feature in range(20_000)],
+        [lot(3, part) % 1000 for part in range(20_000)],
+    ):
+        tenths = Counter(rank // 100 for rank in drawn)
+        assert all(1800 < tenths[tenth] < 2200 for tenth in range(10)), tenths
 
 
 def test_a_layer_that_activates_nothing_has_empty_tables(storage: Storage) -> None:
@@ -266,7 +248,7 @@ def test_activations_many_times_larger_than_memory(storage: Storage) -> None:
             "activations": graph_inputs(features, layer)["activations"],
         },
     )
-    config = make_config(storage, (layer,), duckdb={"memory_limit": "48MB", "threads": 1})
+    config = make_config(storage, (layer,), duckdb={"memory_limit": "32MB", "threads": 1})
     ensure_layer(config, storage, layer, features, inputs)
     files = sorted(name for name in storage.sizes("tables") if name.endswith(".parquet"))
     assert len(files) > 3 * 5
