@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 TORCH_OPTIONS ?=
 ASSETS ?= assets
 DEMO_OPTIONS ?=
-TEST_PROCESSES ?= 2
+TEST_PROCESSES ?= 3
 PYTEST_OPTIONS ?=
 
 # What the tests can use beside Python packages, installed where apt-get is and we are root.

@@ -262,6 +262,7 @@ def _tables(run: SmallRun) -> dict[str, pd.DataFrame]:
     share = edges.n / by_feature
     entropy = (-share * np.log2(share)).groupby([edges.layer, edges.feature_id]).transform("sum")
     lift = share / edges.token_id.map(tokens.set_index("token_id").share)
+    feature_tokens = edges.assign(lift=lift, token_entropy=entropy)
     logits = [
         {
             "layer": layer,
@@ -288,10 +289,23 @@ def _tables(run: SmallRun) -> dict[str, pd.DataFrame]:
         "graph_summary": pd.DataFrame(summaries),
         "feature_examples": examples,
         "feature_histogram": histogram.reset_index().assign(bin=1, low=0.0),
-        "feature_tokens": edges.assign(lift=lift, token_entropy=entropy),
+        "feature_tokens": feature_tokens,
+        "feature_summary": summary_of(feature_tokens),
         "feature_logits": pd.DataFrame(logits),
         "dictionaries": dictionaries.reindex(columns=TABLES["dictionaries"].names),
     }
+
+
+def summary_of(feature_tokens: pd.DataFrame) -> pd.DataFrame:
+    """The table `feature_summary` of rows of `feature_tokens` in any order."""
+    ranked = feature_tokens.sort_values(["n", "token_id"], ascending=[False, True])
+    return ranked.groupby(["layer", "feature_id"], as_index=False).agg(
+        n=("n", "sum"),
+        max_activation=("max_activation", "max"),
+        token_id=("token_id", "first"),
+        top_n=("n", "first"),
+        token_entropy=("token_entropy", "first"),
+    )
 
 
 def resize(run: SmallRun, place: int, **changes: Any) -> None:

@@ -27,15 +27,26 @@ STARTS = {
 SLOW = ("server", "cluster", "s3", "chromium", "process", "slow")
 """Markers of what `make test-fast` leaves out; the first five may start processes."""
 
-PREFECT = (
-    "end_to_end/test_flows.py",
-    "end_to_end/test_readme.py",
-    "infra/test_deployments.py",
-    "infra/test_interrupt.py",
-    "infra/test_run_api.py",
-    "retention/test_retention_end_to_end.py",
-)
-"""Files that use `prefect_api`, one group: its server starts for 8 s, and takes a tenth of a core while it waits."""
+TOGETHER = {
+    # `prefect_api`: its server starts for 8 s, and takes a tenth of a core while it waits.
+    "prefect": (
+        "end_to_end/test_flows.py",
+        "end_to_end/test_readme.py",
+        "infra/test_deployments.py",
+        "infra/test_interrupt.py",
+        "infra/test_run_api.py",
+        "retention/test_retention_end_to_end.py",
+    ),
+    # `finished`, a whole run: 8 s in each process that wants it.
+    "finished": (
+        "end_to_end/test_api.py",
+        "end_to_end/test_cli.py",
+        "engine/test_stages.py",
+        "upkeep/test_gc.py",
+        "upkeep/test_integrity.py",
+    ),
+}
+"""Groups of files that use what takes long to make."""
 
 EACH_ARCHITECTURE = (
     "llama",
@@ -53,7 +64,7 @@ LONGEST = (
     "explore/test_explorer_chromium.py",
     "ceph",
     "pretraining/test_consolidation_end_to_end.py",
-    "end_to_end/test_cli.py",
+    "finished",
     "end_to_end/test_bench.py",
     "steering/test_steering_end_to_end.py",
     "graph/test_tables.py",
@@ -81,7 +92,7 @@ def group_of(nodeid: str) -> str:
     file = path.removeprefix(f"{TESTS.name}/")
     if "ceph" in name:
         return "ceph"
-    return "prefect" if file in PREFECT else file
+    return next((name for name, files in TOGETHER.items() if file in files), file)
 
 
 class Groups(LoadScopeScheduling):

@@ -277,13 +277,17 @@ def build_app(
         explorer.pool.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(openapi_url=None, lifespan=while_served)
+
+    def read_at(path: str, answer: Callable[..., Any]) -> None:
+        app.add_api_route(path, answer, methods=["GET", "HEAD"], response_class=Response)
+
     for page in explorer.pages:
-        app.add_api_route(page.path, _shown(explorer, page), response_class=Response)
+        read_at(page.path, _shown(explorer, page))
     for action in all_actions() if actions is None else actions:
         app.add_api_route(action.path, _acting(explorer, action), methods=["POST"], response_class=Response)
-    app.add_api_route("/sql", _console(explorer), response_class=Response)
-    app.add_api_route("/generation", _generation(explorer), response_class=Response)
-    app.add_api_route("/static/{name}", _static, response_class=Response)
+    read_at("/sql", _console(explorer))
+    read_at("/generation", _generation(explorer))
+    read_at("/static/{name}", _static)
 
     async def not_found(request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 500

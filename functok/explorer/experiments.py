@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from schemas.experiments import experiment_rooms
 from schemas.room import Room
 from tasks.explore.not_run import answers, not_run
+from tasks.explore.overview import findings_of
 from tasks.explore.vocabulary import Asked, Facts, Findings, Missing, Page, PageAt, Panel
 from tasks.report.text import plural
 from tasks.stages import experiment
@@ -35,7 +36,7 @@ def _of(asked: Asked, room: Room) -> Iterator[Panel]:
             *(("page", page.title, page.path) for page in one.pages if "{" not in page.path),
         ],
     )
-    if found := one.report.findings(asked.connection):
+    if found := findings_of(asked, one.report):
         yield Findings(findings=found)
 
 

@@ -120,7 +120,7 @@ class Generation:
     def __init__(self, storage: Storage, catalog: Catalog, name: str, resources: DuckDb) -> None:
         self.storage, self.catalog, self.name = storage, catalog, name
         published = (*catalog.tables, *catalog.sharded)
-        self.kept: dict[str, Any] = {}
+        self.kept: dict[object, Any] = {}
         """What pages have computed of these tables and need again."""
         self._made: set[str] = set()
         self._lock = threading.Lock()

@@ -42,6 +42,17 @@ TABLES: dict[str, pa.Schema] = {
         # the feature's: Shannon entropy of the tokens of its activations, in bits
         token_entropy=pa.float64(),
     ),
+    "feature_summary": schema_of(
+        # of every feature that is active at all
+        layer=pa.int32(),
+        feature_id=pa.int32(),
+        n=pa.int64(),
+        max_activation=pa.float32(),
+        # the token that opens it most often, and how often that does
+        token_id=pa.int32(),
+        top_n=pa.int64(),
+        token_entropy=pa.float64(),
+    ),
     # only with features.logits: of every feature of the dictionary
     "feature_logits": schema_of(
         layer=pa.int32(),
@@ -162,6 +173,30 @@ EXPECTATIONS: tuple[Expectation, ...] = (
             FROM feature_tokens GROUP BY layer, feature_id
             HAVING (lowest = highest AND lowest BETWEEN 0 AND log2(degree) + 1e-6) IS NOT TRUE""",
     ),
+    Query(
+        name="feature_summary = feature_tokens grouped",
+        table="feature_summary",
+        needs=("feature_tokens",),
+        meaning="A feature's summary counts the activations of its tokens, and has their largest.",
+        offenders=differ(
+            """SELECT layer, feature_id, sum(n) AS n, max(max_activation) AS max_activation, max(n) AS top_n
+            FROM feature_tokens GROUP BY layer, feature_id""",
+            "SELECT layer, feature_id, n, max_activation, top_n FROM feature_summary",
+            "layer, feature_id",
+            "n",
+            "max_activation",
+            "top_n",
+        ),
+    ),
+    Query(
+        name="the first token opens its feature most often",
+        table="feature_summary",
+        needs=("feature_tokens",),
+        meaning="A feature's token has the edge to it with top_n activations, and the feature's token_entropy.",
+        offenders="""SELECT layer, feature_id, s.token_id, top_n, e.n, s.token_entropy
+            FROM feature_summary AS s LEFT JOIN feature_tokens AS e USING (layer, feature_id, token_id)
+            WHERE (e.n = top_n AND e.token_entropy = s.token_entropy) IS NOT TRUE""",
+    ),
     Keys(
         name="logits' places are unique",
         table="feature_logits",
@@ -192,7 +227,7 @@ ROOM = Room(
     name="graph",
     group="features",
     tables=TABLES,
-    required=("feature_examples", "feature_histogram", "feature_tokens"),
+    required=("feature_examples", "feature_histogram", "feature_summary", "feature_tokens"),
     left_in_place=tuple(TABLES),
     sharded=SHARDED,
     table_expectations=EXPECTATIONS,

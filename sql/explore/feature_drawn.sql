@@ -1,12 +1,6 @@
 -- Features of a layer, evenly thinned to about $most of them: in how many tokens' occurrences each is active, and how
 -- unevenly these are spread over the tokens that open it; in each row, how many features of some kinds there are.
-WITH opened AS (
-    SELECT feature_id, any_value(token_entropy) AS token_entropy, max(n) AS top_n
-    FROM feature_tokens
-    WHERE layer = $layer
-    GROUP BY feature_id
-),
-placed AS (
+WITH placed AS (
     SELECT
         f.feature_id,
         f.density,
@@ -18,7 +12,7 @@ placed AS (
         count(*) FILTER (o.token_entropy >= $many_tokens) OVER () AS n_of_many,
         count(*) FILTER (f.density >= $dense) OVER () AS n_dense
     FROM feature_degree AS f
-    JOIN opened AS o USING (feature_id)
+    JOIN feature_summary AS o USING (layer, feature_id)
     WHERE f.layer = $layer
 )
 SELECT

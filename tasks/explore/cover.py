@@ -61,7 +61,7 @@ def coverage(asked: Asked, *, is_choosing: bool = False) -> list[Panel]:
     if not asked.has("coverage", "edges", "token_degree", "graph_summary"):
         return [NO_GRAPH]
     layers = layers_of(asked)
-    layer = int(asked.chosen("layer", layers))
+    layer = int(asked.layer(layers))
     tokens = _tokens(asked) if is_choosing else []
     typed = asked.values.get("add", "") if is_choosing else ""
     candidates = _candidates(asked, typed) if typed else []

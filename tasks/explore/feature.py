@@ -34,6 +34,9 @@ from tasks.report.text import DASH, integer, number, percent, plural
 from tasks.report.vocabulary import Chart, Column, Row
 
 NEIGHBOURS = 20
+SUREST_SHARE = 0.01
+"""Of a feature's activations, for a token to be called the one that opens it most surely."""
+
 SAMPLED = 40
 """Places at which features are looked for that are active with one."""
 
@@ -105,6 +108,7 @@ def _facts(asked: Asked, row: Row, query: Query) -> Facts:
             f"{visible(row['top_token'])} ({percent(row['top_share'], 1)} of its activations)",
             "" if row["top_token_id"] is None else address("token", row["top_token_id"], layer=layer),
         ),
+        *_surest(asked, layer, feature_id),
         ("token entropy", opened_by(row["token_entropy"], row["top_share"]), ""),
         ("tokens that open it", integer(row["degree"]), ""),
         ("activations", f"{integer(row['n'])}, at {percent(row['density'], 3)} of all tokens", ""),
@@ -124,6 +128,17 @@ def _facts(asked: Asked, row: Row, query: Query) -> Facts:
         if elsewhere is not None:
             facts.append(("Neuronpedia", elsewhere.removeprefix("https://www."), elsewhere))
     return Facts(facts=facts, query=query)
+
+
+def _surest(asked: Asked, layer: int, feature_id: int) -> list[tuple[str, str, str]]:
+    """Frequent tokens open much by being frequent: of those that matter to it, the one that least often does not."""
+    row = asked.row(
+        Query.of("explore/feature_surest", layer=layer, feature_id=feature_id, least=SUREST_SHARE)
+    )
+    if row is None:
+        return []
+    told = f"{visible(row['token'])} (at {percent(row['share'], 1)} of its occurrences)"
+    return [("opened most surely by", told, address("token", row["token_id"], layer=layer))]
 
 
 def _note(asked: Asked, layer: int, feature_id: int) -> Panel:

@@ -57,7 +57,7 @@ def features(asked: Asked) -> Page:
     if not asked.has("feature_degree", "graph_summary"):
         return Page(title="Features", panels=[NO_GRAPH], lead=lead)
     layers = layers_of(asked)
-    layer = int(asked.chosen("layer", layers))
+    layer = int(asked.layer(layers))
     panels: list[Panel] = [
         Controls(
             controls=[
@@ -67,7 +67,7 @@ def features(asked: Asked) -> Page:
             ]
         )
     ]
-    if not asked.has("feature_tokens"):
+    if not asked.has("feature_summary"):
         return Page(title="Features", panels=[*panels, NO_FEATURE_TABLES], lead=lead)
     return Page(
         title=f"Features of layer {layer}",
@@ -162,12 +162,7 @@ def _grid(asked: Asked, layer: int) -> Grid:
         order="-n",
         filters=filters,
         bars=["density", "token_entropy"],
-        note="First token: the one that opens it most often. Density: share of all tokens at which it is active."
-        + (
-            ""
-            if bounds is None
-            else f" {called.capitalize()}: its density is {percent(low, 4)} to {percent(high, 1)}."
-        ),
+        note=note,
         empty="No feature is so.",
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from tasks.explore.cover import coverage
@@ -55,23 +54,21 @@ FIRST = (
 PAGES = (PageAt(path="/", title="Overview", build=overview, menu=True),)
 
 
-def findings(connection: Any, parts: Sequence[Part] = ()) -> list[Finding]:
-    """The report's findings by themselves, the experiments' too.
-
-    Args:
-        connection: Of `infra.duck.connect`.
-        parts: What the experiments that are published tell.
-    """
-    found = corpus.findings(connection) + graph.findings(connection)
-    return [*found, *(finding for part in parts for finding in part.findings(connection))]
+def findings(connection: Any) -> list[Finding]:
+    """The report's own findings, without those of experiments; the connection is one of `infra.duck.connect`."""
+    return corpus.findings(connection) + graph.findings(connection)
 
 
 def _findings(asked: Asked) -> list[Finding]:
-    """Computed once for the tables of a run: the intervals of experiments take seconds."""
-    kept = asked.context.get("kept", {})
-    if "findings" not in kept:
-        kept["findings"] = findings(asked.connection, asked.context.get("parts", ()))
-    found: list[Finding] = kept["findings"]
+    found = [*asked.kept("findings", lambda: findings(asked.connection))]
+    for part in asked.context.get("parts", ()):
+        found += findings_of(asked, part)
+    return found
+
+
+def findings_of(asked: Asked, part: Part) -> list[Finding]:
+    """What an experiment found; computed once for the tables of a run, as its intervals take seconds."""
+    found: list[Finding] = asked.kept(part, lambda: part.findings(asked.connection))
     return found
 
 

@@ -64,7 +64,7 @@ def pasted(asked: Asked) -> Page:
     layers = list(published_dictionaries(asked.context["storage"], catalog))
     if not layers:
         return Page(title="Your text", lead=lead, panels=[NO_GRAPH], trail=[("Texts", "/texts")])
-    chosen = asked.chosen("layer", [*layers, "all"])
+    chosen = asked.layer([*layers, "all"])
     by = asked.chosen("by", list(_BY))
     options = [(str(layer), str(layer)) for layer in layers]
     controls: list[Control] = [

@@ -1,4 +1,4 @@
-"""Finding a token by what somebody types: its text, as it is or as it is shown here, or its id."""
+"""Finding what somebody types: a token by its text or id, a feature by its number or by what people call it."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ _ESCAPE = re.compile("|".join([*map(re.escape, _SHOWN), r"\\u\{([0-9a-f]{1,6})\}
 
 
 def search_page(asked: Asked) -> Page:
-    """Tokens by text, and what a number may be."""
+    """Tokens by text, what a number may be, and features by their labels."""
     typed = asked.values.get("q", "")
     panels: list[Panel] = [
         Controls(controls=[Box(key="q", label="Text or id", value=typed, placeholder=PLACEHOLDER)])
     ]
     if typed:
-        panels += [*_numbered(asked, typed), found(typed)]
+        panels += [*_numbered(asked, typed), found(typed), *_labelled(asked, typed.strip())]
     return Page(
         title="Search",
         lead=r"A token's text, whole or in part. Spaces may be typed as they are shown, ␣, line ends as \n, bytes that "
-        "are no text as <0xE2>.",
+        "are no text as <0xE2>. Features by number, or by the words of their labels.",
         panels=panels,
         trail=[("Tokens", "/tokens")],
     )
@@ -96,6 +96,34 @@ def found(typed: str) -> Panel:
         filters=["match", "kind"],
         empty="No token of this corpus has that in its text. A word may be several tokens: try its beginning.",
     )
+
+
+def _labelled(asked: Asked, typed: str) -> list[Panel]:
+    """The features that somebody has called so."""
+    if not typed or not asked.has("feature_labels", "feature_degree"):
+        return []
+    query = Query.of("explore/label_search", typed=typed)
+    if asked.row(Query(sql=f"SELECT 1 FROM ({query.sql}) LIMIT 1", values=query.values)) is None:
+        return []
+    return [
+        Grid(
+            key="labels",
+            caption="Features with a label or note of that text",
+            query=query,
+            columns=[
+                Column("layer", "plain"),
+                Link(
+                    column=Column("feature_id", "plain", "feature"),
+                    to=lambda row: address("feature", row["layer"], row["feature_id"]),
+                ),
+                Column("label"),
+                Column("note"),
+                Column("degree", "integer", "tokens that open it"),
+            ],
+            order="",
+            page_size=10,
+        )
+    ]
 
 
 def _numbered(asked: Asked, typed: str) -> list[Panel]:

@@ -146,7 +146,7 @@ def text(asked: Asked) -> Page:
     if not asked.has("occurrences"):
         return Page(title=title, panels=[NO_OCCURRENCES], trail=trail)
     layers = layers_of(asked) if asked.has("activations") else []
-    chosen = asked.chosen("layer", [*layers, "all"]) if layers else ""
+    chosen = asked.layer([*layers, "all"]) if layers else ""
     size = STACKED if chosen == "all" else WINDOW
     n_tokens = document["n_tokens"]
     first = asked.number("from", 0, 0, max(0, n_tokens - 1))

@@ -114,7 +114,7 @@ def token(asked: Asked) -> Page:
             f"the token {token_id} does not occur in this corpus", hint="look for it by its text: /search"
         )
     layers = layers_of(asked)
-    layer = int(asked.chosen("layer", layers)) if layers else None
+    layer = int(asked.layer(layers)) if layers else None
     places = sampled(asked, token_id, layer)
     return Page(
         title=f"Token {visible(row['token'])}",

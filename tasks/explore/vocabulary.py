@@ -423,6 +423,25 @@ class Asked:
             return asked
         return str(options[0] if default is None else default) if names else ""
 
+    def kept(self, name: object, make: Callable[[], Any]) -> Any:
+        """What was made once for the tables of a run, or is made now."""
+        kept = self.context.get("kept", {})
+        if name not in kept:
+            kept[name] = make()
+        return kept[name]
+
+    def layer(self, options: Sequence[object]) -> str:
+        """The layer that the address chooses, or the first of these.
+
+        Raises:
+            NotThere: if it names one that is none of them.
+        """
+        asked = self.values.get("layer", "")
+        if asked and asked not in map(str, options):
+            known = ", ".join(map(str, options))
+            raise NotThere(f"there is no layer {asked} here", hint=f"it may be {known}" if known else "")
+        return self.chosen("layer", options)
+
     def choice(
         self, key: str, label: str, options: Sequence[tuple[str, str]], default: object | None = None
     ) -> Choice:

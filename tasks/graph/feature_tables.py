@@ -29,11 +29,14 @@ from tasks.graph.edges import id_ranges
 from tasks.graph.features import FEATURES
 from tasks.graph.tables import GRAPH, checked_layers, graph_inputs
 
-VERSION = 2
+VERSION = 3
 """Raise when what is in a file changes."""
 
 MADE = ("feature_tokens", "feature_examples", "feature_histogram")
 """What each layer's folder holds, in the order in which it is made."""
+
+SUMMARY = "feature_summary"
+"""Made of the first of them."""
 
 BYTES_PER_ROW = 100
 """Memory a pass gets for each activation: DuckDB sorts them by feature and strength."""
@@ -158,6 +161,12 @@ def ensure_layer(
                         bins=section.histogram_bins,
                     )
                 )
+    tokens = [file for file in written if file.name.startswith(f"{folder}/{MADE[0]}-")]
+    told = Catalog(sharded={MADE[0]: [ShardFile(name=file.name, layer=layer) for file in tokens]})
+    with opened(f"the features of layer {layer}", resources, storage, told) as connection:
+        written.append(
+            copy_table(connection, resources, storage, SUMMARY, f"{folder}/{SUMMARY}.parquet", layer=layer)
+        )
     commit(storage, folder, Manifest(stage="tables", inputs=parts), written)
 
 

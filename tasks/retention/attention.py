@@ -71,13 +71,14 @@ def attend(
         if governed:
             retention.attended(layer, None)
     else:
-        logits = (grouped @ key.transpose(-1, -2) * scaling).view(batch, heads, groups, q, n)
+        # In place: each copy would be one more pass over all queries and keys.
+        logits = (grouped @ key.transpose(-1, -2)).mul_(scaling).view(batch, heads, groups, q, n)
         if softcap is not None:
             logits = torch.tanh(logits / softcap) * softcap
         if bonus is not None:
             logits = logits + bonus[:, :, None, None]
         if hidden is not None:
-            logits = logits.masked_fill(hidden[:, :, None], -torch.inf)
+            logits.masked_fill_(hidden[:, :, None], -torch.inf)
         weights = torch.softmax(logits, dim=-1, dtype=torch.float32)
         output = weights.to(query.dtype).view(batch, heads, groups * q, n) @ value
         if governed:

@@ -302,6 +302,7 @@ def test_names_and_settings_say_what_a_file_holds(tmp_path: Path) -> None:
 
 
 @each_compression
+@pytest.mark.slow
 def test_an_archive_that_ends_early_or_is_damaged_says_so(tmp_path: Path, suffix: str) -> None:
     import random
 
@@ -328,6 +329,7 @@ def test_an_archive_that_ends_early_or_is_damaged_says_so(tmp_path: Path, suffix
 
 
 @each_compression
+@pytest.mark.slow
 def test_an_archive_is_inflated_in_small_pieces(tmp_path: Path, suffix: str) -> None:
     n_bytes = 64 << 20
     content = COMPRESSORS[suffix](bytes(n_bytes))
@@ -465,6 +467,7 @@ def rejects(shards: CorpusShards, storage: Storage) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.slow
 def test_one_reject_that_stands_for_many_fails_the_run(tmp_path: Path, run: Any) -> None:
     lines = rows(1000)
     lines[600] = '600,"text number 600\n'
@@ -480,6 +483,7 @@ def test_one_reject_that_stands_for_many_fails_the_run(tmp_path: Path, run: Any)
     assert (reject["lost_bytes"], reject["lost_lines"]) == (lost, 401)
 
 
+@pytest.mark.slow
 def test_a_file_of_a_thousand_that_cannot_be_read_is_named(tmp_path: Path, run: Any) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl(*tiny.texts(300, longest=3)))
     (tmp_path / "b.jsonl").write_bytes(jsonl("x").replace(b"text", b"body"))
@@ -531,6 +535,7 @@ def test_a_setting_that_reads_otherwise_makes_other_shards(tmp_path: Path, token
     assert folder(max_unreadable_files=3) == folder()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_counts_the_same(
     tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,6 +43,7 @@ def _all_heldout(config: Config, storage: Storage, shards: CorpusShards) -> list
     return [bool(held) for shard in shards.shards for held in heldout_documents(config, storage, shard)]
 
 
+@pytest.mark.slow
 def test_the_split_is_the_hash_of_a_documents_tokens(tmp_path: Path) -> None:
     from tokenizers import Tokenizer
 
@@ -59,6 +60,7 @@ def test_the_split_is_the_hash_of_a_documents_tokens(tmp_path: Path) -> None:
     assert 5 < sum(found) < 30
 
 
+@pytest.mark.slow
 def test_copies_are_on_one_side_and_other_files_change_nothing(tmp_path: Path) -> None:
     documents = texts(40)
     config, storage, shards = _corpus(tmp_path, 0.4, documents, ["another document", *documents])
@@ -68,6 +70,7 @@ def test_copies_are_on_one_side_and_other_files_change_nothing(tmp_path: Path) -
     assert _all_heldout(*alone) == found[:40]
 
 
+@pytest.mark.slow
 def test_parts_are_the_first_held_out_documents_that_fit(tmp_path: Path) -> None:
     config, storage, shards = _corpus(tmp_path, 0.5, texts(80))
     lengths = np.concatenate(

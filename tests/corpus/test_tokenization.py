@@ -75,6 +75,7 @@ def read_all(
     return documents, counts, doc_counts
 
 
+@pytest.mark.slow
 def test_shards_hold_what_the_tokenizer_gives(tmp_path: Path, tokenizer_folder: Path) -> None:
     documents = [*tiny.texts(40), "x <eos> y <bos>", "<pad>"]
     shards, storage = run(make(tmp_path, tokenizer_folder, {"a": documents[:25], "b": documents[25:]}))
@@ -100,6 +101,7 @@ def test_shards_hold_what_the_tokenizer_gives(tmp_path: Path, tokenizer_folder: 
 
 
 @pytest.mark.parametrize("limit", [1, 7, 13, 24, 25, 26, 39, 40, 100])
+@pytest.mark.slow
 def test_max_documents_takes_the_first_in_file_order(
     tmp_path: Path, tokenizer_folder: Path, limit: int
 ) -> None:
@@ -115,6 +117,7 @@ def test_max_documents_takes_the_first_in_file_order(
 
 
 @pytest.mark.parametrize("share", [0.05, 0.33, 0.62, 0.63, 0.99, 1.0, 2.0])
+@pytest.mark.slow
 def test_max_tokens_ends_before_the_document_that_does_not_fit(
     tmp_path: Path, tokenizer_folder: Path, share: float
 ) -> None:
@@ -132,6 +135,7 @@ def test_max_tokens_ends_before_the_document_that_does_not_fit(
     assert unlimited == fresh
 
 
+@pytest.mark.slow
 def test_files_behind_a_limit_are_not_read(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +167,7 @@ def test_a_limit_below_the_first_document_fails_clearly(tmp_path: Path, tokenize
         run(make(tmp_path, tokenizer_folder, {"a": ["of the river " * 50]}, max_tokens=5))
 
 
+@pytest.mark.slow
 def test_a_killed_file_goes_on_after_its_finished_shards(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +201,7 @@ def test_a_killed_file_goes_on_after_its_finished_shards(
     assert read_all(storage, fresh) == read_all(Storage(str(tmp_path / "fresh")), fresh)
 
 
+@pytest.mark.slow
 def test_a_file_that_joins_computes_its_own_shards_alone(tmp_path: Path, tokenizer_folder: Path) -> None:
     documents = tiny.texts(40)
     run(make(tmp_path, tokenizer_folder, {"b": documents[:20]}))
@@ -218,6 +224,7 @@ def test_files_of_equal_content_count_twice_and_share_shards(tmp_path: Path, tok
     assert one[:10] == one[10:]
 
 
+@pytest.mark.slow
 def test_damage_is_noticed_and_mended(tmp_path: Path, tokenizer_folder: Path) -> None:
     config = make(tmp_path, tokenizer_folder, {"a": tiny.texts(40)})
     shards, storage = run(config)
@@ -343,6 +350,7 @@ def verdict(config: Config, storage: Storage) -> str:
     return "passed"
 
 
+@pytest.mark.slow
 def test_a_fault_of_the_making_is_found_alike_in_the_rows_and_in_the_files(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -365,6 +373,7 @@ def test_a_fault_of_the_making_is_found_alike_in_the_rows_and_in_the_files(
     assert verdict(config, storage) == told
 
 
+@pytest.mark.slow
 def test_files_are_asked_where_the_manifest_has_no_answer_to_what_is_asked_now(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -397,6 +397,7 @@ def test_a_registered_dictionary_of_another_layer_is_refused(
 
 
 @pytest.mark.parametrize("name", ["paper-graph", "gemma3-270m"])
+@pytest.mark.slow
 def test_the_configurations_name_dictionaries_that_the_registry_has(name: str) -> None:
     from infra.config_file import load_config
 
@@ -521,6 +522,7 @@ def _sample_of(rows: set[bytes]) -> list[torch.Tensor]:
     return [torch.frombuffer(bytearray(row), dtype=torch.float32) for row in sorted(rows)[:10]]
 
 
+@pytest.mark.slow
 def test_training_again_gives_the_same_weights(
     trained: _Trained, model: Path, corpus: Path, tmp_path: Path
 ) -> None:
@@ -537,6 +539,7 @@ def test_training_again_gives_the_same_weights(
     assert storage.read_bytes(f"{dictionary.folder}/sae_weights.safetensors") != weights[0]
 
 
+@pytest.mark.slow
 def test_a_layer_that_is_trained_is_kept_when_the_next_fails(
     model: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -647,6 +650,7 @@ def test_max_tokens_limits_what_is_sampled(trained: _Trained) -> None:
     assert 300 < sample.n_rows(heldout=False) + sample.n_rows(heldout=True) <= 500
 
 
+@pytest.mark.slow
 def test_progress_is_reported(model: Path, corpus: Path, tmp_path: Path) -> None:
     config = trained_config(model, corpus, tmp_path, samples=1280, gate={"min_explained_variance": 1.0})
     storage = Storage(str(tmp_path))
@@ -739,6 +743,7 @@ def test_a_start_is_worth_its_training(trained: _Trained) -> None:
     assert quality[1] > finished - 0.1
 
 
+@pytest.mark.slow
 def test_a_start_is_known_by_content_not_by_place(model: Path, corpus: Path, tmp_path: Path) -> None:
     saved, storage = save_sae(tmp_path / "a", d_sae=48), Storage(str(tmp_path / "root"))
     shutil.copytree(saved, tmp_path / "b")
@@ -831,6 +836,7 @@ def test_a_fresh_dictionary_has_the_key_it_always_had(trained: _Trained) -> None
 # Beside consolidation
 
 
+@pytest.mark.slow
 def test_what_consolidation_holds_out_is_part_of_the_key(model: Path, corpus: Path, tmp_path: Path) -> None:
     storage, keys = Storage(str(tmp_path)), []
     for share in (None, 1.0, 0.25, 0.5):
@@ -894,6 +900,7 @@ def test_residuals_of_a_copy_that_a_limit_cuts_are_its_own(model: Path, tmp_path
     assert ends == [parts[0].n_tokens + parts[1].n_tokens, parts[1].n_tokens, parts[1].n_tokens]
 
 
+@pytest.mark.slow
 def test_features_of_a_copy_that_a_limit_cuts_are_the_same_from_disk(model: Path, tmp_path: Path) -> None:
     saved = save_sae(tmp_path / "sae")
     rows = []

@@ -37,6 +37,7 @@ def place(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("module", [functok, api])
+@pytest.mark.slow
 def test_the_examples_are_true(place: Path, monkeypatch: pytest.MonkeyPatch, module: object) -> None:
     monkeypatch.chdir(place)
     finder = doctest.DocTestFinder(exclude_empty=True)
@@ -75,6 +76,7 @@ def test_a_table_is_what_sql_says(place: Path) -> None:
     assert functok.open(place / "runs" / "demo").sql("SELECT 1").fetchall() == [(1,)]
 
 
+@pytest.mark.slow
 def test_threads_open_a_root_each_for_itself(place: Path) -> None:
     root = place / "runs" / "demo"
 

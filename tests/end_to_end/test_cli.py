@@ -71,6 +71,7 @@ def test_status_says_what_would_run_and_why(finished: Path, capfdbinary: Any, tm
     assert "layers 1" in " ".join(stale.out.split())
 
 
+@pytest.mark.slow
 def test_query_in_every_format(finished: Path, capfdbinary: Any, tmp_path: Path) -> None:
     sql = "SELECT token_id, token, rank FROM tokens ORDER BY rank LIMIT 3"
     root = ["--root", finished / "run"]
@@ -171,6 +172,7 @@ def test_catalog_opens_in_any_client(finished: Path, capfdbinary: Any, tmp_path:
     ]
 
 
+@pytest.mark.slow
 def test_report_is_written_again(finished: Path, capfdbinary: Any) -> None:
     report = finished / "run" / "report.html"
     before = report.read_bytes()

@@ -646,6 +646,7 @@ def test_dictionary_parameters_are_validated(config: Config, stages: StandIns) -
     assert stages.journal == ["tokenize", "check tokenize"]
 
 
+@pytest.mark.slow
 def test_parameters_render_as_a_form() -> None:
     from prefect.utilities.callables import parameter_schema
 

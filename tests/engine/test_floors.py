@@ -64,6 +64,7 @@ def words(file: Path) -> Iterator[tuple[int, str]]:
             begins = kind in {token.NEWLINE, token.INDENT, token.DEDENT}
 
 
+@pytest.mark.slow
 def test_nothing_but_the_list_knows_an_experiment() -> None:
     known = own_names()
     told = [

@@ -41,11 +41,13 @@ def backwards(value: Any) -> Any:
 
 # ---- keys
 @given(PARTS)
+@pytest.mark.slow
 def test_the_order_of_keys_does_not_matter(parts: dict[str, Any]) -> None:
     assert content_key(**parts) == content_key(**backwards(parts))
 
 
 @given(PARTS, PARTS)
+@pytest.mark.slow
 def test_other_parts_have_another_key(one: dict[str, Any], other: dict[str, Any]) -> None:
     # 1, 1.0 and True are equal to Python, and not to a configuration.
     assert (content_key(**one) == content_key(**other)) == (

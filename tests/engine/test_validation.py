@@ -252,6 +252,12 @@ PLANTS: dict[str, dict[str, Plant]] = {
         "token entropies are possible": frame_plant(
             "tables", "feature_tokens", "highest: 9.0", token_entropy=9.0
         ),
+        "feature_summary = feature_tokens grouped": frame_plant(
+            "tables", "feature_summary", "told_n: 500", n=500
+        ),
+        "the first token opens its feature most often": frame_plant(
+            "tables", "feature_summary", "top_n: 500", top_n=500
+        ),
         "logits' places are unique": twice(
             "tables", "feature_logits", "feature_id: 0, sign: promoted, place: 1"
         ),
@@ -304,6 +310,7 @@ def test_all_that_fail_are_told_together(storage: Storage) -> None:
 
 
 @pytest.mark.usefixtures("great_expectations")
+@pytest.mark.slow
 def test_good_data_passes_and_is_shown(storage: Storage) -> None:
     run = small_run()
     catalog = run.write(storage)
@@ -323,6 +330,7 @@ def test_good_data_passes_and_is_shown(storage: Storage) -> None:
     )
 
 
+@pytest.mark.slow
 def test_what_was_passed_is_not_asked_again(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
@@ -398,6 +406,7 @@ def test_counting_only_asks_nothing_of_occurrences(storage: Storage) -> None:
     check("tables", run, storage, corpus_only)
 
 
+@pytest.mark.slow
 def test_a_layer_without_activations_is_good(storage: Storage) -> None:
     cut = Cut(source="a.jsonl", documents=random_documents(1, 4, layers=(1,)), in_graph=3)
     for document in cut.documents:
@@ -411,6 +420,7 @@ def test_a_layer_without_activations_is_good(storage: Storage) -> None:
     check_tables(config, storage, build(run, CorpusTables(), GRAPH))
 
 
+@pytest.mark.slow
 def test_built_tables_pass_and_publishing_them_asks_nothing_anew(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 from builders import commit_found
-from small_run import SmallRun, small_run
+from small_run import SmallRun, small_run, summary_of
 
 from functok.explorer.app import all_brought
 from infra.duck import CATALOG, Catalog, ShardFile, connect, read_catalog
@@ -80,6 +80,7 @@ def feature_tables(run: SmallRun) -> dict[str, pd.DataFrame]:
     return {
         "feature_examples": pd.DataFrame(examples),
         "feature_histogram": pd.DataFrame(histogram),
+        "feature_summary": summary_of(pd.DataFrame(tokens)),
         "feature_tokens": pd.DataFrame(tokens).sort_values(
             ["layer", "feature_id", "n", "token_id"], ascending=[True, True, False, True]
         ),

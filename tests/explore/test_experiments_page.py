@@ -13,6 +13,7 @@ import steering_catalogue
 from page_reading import built, of
 from pydantic import Field
 from starlette.testclient import TestClient
+from steering_catalogue import Made
 
 from functok.explorer.app import build_app
 from functok.explorer.experiments import INDEX
@@ -40,9 +41,9 @@ def test_without_any_all_say_how_to_ask_for_them() -> None:
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
-    """Cases and steering, with hostile prompts and texts; nothing else was run."""
+    """Cases and steering, with hostile names, prompts and texts; nothing else was run."""
     made = Storage(str(tmp_path_factory.mktemp("root")))
-    steering_catalogue.built(made)
+    steering_catalogue.built(made, Made(relations=("capitals", "<script>document.write(1)</script>")))
     return made
 
 

@@ -123,6 +123,7 @@ def test_features_are_drawn_by_what_opens_them(page: Asked) -> None:
         assert said == f"{n}, {100 * n / len(listed):.0f} %"
 
 
+@pytest.mark.slow
 def test_learned_features_are_told_where_the_run_has_bounds(run: SmallRun, tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     bounds = pd.DataFrame({"model": ["m"], "step": [1], "min_density": [0.3], "max_density": [0.35]})
@@ -159,6 +160,10 @@ def test_a_feature_is_as_in_the_activations(page: Asked, run: SmallRun, feature_
         assert row["share"] == pytest.approx(len(of) / counts[token])
         assert row["lift"] == pytest.approx(len(of) / len(own) / (counts[token] / run.shards.n_tokens))
         assert (row["max_activation"], row["mean_activation"]) == (of.activation.max(), of.activation.mean())
+    share = {token: len(of) / counts[token] for token, of in own.groupby("token_id") if len(of) > 1}
+    if share:
+        surest = facts["opened most surely by"]
+        assert surest.endswith(f"(at {100 * max(share.values()):.1f} % of its occurrences)")
     (histogram,) = every(shown, Figure)
     assert sum(row["n"] for row in page.rows(histogram.query)) == len(own)
 
@@ -211,6 +216,7 @@ def test_features_active_with_it_are_counted_at_its_examples(page: Asked, run: S
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.slow
 def test_neighbours_are_the_nearest_directions(run: SmallRun, tmp_path: Path, dtype: torch.dtype) -> None:
     storage = Storage(str(tmp_path))
     publish(storage, run)
@@ -229,6 +235,7 @@ def test_neighbours_are_the_nearest_directions(run: SmallRun, tmp_path: Path, dt
     assert [row["cosine"] for row in rows] == pytest.approx([cosine[n] for n in expected], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_promoted_tokens_are_shown_where_the_head_was_read(run: SmallRun, tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     of = {"layer": 1, "feature_id": 3}
@@ -251,6 +258,7 @@ def test_promoted_tokens_are_shown_where_the_head_was_read(run: SmallRun, tmp_pa
     assert [row["logit"] for row in page.rows(grid(shown, "suppressed").query)] == [-3.0, -2.0]
 
 
+@pytest.mark.slow
 def test_labels_are_shown_wherever_the_feature_is(run: SmallRun, tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     publish(storage, run)
@@ -294,6 +302,7 @@ def test_what_is_not_there_is_said(page: Asked) -> None:
     assert any("dictionary" in panel.what for panel in every(shown, Missing))
 
 
+@pytest.mark.slow
 def test_empty_states_teach(run: SmallRun, tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     catalog = publish(storage, run)
@@ -318,6 +327,7 @@ def test_empty_states_teach(run: SmallRun, tmp_path: Path) -> None:
     assert every(features(without), Controls)
 
 
+@pytest.mark.slow
 def test_a_feature_without_activations_says_so(run: SmallRun, tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     dead = small_run()

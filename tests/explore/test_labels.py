@@ -17,6 +17,7 @@ from infra.storage import Storage
 from schemas.config import DuckDb
 from tasks.engine.catalog_file import write_catalog_file
 from tasks.explore.labels import LABEL, LONGEST_LABEL, labels, labels_of, labels_table, write_label
+from tasks.explore.search import search_page
 from tasks.explore.vocabulary import Asked, Grid, Missing, NotThere, Query, Refused
 from tasks.report.vocabulary import Column
 
@@ -61,6 +62,22 @@ def test_a_label_is_a_row_until_it_is_taken_back(storage: Storage) -> None:
     assert isinstance(labels(replace(page, tables=frozenset())).panels[0], Missing)
 
 
+def test_a_feature_is_found_by_what_it_is_called(storage: Storage) -> None:
+    page = asked(storage)
+    for layer, feature_id, label, note in (
+        (1, 3, "the word *have*", ""),
+        (0, 5, "HAVE, again", ""),
+        (0, 2, "months", "not to have"),
+        (1, 4, "weekdays", ""),
+    ):
+        LABEL.act(again(page, {"layer": layer, "feature_id": feature_id}, label=label, note=note))
+    grids = {one.key: one for one in search_page(again(page, {}, q="Have")).panels if isinstance(one, Grid)}
+    found = [(row["layer"], row["feature_id"]) for row in page.rows(grids["labels"].query)]
+    assert found == [(0, 5), (1, 3), (0, 2)]
+    nothing = search_page(again(page, {}, q="%"))
+    assert [one.key for one in nothing.panels if isinstance(one, Grid)] == ["tokens"]
+
+
 def test_nothing_is_lost_where_many_write_at_once(storage: Storage) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda n: write_label(storage, "d0", n % 4, f"label {n}", ""), range(80)))
@@ -76,6 +93,7 @@ def test_one_feature_is_told_from_others_that_begin_alike(storage: Storage) -> N
     assert [label.label for label in labels_of(storage, "d0", 1)] == ["one"]
 
 
+@pytest.mark.slow
 def test_labels_go_with_their_dictionary(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     publish(storage)

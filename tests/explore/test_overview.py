@@ -104,6 +104,7 @@ def test_chosen_tokens_reach_what_they_open_together(
         assert link.to(found[0]) == cover_address(layer, min(rank, len(ranked)), [*there, best[0]])
 
 
+@pytest.mark.slow
 def test_ranks_reach_what_the_table_coverage_says(run: SmallRun, tmp_path: Any) -> None:
     whole = small_run(2)
     storage = Storage(str(tmp_path))
@@ -118,6 +119,7 @@ def test_ranks_reach_what_the_table_coverage_says(run: SmallRun, tmp_path: Any) 
             )
 
 
+@pytest.mark.slow
 def test_a_token_is_added_by_its_text_or_asked_about(run: SmallRun, connection: Any) -> None:
     made = built(cover.PAGES, "/cover", connection, tokens="3", add="t1")
     assert [row["token_id"] for row in rows(grid(made, "chosen").query, connection)] == [3, 1]
@@ -134,7 +136,7 @@ def test_a_token_is_added_by_its_text_or_asked_about(run: SmallRun, connection: 
 
 @pytest.mark.parametrize("named", ["x", "1,,x", "99999999999999999999", "77", "²", "-1", "0,0,0"])
 def test_what_is_no_token_is_left_out(connection: Any, named: str) -> None:
-    made = built(cover.PAGES, "/cover", connection, tokens=named, rank="-5", layer="77")
+    made = built(cover.PAGES, "/cover", connection, tokens=named, rank="-5")
     kept = [one for one in dict.fromkeys(named.split(",")) if one in {"0", "1"}]
     assert of(made, Controls)[0].keep == ({"tokens": ",".join(kept)} if kept else {})
 
@@ -156,6 +158,7 @@ def test_the_first_page_says_what_the_run_is(run: SmallRun, connection: Any) -> 
     assert {row["rank"]: row["coverage"] for row in curve}.items() <= dict(expected).items()
 
 
+@pytest.mark.slow
 def test_findings_are_those_of_the_report(tmp_path: Any) -> None:
     storage = Storage(str(tmp_path))
     report_catalogue.publish(storage)

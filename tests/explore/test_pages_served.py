@@ -55,7 +55,9 @@ def test_a_page_comes_out_and_text_stays_text(client: TestClient, address: str) 
         assert "&lt;script&gt;alert" in answer.text
 
 
-@pytest.mark.parametrize("address", ["/feature/1/99", "/feature/7/0", "/feature/x/0", "/text/99", "/text/-1"])
+@pytest.mark.parametrize(
+    "address", ["/feature/1/99", "/feature/7/0", "/feature/x/0", "/features?layer=9", "/text/99", "/text/-1"]
+)
 def test_what_is_not_there_is_said(client: TestClient, address: str) -> None:
     assert client.get(address).status_code == 404
 

@@ -204,6 +204,7 @@ def test_what_is_not_there_or_refused_is_said(client: TestClient) -> None:
     ):
         answer = client.get(address)
         assert (answer.status_code, said in answer.text) == (status, True), address
+    assert client.head("/every").status_code == 200
 
 
 def test_a_form_is_kept(client: TestClient, kept: list[dict[str, str]]) -> None:
@@ -343,6 +344,7 @@ def test_a_page_of_another_server_runs_no_sql(client: TestClient) -> None:
 SLOW = "SELECT count(*) FROM range(100000000) a, range(1000) b WHERE a.range * b.range % 7 = 1"
 
 
+@pytest.mark.slow
 def test_a_query_ends_with_its_time(client: TestClient) -> None:
     begun = time.monotonic()
     answer = client.get("/sql", params={"q": SLOW, "seconds": "1"})
@@ -350,6 +352,7 @@ def test_a_query_ends_with_its_time(client: TestClient) -> None:
     assert "longer than 1 s" in answer.text
 
 
+@pytest.mark.slow
 def test_a_page_ends_with_its_time(storage: Storage) -> None:
     def slow(asked: Asked) -> Page:
         asked.rows(Query(sql=SLOW))
@@ -362,6 +365,7 @@ def test_a_page_ends_with_its_time(storage: Storage) -> None:
     assert "longer than 0.5 s" in answer.text
 
 
+@pytest.mark.slow
 def test_new_tables_are_moved_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("functok.explorer.tables.ASKED_EVERY", 0.0)
     storage = Storage(str(tmp_path))

@@ -46,6 +46,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.slow
 def test_readers_see_whole_runs_and_old_ones_go(roots: Roots) -> None:
     """Readers at once while runs publish under them: no error, and nothing of old runs is kept."""
     app = build_app(roots.storage, PAGES, (), token="t")
@@ -90,6 +91,7 @@ def test_readers_see_whole_runs_and_old_ones_go(roots: Roots) -> None:
     assert kept == 1
 
 
+@pytest.mark.slow
 def test_a_reader_who_leaves_has_the_query_ended(roots: Roots) -> None:
     ended = threading.Event()
 
@@ -157,6 +159,7 @@ def test_views_are_made_when_they_are_asked_for(roots: Roots) -> None:
         assert {name for (name,) in reader.execute("SHOW TABLES").fetchall()} >= reader.tables
 
 
+@pytest.mark.slow
 def test_python_explores_a_root_and_closes_it(roots: Roots) -> None:
     with functok.open(roots.storage.root).explore() as explorer:
         with httpx.Client(follow_redirects=True) as client:

@@ -118,6 +118,7 @@ def test_windows_and_documents_lead_to_one_another(page: Asked, monkeypatch: pyt
     assert "next document" not in dict(text(again(page, {"doc_id": 4})).beside)
 
 
+@pytest.mark.slow
 def test_losses_are_shown_where_they_were_measured(run: SmallRun, tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     catalog = publish(storage, run, loss_buckets=pd.DataFrame({"model": ["m", "m"], "step": [1, 20]}))
@@ -145,6 +146,7 @@ def test_losses_are_shown_where_they_were_measured(run: SmallRun, tmp_path: Path
     assert next(one for one in choices if one.key == "of").value == "m at step 20"
 
 
+@pytest.mark.slow
 def test_what_is_not_there_is_said(page: Asked, run: SmallRun, tmp_path: Path) -> None:
     for doc_id in (5, -1, 10**12):
         with pytest.raises(NotThere, match="no document"):

@@ -188,6 +188,7 @@ def test_a_token_stands_among_those_of_its_frequency(run: SmallRun, connection: 
         )
 
 
+@pytest.mark.slow
 def test_the_features_that_a_token_opens(run: SmallRun, connection: Any) -> None:
     for layer in D_SAE:
         found = rows(grid(page(connection, 1, layer=str(layer)), "features").query, connection)
@@ -231,6 +232,7 @@ def test_contexts_are_the_text_around_occurrences(run: SmallRun, connection: Any
             assert context.to == f"/text/{document}?from={begins}&layer=0&at={position}"
 
 
+@pytest.mark.slow
 def test_samples_are_spread_and_reach_every_occurrence(
     run: SmallRun, connection: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,6 +248,7 @@ def test_samples_are_spread_and_reach_every_occurrence(
     assert seen == everywhere
 
 
+@pytest.mark.slow
 def test_two_contexts_differ_in_their_features(run: SmallRun, connection: Any) -> None:
     made = page(connection, 0, layer="1")
     choices = of(made, Controls)[-1].controls
@@ -268,6 +271,7 @@ def test_two_contexts_differ_in_their_features(run: SmallRun, connection: Any) -
         assert counted["in the second alone"] == str(len(set(b) - set(a)))
 
 
+@pytest.mark.slow
 def test_hostile_texts_are_shown_with_nothing_hidden(connection: Any) -> None:
     made = page(connection, 8)
     assert made.title == r"Token \u{202e}evil"
@@ -297,6 +301,7 @@ def test_what_is_not_there_is_said(storage: Storage, connection: Any, tmp_path: 
         assert "degree_0" not in rows(listed.query, reader)[0]
 
 
+@pytest.mark.slow
 def test_a_token_outside_the_graph_says_so(run: SmallRun, tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     smaller = small_run(3)

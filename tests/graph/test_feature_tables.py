@@ -46,7 +46,7 @@ from tasks.graph.tables import GRAPH, graph_inputs
 SAES = [make_dictionary(4, 50), make_dictionary(1, 64)]
 GROUPS = (CorpusTables(), GRAPH, FEATURE_TABLES)
 FEW = {"features": {"top_examples": 3, "decile_examples": 2, "histogram_bins": 7}}
-MADE = ("feature_examples", "feature_histogram", "feature_tokens")
+MADE = ("feature_examples", "feature_histogram", "feature_summary", "feature_tokens")
 
 
 @pytest.fixture
@@ -109,6 +109,9 @@ def reference(documents: list[Document], top: int, of_decile: int, bins: int) ->
                 tables["feature_histogram"].append((layer, feature, index, *edges, count))
             tokens = Counter(token for *_, token in activations)
             entropy = sum(count / n * math.log2(n / count) for count in tokens.values())
+            first = min(tokens, key=lambda token: (-tokens[token], token))
+            summary = (layer, feature, n, largest, first, tokens[first], pytest.approx(entropy, rel=1e-8))
+            tables["feature_summary"].append(summary)
             for token, count in sorted(tokens.items(), key=lambda item: (-item[1], item[0])):
                 values = [-a for a, _, _, of in activations if of == token]
                 lift = Fraction(count, n) / Fraction(seen[token], seen.total())
@@ -118,6 +121,7 @@ def reference(documents: list[Document], top: int, of_decile: int, bins: int) ->
 
 
 @pytest.mark.parametrize(("seed", "starts"), [(0, [7, 22]), (1, []), (2, [3, 3, 20])])
+@pytest.mark.slow
 def test_tables_are_what_lists_give(storage: Storage, seed: int, starts: list[int]) -> None:
     documents = random_documents(seed, 40, features=12)
     catalog = build(run_with(make_config(storage, **FEW), storage, cut_up(documents, starts, 31)), *GROUPS)
@@ -174,6 +178,7 @@ def test_what_is_drawn_is_spread_over_every_part() -> None:
         assert all(1800 < tenths[tenth] < 2200 for tenth in range(10)), tenths
 
 
+@pytest.mark.slow
 def test_a_layer_that_activates_nothing_has_empty_tables(storage: Storage) -> None:
     documents = [Document(tokens=[3, 4], active={1: [{}, {}], 4: [{}, {}]})]
     catalog = build(run_with(make_config(storage), storage, cut_up(documents, [], 1)), *GROUPS)
@@ -182,6 +187,7 @@ def test_a_layer_that_activates_nothing_has_empty_tables(storage: Storage) -> No
     check_tables(make_config(storage), storage, catalog)
 
 
+@pytest.mark.slow
 def test_tables_have_the_schemas_columns(storage: Storage) -> None:
     publish(
         storage,
@@ -193,6 +199,7 @@ def test_tables_have_the_schemas_columns(storage: Storage) -> None:
             assert [(f.name, f.type) for f in schema] == [(f.name, f.type) for f in TABLES[table]]
 
 
+@pytest.mark.slow
 def test_a_folder_depends_on_what_is_in_it_alone(storage: Storage) -> None:
     cuts = cut_up(random_documents(7, 20), [9], 20)
     first = build(run_with(make_config(storage, **FEW), storage, cuts), *GROUPS)
@@ -204,6 +211,7 @@ def test_a_folder_depends_on_what_is_in_it_alone(storage: Storage) -> None:
     assert build(other, *GROUPS).lineage["features"] != first.lineage["features"]
 
 
+@pytest.mark.slow
 def test_a_root_from_before_these_tables_is_read_and_completed(storage: Storage) -> None:
     run = run_with(make_config(storage), storage, cut_up(random_documents(8, 12), [], 12))
     publish(storage, build(run, CorpusTables(), GRAPH))

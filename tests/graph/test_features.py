@@ -98,6 +98,7 @@ def contents(made: list[FeatureShard], storage: Storage) -> list[bytes]:
 
 @pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
 @pytest.mark.parametrize("prepend_bos", [True, False])
+@pytest.mark.slow
 def test_features_are_what_plain_hooks_and_sae_encode_give(
     parts: Path, tmp_path: Path, architecture: str, prepend_bos: bool
 ) -> None:
@@ -140,6 +141,7 @@ def _lines(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_residuals_on_disk_give_the_same_bytes(parts: Path, tmp_path: Path) -> None:
     fused = run(config_for(parts, tmp_path / "fused"))
     dense = run(config_for(parts, tmp_path / "dense", activations={"keep_dense": True}))
@@ -148,6 +150,7 @@ def test_residuals_on_disk_give_the_same_bytes(parts: Path, tmp_path: Path) -> N
     assert len(residuals) == len(dense[0])
 
 
+@pytest.mark.slow
 def test_running_again_gives_the_same_bytes(parts: Path, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     one = run(config_for(parts, tmp_path / "one"))
@@ -160,6 +163,7 @@ def test_running_again_gives_the_same_bytes(parts: Path, tmp_path: Path) -> None
     assert contents(one[0], one[2]) == contents(other[0], other[2])
 
 
+@pytest.mark.slow
 def test_changing_one_layers_dictionary_recomputes_that_layer_alone(parts: Path, tmp_path: Path) -> None:
     made, _, storage = run(config_for(parts, tmp_path))
     times = {
@@ -184,6 +188,7 @@ def test_changing_one_layers_dictionary_recomputes_that_layer_alone(parts: Path,
 
 
 @pytest.mark.parametrize("limit", [{"max_documents": 6}, {"max_tokens": 300}])
+@pytest.mark.slow
 def test_the_graph_takes_the_first_documents(parts: Path, tmp_path: Path, limit: dict[str, int]) -> None:
     whole = run(config_for(parts, tmp_path / "whole"))
     some = run(config_for(parts, tmp_path / "some", activations=limit))
@@ -264,6 +269,7 @@ def test_the_forward_stops_at_the_deepest_layer(parts: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("keep_dense", [False, True])
+@pytest.mark.slow
 def test_one_forward_serves_all_layers_that_a_part_lacks(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_dense: bool
 ) -> None:
@@ -298,6 +304,7 @@ def test_one_forward_serves_all_layers_that_a_part_lacks(
     assert 0 < len(ran) < n_batches or keep_dense
 
 
+@pytest.mark.slow
 def test_a_killed_stage_keeps_its_finished_shards(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,6 +333,7 @@ def test_a_killed_stage_keeps_its_finished_shards(
     assert contents(made, storage) == contents(fresh[0], fresh[2])
 
 
+@pytest.mark.slow
 def test_files_of_equal_content_are_in_the_graph_twice_and_made_once(parts: Path, tmp_path: Path) -> None:
     for name in "ab":
         tiny.write_jsonl(tmp_path / "corpus" / f"{name}.jsonl", tiny.texts(3))
@@ -336,6 +344,7 @@ def test_files_of_equal_content_are_in_the_graph_twice_and_made_once(parts: Path
     assert len({shard.folder for shard in made}) * 2 == len(made)
 
 
+@pytest.mark.slow
 def test_a_shard_reads_only_its_graph_documents(parts: Path, tmp_path: Path) -> None:
     made, _, storage = run(config_for(parts, tmp_path, activations={"max_documents": 3}))
     tokens = read_shard_tokens(storage, made[0].part)
@@ -351,6 +360,7 @@ def test_a_model_that_changed_since_the_run_was_planned_is_refused(parts: Path, 
         compute_features(config, storage, part, dictionaries, "another", {})
 
 
+@pytest.mark.slow
 def test_a_process_that_outlives_a_run_reads_its_model_again_when_that_has_changed(
     parts: Path, tmp_path: Path
 ) -> None:
@@ -396,6 +406,7 @@ def test_a_token_outside_the_vocabulary_is_refused(parts: Path, tmp_path: Path) 
         model.forward(torch.tensor([[1, 400]]), [0], lambda _layer, _hidden: None)
 
 
+@pytest.mark.slow
 def test_a_fault_of_the_making_is_found_alike_in_the_rows_and_in_the_files(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -420,6 +431,7 @@ def test_a_fault_of_the_making_is_found_alike_in_the_rows_and_in_the_files(
     assert str(asked.value) == str(told.value)
 
 
+@pytest.mark.slow
 def test_a_whole_shards_counts_are_those_of_its_tokens(parts: Path, tmp_path: Path) -> None:
     config = config_for(parts, tmp_path, sae=[{"layer": 1, "path": str(parts / "sae-1")}])
     made, _, storage = run(config)
@@ -446,6 +458,7 @@ def test_a_whole_shards_counts_are_those_of_its_tokens(parts: Path, tmp_path: Pa
     assert counted == (sum(shard.part.n_tokens for shard in of_cut),)
 
 
+@pytest.mark.slow
 def test_what_a_shard_says_of_its_extent_is_what_is_stored(parts: Path, tmp_path: Path) -> None:
     # With so few bits the stored values are others than those computed, and the unit of the sums depends on them.
     made, _, storage = run(config_for(parts, tmp_path, activations={"mantissa_bits": 7}))

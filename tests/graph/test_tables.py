@@ -203,6 +203,7 @@ def reference(
 @pytest.mark.parametrize(
     ("seed", "in_graph", "starts"), [(0, 40, [7, 22]), (1, 31, [16]), (2, 9, [3, 3, 20])]
 )
+@pytest.mark.slow
 def test_tables_are_what_sets_give(storage: Storage, seed: int, in_graph: int, starts: list[int]) -> None:
     documents = random_documents(seed, 40)
     catalog = built(storage, cut_up(documents, starts, in_graph))
@@ -218,6 +219,7 @@ def test_tables_are_what_sets_give(storage: Storage, seed: int, in_graph: int, s
             assert ours == theirs
 
 
+@pytest.mark.slow
 def test_shards_become_views_with_global_numbers(storage: Storage) -> None:
     documents = random_documents(3, 25)
     catalog = built(storage, cut_up(documents, [4, 9], 20))
@@ -243,6 +245,7 @@ def test_shards_become_views_with_global_numbers(storage: Storage) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_tables_have_the_contracts_columns_and_order(storage: Storage) -> None:
     catalog = built(storage, cut_up(random_documents(4, 20), [5], 20))
     assert {*catalog.tables, *catalog.sharded} == set(SPINE)
@@ -295,6 +298,7 @@ def test_sharding_order_and_threads_change_no_bit(
     assert tables(starts, order, threads) == _BASELINES[seed, in_graph]
 
 
+@pytest.mark.slow
 def test_a_large_graph_is_the_same_on_any_number_of_threads(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     n = 300_000
@@ -402,6 +406,7 @@ def one_token_graph(storage: Storage, *values: float) -> tuple[CorpusShards, lis
     return shards, write_features(storage, cuts, shards, [make_dictionary(1)])
 
 
+@pytest.mark.slow
 def test_activations_of_any_size_add_up(storage: Storage) -> None:
     shards, features = one_token_graph(storage, 3e38, 1.0, 3e38)
     catalog = build_graph(make_config(storage, (1,)), storage, shards, features, [make_dictionary(1)])
@@ -427,6 +432,7 @@ def test_a_layer_that_activates_nothing_is_in_the_tables(storage: Storage) -> No
     assert [row["cumulative_features"] for row in rows_of(storage, catalog, "coverage")] == [0, 0]
 
 
+@pytest.mark.slow
 def test_files_of_equal_content_count_each(storage: Storage) -> None:
     documents = random_documents(5, 6)
     twins = [Cut(source=source, documents=documents, in_graph=6) for source in ("a.jsonl", "b.jsonl")]
@@ -454,6 +460,7 @@ def test_a_file_that_joins_gives_the_tables_of_a_fresh_run(tmp_path: Path) -> No
             )
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_made_again(storage: Storage) -> None:
     cuts = cut_up(random_documents(7, 20), [9], 20)
     shards = write_corpus(storage, cuts)
@@ -489,6 +496,7 @@ def test_what_is_there_is_not_made_again(storage: Storage) -> None:
     assert not is_published(config, storage, shards, features, SAES)
 
 
+@pytest.mark.slow
 def test_a_new_corpus_drops_the_graph_of_the_old_one(storage: Storage) -> None:
     cuts = cut_up(random_documents(8, 12), [], 12)
     publish(storage, built(storage, cuts))
@@ -503,6 +511,7 @@ def test_a_new_corpus_drops_the_graph_of_the_old_one(storage: Storage) -> None:
     assert {"documents", "rejects", "occurrences"} == set(published.sharded)
 
 
+@pytest.mark.slow
 def test_a_graph_stays_where_a_run_is_about_its_model_and_dictionaries(storage: Storage) -> None:
     cuts = cut_up(random_documents(8, 12), [], 12)
     publish(storage, built(storage, cuts))
@@ -551,6 +560,7 @@ def test_trained_dictionaries_are_others_where_other_residuals_are_read(storage:
     assert len({subject()[0], subject(context=32)[0], subject(seed=1)[0]}) == 1
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_left_is_made_again(storage: Storage) -> None:
     cuts = cut_up(random_documents(10, 12), [5], 12)
     first = built(storage, cuts)
@@ -647,6 +657,7 @@ def test_memory_limits_are_read_as_duckdb_reads_them() -> None:
         assert memory_bytes(f"{number} {unit}") == pytest.approx(memory_bytes(limit), rel=0.06)
 
 
+@pytest.mark.slow
 def test_too_little_memory_says_which_setting_to_raise(storage: Storage) -> None:
     counts = pa.table(
         {"token_id": np.arange(2_000_000), "count": np.arange(2_000_000), "doc_count": np.arange(2_000_000)}

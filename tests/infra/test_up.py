@@ -321,6 +321,7 @@ def test_what_people_set_outlives_kill_9_and_a_stop_leaves_nothing(
     assert places(home)["features"] == 0
 
 
+@pytest.mark.slow
 def test_a_version_with_which_no_schedule_fires_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     versions = {"sqlalchemy": "2.1.0", "prefect": "3.8.8"}
     monkeypatch.setattr("infra.prefect_server.version", versions.__getitem__)

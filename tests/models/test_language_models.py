@@ -271,6 +271,7 @@ def plain_text(
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 @pytest.mark.parametrize("temperature", [None, 0.8])
+@pytest.mark.slow
 def test_texts_are_those_of_one_token_after_another(
     folder: Path, architecture: str, temperature: float | None
 ) -> None:
@@ -363,6 +364,7 @@ def test_what_comes_next_is_in_float32_whatever_the_weights_are(folder: Path) ->
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@pytest.mark.slow
 def test_rows_of_a_batch_are_continued_as_each_alone(folder: Path, architecture: str) -> None:
     model = load(folder, architecture)
     model.module.generation_config.eos_token_id = None

@@ -34,6 +34,7 @@ def connection(storage: Storage) -> Iterator[Any]:
         yield connection
 
 
+@pytest.mark.slow
 def test_the_overview_has_the_report_s_findings_charts_and_numbers(connection: Any) -> None:
     page = built(PAGES, "/pretraining", connection)
     assert [one for panel in of(page, Findings) for one in panel.findings] == findings(connection)
@@ -100,6 +101,7 @@ def test_a_run_without_it_is_told_what_to_add(path: str) -> None:
     assert "consolidation" in missing.way
 
 
+@pytest.mark.slow
 def test_losses_alone(tmp_path: Path) -> None:
     made = Made(learned=None, coverage=(), trained=(), texts=False)
     with closing(connect(catalogue.publish(Storage(str(tmp_path)), made))) as connection:

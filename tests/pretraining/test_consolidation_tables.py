@@ -361,6 +361,7 @@ def test_a_checkpoints_degrees_are_the_spines(made: Made) -> None:
     assert {name: row[name] for name in shared} == {name: summary[name] for name in shared}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_activates_nothing_has_its_row(storage: Storage) -> None:
     run = consolidation_run(storage)
     for place in (0, 1):
@@ -415,6 +416,7 @@ def test_tables_have_the_contracts_columns(made: Made) -> None:
             assert [(f.name, f.type) for f in schema] == [(f.name, f.type) for f in TABLES[table]], table
 
 
+@pytest.mark.slow
 def test_only_what_was_asked_for_has_tables(storage: Storage) -> None:
     run = consolidation_run(storage, consolidation=PUBLIC)
     run.write(storage)
@@ -428,6 +430,7 @@ def made_files(storage: Storage) -> dict[str, int]:
     return {str(path.relative_to(tables)): path.stat().st_mtime_ns for path in tables.rglob("*.parquet")}
 
 
+@pytest.mark.slow
 def test_one_more_checkpoint_makes_its_own_files(storage: Storage) -> None:
     run = consolidation_run(storage)
     run.write(storage)
@@ -516,6 +519,7 @@ def test_the_group_joins_what_is_published_and_what_was_just_made(storage: Stora
     assert not {*MADE} & {*catalog.tables, *catalog.sharded}
 
 
+@pytest.mark.slow
 def test_tables_are_found_where_they_are_current(storage: Storage) -> None:
     run = consolidation_run(storage)
     whole = run.write(storage)

@@ -404,6 +404,7 @@ def test_good_data_passes_and_is_shown(storage: Storage) -> None:
     assert all(f"validations/{stage}/" in index for stage in CHECKED)
 
 
+@pytest.mark.slow
 def test_what_was_passed_is_not_asked_again(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     run = consolidation_run(storage)
     run.write(storage)
@@ -431,6 +432,7 @@ def test_sums_by_document_pass_and_wrong_kinds_do_not(storage: Storage) -> None:
         check_built(run.on(storage))
 
 
+@pytest.mark.slow
 def test_a_consolidation_without_saes_or_texts_is_good(storage: Storage) -> None:
     run = consolidation_run(storage, consolidation=PUBLIC)
     run.write(storage)
@@ -461,6 +463,7 @@ def test_a_checkpoint_that_is_not_committed_is_named(storage: Storage) -> None:
         check("checkpoints", run, storage)
 
 
+@pytest.mark.slow
 def test_special_tokens_and_windows_predict_nothing(storage: Storage) -> None:
     run = consolidation_run(storage)
     run.write(storage)
@@ -479,6 +482,7 @@ def test_special_tokens_and_windows_predict_nothing(storage: Storage) -> None:
     assert "is not met by 8 rows" in told  # two in the folder of each of four checkpoints, which stands twice
 
 
+@pytest.mark.slow
 def test_a_broken_file_is_a_storage_error(storage: Storage) -> None:
     run = consolidation_run(storage)
     run.write(storage)

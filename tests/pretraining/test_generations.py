@@ -88,6 +88,7 @@ def rows(made: list[GeneratedTexts], storage: Storage) -> list[list[dict[str, An
 
 
 @pytest.mark.parametrize("prepend_bos", [True, False])
+@pytest.mark.slow
 def test_each_prompt_is_continued_greedily_and_sampled(
     parts: Path, tmp_path: Path, prepend_bos: bool
 ) -> None:
@@ -119,6 +120,7 @@ def test_each_prompt_is_continued_greedily_and_sampled(
     assert sum(len(row["continuation"]) > 5 for texts in found for row in texts) > 6
 
 
+@pytest.mark.slow
 def test_a_second_call_generates_nothing_and_a_lost_checkpoint_alone_is_made_again(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +166,7 @@ def test_texts_that_end_elsewhere_are_others(parts: Path, tmp_path: Path) -> Non
     assert other.found() is None
 
 
+@pytest.mark.slow
 def test_another_seed_changes_what_is_sampled_alone(parts: Path, tmp_path: Path) -> None:
     one, other = prepare(parts, tmp_path), prepare(parts, tmp_path, seed=4)
     for left, right in zip(rows(one.make(), one.storage), rows(other.make(), one.storage), strict=True):

@@ -277,6 +277,7 @@ def check_against_plain_code(here: Place, one: GrownSae, prepend_bos: bool) -> N
     assert 0 < row["learned_features"] < row["alive_features"]
 
 
+@pytest.mark.slow
 def test_what_is_learned_agrees_with_plain_code(grown: tuple[Place, list[GrownSae]]) -> None:
     here, made = grown
     assert any("<eos>" in text for text in here.documents)
@@ -287,6 +288,7 @@ def test_what_is_learned_agrees_with_plain_code(grown: tuple[Place, list[GrownSa
     assert any(row["ce_recovered"] is not None for row in rows)
 
 
+@pytest.mark.slow
 def test_it_agrees_without_bos(models: list[Path], documents: list[str], tmp_path: Path) -> None:
     here = place(models[:1], documents, tmp_path, prepend_bos=False)
     check_against_plain_code(here, grow(here)[0], prepend_bos=False)
@@ -463,6 +465,7 @@ def test_a_new_checkpoint_trains_those_after_it_again_where_each_starts_from_the
     assert (work.count("train"), work.count("judge")) == (2, 2)
 
 
+@pytest.mark.slow
 def test_the_first_of_every_series_starts_fresh(
     models: list[Path], documents: list[str], tmp_path: Path
 ) -> None:
@@ -497,6 +500,7 @@ def test_a_layer_that_a_series_does_not_have_is_refused_first(
         replace(here, checkpoints=deep).missing()
 
 
+@pytest.mark.slow
 def test_a_series_may_have_its_own_layer(models: list[Path], documents: list[str], tmp_path: Path) -> None:
     here = place(models[:1], documents, tmp_path)
     [one] = grow(replace(here, checkpoints=[replace(here.checkpoints[0], layer=0)]))
@@ -512,6 +516,7 @@ def test_an_sae_that_falls_short_is_named_by_checkpoint(
         grow(here)
 
 
+@pytest.mark.slow
 def test_progress_says_which_checkpoint(models: list[Path], documents: list[str], tmp_path: Path) -> None:
     here = place(models[:2], documents, tmp_path)
     seen: list[tuple[int, int, str]] = []
@@ -565,6 +570,7 @@ def test_heldout_documents_judge_and_are_never_trained_on(grown: tuple[Place, li
     assert sum(row not in rows for row in everything) > 0.9 * judged
 
 
+@pytest.mark.slow
 def test_where_all_documents_are_held_out_those_that_were_not_trained_on_judge(
     models: list[Path], tmp_path: Path
 ) -> None:

@@ -154,6 +154,7 @@ def function_tokens(folder: Path) -> set[int]:
 
 
 @pytest.mark.parametrize("prepend_bos", [True, False])
+@pytest.mark.slow
 def test_losses_are_those_of_the_plainest_code(parts: Path, tmp_path: Path, prepend_bos: bool) -> None:
     run = prepare(config_for(parts, tmp_path, windows={"prepend_bos": prepend_bos}))
     made, storage = make(run, LOSSES), run.storage
@@ -180,6 +181,7 @@ def test_losses_are_those_of_the_plainest_code(parts: Path, tmp_path: Path, prep
     assert sum(shard.n_predictions for shard in made) == len(expected)
 
 
+@pytest.mark.slow
 def test_the_batch_size_changes_nothing_to_speak_of(parts: Path, tmp_path: Path) -> None:
     one = prepare(config_for(parts, tmp_path, activations={"batch_tokens": 1}))
     other = prepare(config_for(parts, tmp_path, activations={"batch_tokens": 4096}))
@@ -190,6 +192,7 @@ def test_the_batch_size_changes_nothing_to_speak_of(parts: Path, tmp_path: Path)
     assert max(abs(a[key]["loss"] - b[key]["loss"]) for key in a) < 1e-5
 
 
+@pytest.mark.slow
 def test_sums_by_document_are_those_of_the_kept_losses_to_the_bit(parts: Path, tmp_path: Path) -> None:
     single = prepare(config_for(parts, tmp_path))
     summed = prepare(config_for(parts, tmp_path, losses={"keep_tokens": False}))
@@ -208,6 +211,7 @@ def test_sums_by_document_are_those_of_the_kept_losses_to_the_bit(parts: Path, t
         assert not summed.storage.exists(f"{other.folder}/token_losses.parquet")
 
 
+@pytest.mark.slow
 def test_a_second_call_computes_nothing_and_a_lost_unit_comes_back_alone(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,6 +257,7 @@ def test_a_second_call_computes_nothing_and_a_lost_unit_comes_back_alone(
     )
 
 
+@pytest.mark.slow
 def test_what_losses_depend_on(parts: Path, tmp_path: Path) -> None:
     made = compute(config_for(parts, tmp_path))
     summed = compute(config_for(parts, tmp_path, losses={"keep_tokens": False}))
@@ -270,6 +275,7 @@ def test_what_losses_depend_on(parts: Path, tmp_path: Path) -> None:
     assert found(windows={"prepend_bos": False}) is None
 
 
+@pytest.mark.slow
 def test_held_out_tokens_are_limited(parts: Path, tmp_path: Path) -> None:
     made = compute(config_for(parts, tmp_path, losses={"max_tokens": 300}))
     assert 150 < sum(shard.part.n_tokens for shard in made if shard.checkpoint.step == 0) <= 300
@@ -293,6 +299,7 @@ def test_equal_files_and_equal_checkpoints_are_read_once(parts: Path, tmp_path: 
     assert len({shard.folder for shard in made}) * 4 == len(made)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_names_checkpoint_and_source(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -365,6 +372,7 @@ def test_a_checkpoint_with_too_small_a_vocabulary_is_refused(parts: Path, tmp_pa
     refused(parts, tmp_path, r"token id \d+ is outside the vocabulary of .* \(300 tokens\)")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_whose_embedding_lacks_the_padding_id_is_read(parts: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

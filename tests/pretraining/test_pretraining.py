@@ -187,6 +187,7 @@ def test_trains_as_the_plainest_loop_does(trained: Training) -> None:
     )
 
 
+@pytest.mark.slow
 def test_micro_batches_and_threads_of_the_caller_change_nothing_else(
     trained: Training, untrained: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +210,7 @@ def test_micro_batches_and_threads_of_the_caller_change_nothing_else(
     )
 
 
+@pytest.mark.slow
 def test_is_trained_once_and_again_only_for_steps_that_are_missing(
     trained: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,6 +235,7 @@ def test_is_trained_once_and_again_only_for_steps_that_are_missing(
     assert {name: Path(made.storage.full(name)).stat().st_mtime_ns for name in kept} == times
 
 
+@pytest.mark.slow
 def test_goes_on_from_the_newest_state_before_which_nothing_is_missing(
     trained: Training, untrained: Training, stop_before: Callable[[int], None]
 ) -> None:
@@ -248,6 +251,7 @@ def test_goes_on_from_the_newest_state_before_which_nothing_is_missing(
     assert untrained.curve(more) == trained.curve(trained.config())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_missing_at_the_state_itself_is_made_of_it(
     trained: Training, untrained: Training, stop_before: Callable[[int], None]
 ) -> None:
@@ -261,6 +265,7 @@ def test_a_checkpoint_that_is_missing_at_the_state_itself_is_made_of_it(
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_goes_on_on_another_kind_of_device_and_says_so(
     untrained: Training,
     stop_before: Callable[[int], None],
@@ -296,6 +301,7 @@ def test_goes_on_on_another_kind_of_device_and_says_so(
     assert "trained on cuda in bfloat16, and the steps after 0 are trained on cpu in float32" in caplog.text
 
 
+@pytest.mark.slow
 def test_loss_that_is_not_finite_stops_it_with_the_step_and_the_last_good_checkpoint(
     trained: Training, untrained: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -450,6 +456,7 @@ def test_checkpoints_are_log_spaced(first: int, last: int, count: int) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_key_is_made_of_what_decides_the_weights(prepared: Training) -> None:
     key = plan_of(prepared, prepared.config()).key
     for same in (
@@ -651,6 +658,7 @@ def test_a_configuration_goes_to_a_worker_as_it_was_written(tmp_path: Path) -> N
     assert written.consolidation == config.consolidation
 
 
+@pytest.mark.slow
 def test_a_series_is_found_only_when_all_of_it_is_there(trained: Training, tmp_path: Path) -> None:
     made = trained.copy(tmp_path / "copy")
     config = made.config()

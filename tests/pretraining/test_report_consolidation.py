@@ -133,6 +133,7 @@ def test_findings_that_do_not_hold_say_so(tmp_path: Path) -> None:
     assert "does not hold here" in findings[GROWS][2]
 
 
+@pytest.mark.slow
 def test_an_interval_around_zero_is_undecided(tmp_path: Path) -> None:
     near: dict[str, Any] = {**SMALL, "content→content": (*SMALL["content→content"][:-1], 4.99)}
     level = {bucket: (*values[:-1], values[-1] - 0.3) for bucket, values in near.items()}
@@ -176,6 +177,7 @@ def test_one_checkpoint_has_nothing_to_fall(tmp_path: Path) -> None:
     assert [verdict for _, verdict, _ in findings] == ["holds", "untested", "untested", "untested"]
 
 
+@pytest.mark.slow
 def test_a_group_without_predictions_is_not_tested(tmp_path: Path) -> None:
     without = {bucket: values for bucket, values in SMALL.items() if bucket != "function→function"}
     storage = catalogue.publish(Storage(str(tmp_path)), Made(curves={"small": without}, learned=None))
@@ -186,6 +188,7 @@ def test_a_group_without_predictions_is_not_tested(tmp_path: Path) -> None:
     assert "no prediction in the held-out documents" in read(storage)
 
 
+@pytest.mark.slow
 def test_a_single_document_gives_numbers_without_intervals(tmp_path: Path) -> None:
     storage = catalogue.publish(Storage(str(tmp_path)), Made(documents=1, learned=None, texts=False))
     write_report(storage)
@@ -206,6 +209,7 @@ def test_intervals_are_of_as_many_resamples_as_the_run_has(tmp_path: Path) -> No
         assert measure(connection) != measure(connection, resamples=38)
 
 
+@pytest.mark.slow
 def test_the_larger_model_is_the_one_with_more_parameters(tmp_path: Path) -> None:
     curves = {"a": LARGE, "b": SMALL}
     by_size = found(tmp_path / "1", Made(curves=curves, parameters={"a": 9, "b": 5}, learned=None))
@@ -284,6 +288,7 @@ def drawn(spec: Any) -> tuple[dict[str, Any], Any]:
     return written, lambda panel: written["datasets"][panel["data"]["name"]]
 
 
+@pytest.mark.slow
 def test_charts_have_a_panel_a_series_and_one_scale(tmp_path: Path) -> None:
     storage = catalogue.publish(Storage(str(tmp_path)))
     with closing(connect(storage)) as connection:
@@ -425,6 +430,7 @@ def test_hostile_prompts_and_texts_are_inert_and_nothing_outside_is_referred_to(
         assert "http" not in picture
 
 
+@pytest.mark.slow
 def test_what_was_not_asked_for_has_no_section(tmp_path: Path) -> None:
     made = Made(curves={"small": SMALL}, trained=(), texts=False, learned=None)
     storage = catalogue.publish(Storage(str(tmp_path)), made, graph=True)
@@ -435,6 +441,7 @@ def test_what_was_not_asked_for_has_no_section(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_empty_tables_count_as_not_asked_for(tmp_path: Path) -> None:
     storage = catalogue.publish(Storage(str(tmp_path)))
     for name in (

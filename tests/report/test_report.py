@@ -51,6 +51,7 @@ def test_coverage_table_has_the_papers_shape_and_the_tables_numbers(
     ]
 
 
+@pytest.mark.slow
 def test_charts_are_what_vega_lite_s_schema_allows(published: report_catalogue.Published) -> None:
     with closing(connect(published.storage)) as connection:
         builders = [*corpus.sections(connection), *graph.sections(connection)]
@@ -130,6 +131,7 @@ def test_every_picture_has_a_text_that_stands_for_it(page: Page) -> None:
     assert all(len(image["alt"]) > 40 for image in page.images)
 
 
+@pytest.mark.slow
 def test_corpus_tables_alone_make_a_report_that_says_how_to_get_the_rest(tmp_path: Path) -> None:
     made = report_catalogue.publish(Storage(str(tmp_path)), graph=False)
     assert write_report(made.storage) == made.storage.url(REPORT)
@@ -141,6 +143,7 @@ def test_corpus_tables_alone_make_a_report_that_says_how_to_get_the_rest(tmp_pat
     assert "Graph summary" not in page.tables
 
 
+@pytest.mark.slow
 def test_a_counting_run_says_that_it_has_no_positions(tmp_path: Path) -> None:
     made = report_catalogue.publish(Storage(str(tmp_path)), graph=False, occurrences=False)
     write_report(made.storage)
@@ -149,6 +152,7 @@ def test_a_counting_run_says_that_it_has_no_positions(tmp_path: Path) -> None:
     assert len(page.images) == 2
 
 
+@pytest.mark.slow
 def test_a_graph_without_edges_is_said_to_have_none(tmp_path: Path) -> None:
     made = report_catalogue.publish(Storage(str(tmp_path)))
     for table in ("token_degree", "coverage", "graph_summary"):

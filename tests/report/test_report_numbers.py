@@ -255,6 +255,7 @@ def test_findings_that_do_not_hold_say_so() -> None:
     assert "fills up early" not in high.text
 
 
+@pytest.mark.slow
 def test_single_charts_can_be_had_as_files(tmp_path: Path, published: report_catalogue.Published) -> None:
     with closing(connect(published.storage)) as connection:
         spec = graph.coverage_curves(graph.coverage_points(connection), cut=7)

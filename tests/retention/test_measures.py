@@ -155,6 +155,7 @@ def test_attention_on_survivors_and_its_entropy(name: str) -> None:
         assert 0 < row["attention_entropy"] <= math.log(LENGTH)
 
 
+@pytest.mark.slow
 def test_keys_that_are_kept_and_their_kinds() -> None:
     since = first_loss(steps("llama", setting("random")))
     similarity: dict[int, list[float]] = {0: [], 1: [], 2: []}

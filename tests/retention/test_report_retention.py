@@ -67,6 +67,7 @@ def test_a_claim_holds_differs_or_is_undecided(changed: Any, title: str, verdict
     assert [found[f"{title}: {policy}"] for policy in ("str", "cmp")] == [verdict] * 2
 
 
+@pytest.mark.slow
 def test_a_smaller_error_that_grows_as_the_others_do_is_not_enough() -> None:
     found = verdicts(made(error=BEST))
     assert found["Error propagation: str"] == "undecided"
@@ -75,12 +76,14 @@ def test_a_smaller_error_that_grows_as_the_others_do_is_not_enough() -> None:
     assert "cannot be told" in finding(made(error=BEST), "Error propagation: cmp").text
 
 
+@pytest.mark.slow
 def test_one_better_baseline_at_one_budget_is_enough_to_refute() -> None:
     run = made(mass={**BEST, "tova": 0.2})
     assert verdicts(run)["Survival: str"] == "differs"
     assert "(tova) at a budget of 12.5 %" in finding(run, "Survival: str").text
 
 
+@pytest.mark.slow
 def test_without_any_difference_hardly_a_claim_is_refuted() -> None:
     refuted = 0
     for own_noise in (0.01, 0.02, 0.03, 0.05, 0.1):
@@ -139,6 +142,7 @@ def test_the_difference_is_that_of_the_sums() -> None:
     assert judged.hardest.difference.value == min(one.difference.value for one in judged.compared)
 
 
+@pytest.mark.slow
 def test_claims_are_judged_while_streaming_and_at_the_longest_length_with_enough_sequences() -> None:
     run = made(sequences={1024: 20, 2048: 9, 8192: 3}, protocols=("prefill", "stream"))
     assert claims.Readings(retention_catalogue.connection(run)).setting == ("stream", 2048)
@@ -214,6 +218,7 @@ def _scale() -> float:
     return float(ratio) / 0.04
 
 
+@pytest.mark.slow
 def test_survival_is_kaplan_meiers_over_layers_and_relative_to_random() -> None:
     rows = half_way(survival_rows(retention_catalogue.connection(made())))
     found = {(row["policy"], row["kind"]): row for row in rows if row["budget"] == 0.25}
@@ -233,6 +238,7 @@ def test_survival_is_kaplan_meiers_over_layers_and_relative_to_random() -> None:
     assert "h2o neither kind clearly" in text
 
 
+@pytest.mark.slow
 def test_retrieval_counts_exact_matches_only_of_solved_tasks() -> None:
     section = built(made())["retention-retrieval"]
     assert [chart.caption for chart in section.charts] == ["Exact answers.", "Log-probability of the answer."]
@@ -244,6 +250,7 @@ def test_retrieval_counts_exact_matches_only_of_solved_tasks() -> None:
     assert "no exact match counts here" in section.findings[0].text
 
 
+@pytest.mark.slow
 def test_what_is_not_published_has_no_section() -> None:
     missing = ("retention_speed", "retention_retrieval", "retention_curves", "retention_readings")
     run = made(without=missing)

@@ -236,6 +236,7 @@ def test_watching_shows_attention_before_it_costs_anything() -> None:
 
 @pytest.mark.parametrize("name", ["streaming", "random", "h2o"])
 @pytest.mark.parametrize("chunk", [1, 8])
+@pytest.mark.slow
 def test_the_local_error_of_the_first_layer_is_its_whole_error(name: str, chunk: int) -> None:
     model, how = forgetful.model(), forgetful.settings(policy(name), protocol=Stream(chunk=chunk))
     whole = forgetful.settings(policy("full"), protocol=Stream(chunk=chunk))
@@ -347,6 +348,7 @@ def test_without_chance_str_keeps_the_most_significant() -> None:
     assert not torch.equal(*warm)
 
 
+@pytest.mark.slow
 def test_a_threshold_keeps_less_than_the_budget_the_higher_it_is() -> None:
     kept = []
     for spread in (-50.0, 4.5, 6.0):

@@ -46,6 +46,7 @@ def test_the_frontier_of_a_setting(connection: Any, length: int, protocol: str) 
 
 @pytest.mark.parametrize("path", ["/retention/survival", "/retention/losses", "/retention/layers"])
 @pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.slow
 def test_a_place_is_chosen(connection: Any, path: str, budget: float) -> None:
     values = {"length": "1024", "protocol": "prefill", "budget": f"{budget:g}"}
     page = built(PAGES, path, connection, **values)
@@ -57,6 +58,7 @@ def test_a_place_is_chosen(connection: Any, path: str, budget: float) -> None:
     assert "prefill, 1,024 tokens" in page.lead
 
 
+@pytest.mark.slow
 def test_survival_is_the_product_of_what_was_left(connection: Any) -> None:
     page = built(PAGES, "/retention/survival", connection, length="1024", protocol="stream")
     found = rows(grid(page, "rows").query, connection)
@@ -93,6 +95,7 @@ def test_speed_and_retrieval(connection: Any, path: str, table: str) -> None:
     assert len(rows(grid(page, "rows").query, connection)) == n
 
 
+@pytest.mark.slow
 def test_claims_have_verdicts_and_comparisons(connection: Any) -> None:
     page = built(PAGES, "/retention/claims", connection)
     assert [one for panel in of(page, Findings) for one in panel.findings] == claims.findings(connection)

@@ -68,6 +68,7 @@ def written(root: Path) -> dict[str, int]:
     return {str(file): file.stat().st_mtime_ns for file in (root / "retention").rglob("*.parquet")}
 
 
+@pytest.mark.slow
 def test_a_policy_that_is_added_is_read_alone(parts: Path, root: Path) -> None:
     before = written(root)
     more = small.config(parts, root, **{**LEAN, "policies": [*POLICIES, "window"]})
@@ -80,6 +81,7 @@ def test_a_policy_that_is_added_is_read_alone(parts: Path, root: Path) -> None:
     assert len(after) - len(before) == 3 * 4
 
 
+@pytest.mark.slow
 def test_readings_do_not_depend_on_what_is_read_beside_them(parts: Path, root: Path, tmp_path: Path) -> None:
     alone = finished(
         small.config(parts, tmp_path, **{**LEAN, "policies": ["cmp"], "at_once": 1}), None, READINGS
@@ -121,6 +123,7 @@ def test_options_make_another_policy_under_a_name_of_its_own(parts: Path, root: 
     assert lines(finished(config))["retention"] == []
 
 
+@pytest.mark.slow
 def test_tables_are_sums_over_sequences(parts: Path, root: Path) -> None:
     run = finished(small.config(parts, root, **LEAN))
     publish(run)
@@ -327,6 +330,7 @@ def _plans(config: Config) -> Any:
     return plan(finished(config), [READINGS])
 
 
+@pytest.mark.slow
 def test_a_gate_is_trained_on_documents_that_are_not_read(parts: Path, tmp_path: Path) -> None:
     options = {**small.RETENTION["options"], "gated": {"policy": "str", "gate": True}}
     config = small.config(
@@ -360,6 +364,7 @@ def test_a_gate_is_trained_on_documents_that_are_not_read(parts: Path, tmp_path:
     assert len(set(losses.values())) == 3
 
 
+@pytest.mark.slow
 def test_speed_is_told_with_where_it_was_measured(parts: Path, root: Path) -> None:
     speed = {"policies": ["streaming", "cmp"], "budgets": [0.5], "lengths": [96], "tokens": 2, "turns": 3}
     run = finished(small.config(parts, root, **LEAN, speed=speed), None, READINGS, SPEEDS, checked=True)
@@ -393,6 +398,7 @@ def test_speed_is_told_with_where_it_was_measured(parts: Path, root: Path) -> No
         ("reading_survival", {"age": 0}, "ages of a life table are unique"),
     ],
 )
+@pytest.mark.slow
 def test_doctored_readings_are_found(
     parts: Path, tmp_path: Path, root: Path, file: str, change: dict[str, Any], expectation: str
 ) -> None:

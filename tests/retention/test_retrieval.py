@@ -43,6 +43,7 @@ def config(parts: Path, root: Path, **changed: Any) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_answers_become_a_table_and_a_policy_added_is_asked_alone(parts: Path, tmp_path: Path) -> None:
     asked = config(parts, tmp_path, retrieval={**ASKED, "policies": ["streaming", "function"]})
     run = finished(asked, None, RETRIEVAL, checked=True)

@@ -158,6 +158,7 @@ def plain_residuals(folder: Path, ids: list[int]) -> dict[int, torch.Tensor]:
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 @pytest.mark.parametrize("prepend_bos", [True, False])
+@pytest.mark.slow
 def test_features_are_what_plain_hooks_and_sae_encode_give(
     parts: Path, tmp_path: Path, architecture: str, prepend_bos: bool
 ) -> None:
@@ -270,6 +271,7 @@ def test_a_chat_template_is_seen_and_its_special_tokens_are_in_no_file(parts: Pa
     assert {row["position"] for row in active} == {position for position, *_ in seen}
 
 
+@pytest.mark.slow
 def test_a_second_call_makes_nothing_and_a_changed_case_alone_is_made_again(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -314,6 +316,7 @@ def test_a_second_call_makes_nothing_and_a_changed_case_alone_is_made_again(
         folders.append(again[0].folder)
 
 
+@pytest.mark.slow
 def test_another_dictionary_makes_its_layer_alone_again_and_reads_each_prompt_once(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -379,6 +382,7 @@ def test_a_case_is_the_same_whatever_stands_beside_it(parts: Path, tmp_path: Pat
     assert make(prepare(parts, tmp_path / "whole", cases=CASES[::-1]), REACTIVATION) == made[::-1]
 
 
+@pytest.mark.slow
 def test_another_model_or_precision_makes_cases_again(parts: Path, tmp_path: Path) -> None:
     made = make(prepare(parts, tmp_path), REACTIVATION)
     others = [

@@ -139,6 +139,7 @@ def test_what_is_active_anyway(own: float, counterfactual: float, said: str) -> 
     assert said in steering_findings.is_active_again(measured).text
 
 
+@pytest.mark.slow
 def test_few_cases_and_experiments_decide_nothing(tmp_path: Path) -> None:
     for n, verdict in ((5, "undecided"), (6, "holds")):
         # One experiment has no content token.
@@ -180,6 +181,7 @@ def test_all_hold_with_the_numbers_that_were_put_in(connection: Any) -> None:
     assert "layer 4 for trait 0 and trait 1" in found[LAYER][1]
 
 
+@pytest.mark.slow
 def test_a_negative_result_comes_out_as_one(tmp_path: Path) -> None:
     falls: Mapping[str, Mapping[float, float]] = {"add": {0.0: 0.0, 1.0: -1.0, 2.0: -2.0}}
     made = Made(
@@ -199,6 +201,7 @@ def test_a_negative_result_comes_out_as_one(tmp_path: Path) -> None:
     assert "layer 1 for trait 1 and layer 4 for trait 0" in found[LAYER][1]
 
 
+@pytest.mark.slow
 def test_raising_no_more_than_random_features_is_not_enough(tmp_path: Path) -> None:
     same: Mapping[str, Mapping[float, float]] = {"add": {0.0: 0.0, 1.0: 1.0}}
     made = Made(cases=1, gain=same, random_gain=1.0, content_gain=1.0, noise=0.5)
@@ -211,6 +214,7 @@ def test_raising_no_more_than_random_features_is_not_enough(tmp_path: Path) -> N
     assert "no random features to compare with" in alone[RAISES][1]
 
 
+@pytest.mark.slow
 def test_a_single_case_and_experiment_decide_nothing(tmp_path: Path) -> None:
     found = verdicts(tmp_path, Made(cases=1, relations=("one",), experiments=1, given=True))
     assert {found[title][0] for title in (AGAIN, MORE, RAISES, PLACE)} == {"undecided"}
@@ -351,6 +355,7 @@ def test_a_heat_map_has_the_activations(connection: Any) -> None:
         } == {found.panels[owner].prompt}
 
 
+@pytest.mark.slow
 def test_a_long_prompt_loses_its_middle(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     run = catalogue.steering_run(storage, Made(cases=1, relations=("long",), experiments=0))
@@ -373,6 +378,7 @@ def test_a_long_prompt_loses_its_middle(tmp_path: Path) -> None:
     assert (first["width"], second["width"]) == (41 * 24, 41 * 24)
 
 
+@pytest.mark.slow
 def test_the_heat_map_is_a_picture_of_the_values(connection: Any) -> None:
     found = heat_maps(connection)[0]
     chart = heat_map_chart(found)
@@ -412,6 +418,7 @@ def test_the_heat_map_is_a_picture_of_the_values(connection: Any) -> None:
     assert found.case in chart.alt
 
 
+@pytest.mark.slow
 def test_charts_show_the_tables(connection: Any) -> None:
     whole = [row for row in score_rows(connection) if row["token"] is None]
     spec = charts.vega_lite(scores_chart(whole))
@@ -530,6 +537,7 @@ def test_what_was_not_asked_for_has_no_section(
         assert facts(connection) == told
 
 
+@pytest.mark.slow
 def test_cases_without_own_features_say_so(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     run = catalogue.steering_run(storage, Made(cases=1, experiments=0))
@@ -542,6 +550,7 @@ def test_cases_without_own_features_say_so(tmp_path: Path) -> None:
     assert html.count("– Not tested.") == 2
 
 
+@pytest.mark.slow
 def test_without_steering_there_is_none_of_it(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     catalogue.built(storage, Made(cases=0, experiments=0))

@@ -315,6 +315,7 @@ def check_against_twin(twin: Twin, rows: Sequence[dict[str, Any]], own: dict[str
 
 
 @pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
+@pytest.mark.slow
 def test_a_sweeps_numbers_are_the_plain_twins(world: World, tmp_path: Path, architecture: str) -> None:
     here = prepare(world, tmp_path, architecture, random_controls=1, strengths=[2.0])
     single, both = here.tables()
@@ -339,6 +340,7 @@ def test_a_sweeps_numbers_are_the_plain_twins(world: World, tmp_path: Path, arch
     assert sum(row["steered_text"] != row["baseline_text"] for row in moved) > len(moved) / 4
 
 
+@pytest.mark.slow
 def test_the_rows_are_every_setting_once(world: World, tmp_path: Path) -> None:
     here = prepare(world, tmp_path)
     function, twin = here.function_ids, Twin(world.folder / "llama", 1)
@@ -365,6 +367,7 @@ def test_the_rows_are_every_setting_once(world: World, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_chunked", [True, False])
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
+@pytest.mark.slow
 def test_strength_0_is_the_unsteered_model_to_the_bit(
     world: World, tmp_path: Path, batch_size: int, is_chunked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -419,6 +422,7 @@ def test_strength_0_is_the_unsteered_model_to_the_bit(
             assert row["target_logprob_delta"] != 0
 
 
+@pytest.mark.slow
 def test_another_batch_size_gives_the_same_numbers(world: World, tmp_path: Path) -> None:
     small = {"steer": STEER[:1], "strengths": [2.0], "random_controls": 1}
     one, other = (prepare(world, tmp_path, batch_size=size, **small).tables()[0] for size in (1, 7))
@@ -435,6 +439,7 @@ def test_another_batch_size_gives_the_same_numbers(world: World, tmp_path: Path)
 # A planted feature
 
 
+@pytest.mark.slow
 def test_a_planted_feature_makes_its_token_likelier_by_what_hand_computes(
     world: World, tmp_path: Path
 ) -> None:
@@ -488,6 +493,7 @@ def test_a_planted_feature_makes_its_token_likelier_by_what_hand_computes(
 # Controls
 
 
+@pytest.mark.slow
 def test_random_features_change_as_much_as_the_traits(world: World, tmp_path: Path) -> None:
     for rows in prepare(world, tmp_path).tables():
         found = by_condition(rows)
@@ -521,6 +527,7 @@ def test_features_that_are_switched_off_have_controls_too(world: World, tmp_path
     assert max(moved["random"]) == pytest.approx(max(moved["trait"]), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_another_seed_changes_the_random_rows_alone(world: World, tmp_path: Path) -> None:
     one, other = prepare(world, tmp_path).tables(), prepare(world, tmp_path, seed=1).tables()
     for left, right in zip(one, other, strict=True):
@@ -606,6 +613,7 @@ def test_divergences_are_never_negative_and_count_only_what_is_possible() -> Non
 # What is made again
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_with_what_it_lacks(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -688,6 +696,7 @@ def test_the_model_without_its_head_is_gone_before_the_one_with_it_is_loaded(
     assert n_loaded == [1]
 
 
+@pytest.mark.slow
 def test_what_rows_depend_on_makes_them_anew_and_nothing_else_does(world: World, tmp_path: Path) -> None:
     steer = [dict(STEER[0])]
     small = {"strengths": [1.0], "random_controls": 0, "modes": ["add"]}
@@ -724,6 +733,7 @@ def with_saes(here: Here, saes: dict[int, Path]) -> Here:
     return here_of(config, here.run.result(TOKENIZE))
 
 
+@pytest.mark.slow
 def test_another_dictionary_makes_its_layer_alone_again(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -762,6 +772,7 @@ def test_another_dictionary_makes_its_layer_alone_again(
     assert new == {again.traits[0].layers[1].folder, again.traits[2].layers[0].folder}
 
 
+@pytest.mark.slow
 def test_an_experiment_is_what_it_moves(world: World, tmp_path: Path) -> None:
     small = {"strengths": [1.0], "random_controls": 0, "modes": ["add"]}
     prepare(world, tmp_path, **small).make()
@@ -770,6 +781,7 @@ def test_an_experiment_is_what_it_moves(world: World, tmp_path: Path) -> None:
     assert fewer.planned() == (5, [f"[[steer]] 'both', '{STEER[1]['prompt']}'"])
 
 
+@pytest.mark.slow
 def test_experiments_are_judged_by_their_own_traits(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -842,6 +854,7 @@ def test_what_goes_wrong_while_generating_names_the_conditions_of_the_batch(
     assert here.find() is None
 
 
+@pytest.mark.slow
 def test_what_cannot_be_steered_is_an_error_that_names_it(world: World, tmp_path: Path) -> None:
     def refused(kind: type[FunctokError], pattern: str, **changed: Any) -> None:
         here = prepare(world, tmp_path, **changed)

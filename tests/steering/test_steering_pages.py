@@ -37,6 +37,7 @@ def connection(storage: Storage) -> Iterator[Any]:
         yield connection
 
 
+@pytest.mark.slow
 def test_the_overview_has_the_report_s_findings_and_numbers(connection: Any) -> None:
     page = built(PAGES, "/steering", connection)
     assert [one for panel in of(page, Findings) for one in panel.findings] == findings(connection)
@@ -148,6 +149,7 @@ def test_texts_are_sorted_by_effect_and_stand_beside_random_ones(connection: Any
     assert "over random" not in {name for name, *_ in random_facts.facts}
 
 
+@pytest.mark.slow
 def test_one_experiment_has_all_draws_and_its_sweep(connection: Any) -> None:
     whole = grid(built(PAGES, "/steering/texts", connection), "texts")
     row = rows(whole.query, connection)[0]
@@ -169,6 +171,7 @@ def test_a_run_without_it_is_told_what_to_add(path: str) -> None:
 
 
 @pytest.mark.parametrize(("made", "shown"), [(Made(experiments=0), 1), (Made(cases=0), 1)])
+@pytest.mark.slow
 def test_cases_or_experiments_alone(tmp_path: Path, made: Made, shown: int) -> None:
     storage = Storage(str(tmp_path))
     catalogue.built(storage, made)
@@ -179,6 +182,7 @@ def test_cases_or_experiments_alone(tmp_path: Path, made: Made, shown: int) -> N
                 assert len(of(page, Figure)) == shown
 
 
+@pytest.mark.slow
 def test_a_case_without_a_feature_of_its_own_says_so(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     run = catalogue.steering_run(storage, Made(cases=1, experiments=0))

@@ -104,6 +104,7 @@ def test_stages_apply_where_cases_are_configured(config: Config) -> None:
         stages_of(counting, only="steering")
 
 
+@pytest.mark.slow
 def test_from_nothing_to_a_finished_run(
     config: Config, storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,6 +153,7 @@ def assert_changes_are_noticed(run: Run) -> None:
     path.write_text(CASES)
 
 
+@pytest.mark.slow
 def test_tables_are_current_until_their_results_change(config: Config, storage: Storage) -> None:
     run = finished(config, storage, FEATURES, REACTIVATION, STEERING)
     others = [CorpusTables([EXPERIMENT.facts]), GRAPH, FEATURE_TABLES]
@@ -170,6 +172,7 @@ def test_tables_are_current_until_their_results_change(config: Config, storage: 
     assert is_up_to_date(plans, ("tokenize", "dictionaries", "features", *STEPS, "tables"))
 
 
+@pytest.mark.slow
 def test_what_was_made_is_shown(config: Config, storage: Storage) -> None:
     run = finished(config, storage, REACTIVATION, STEERING)
     (cases,) = REACTIVATION.shown(run, run.result(REACTIVATION))

@@ -342,6 +342,7 @@ def test_schemas_and_views_are_the_contracts(made: Tables, tmp_path: Path) -> No
     write_catalog_file(made.storage, str(tmp_path / "all.duckdb"), made.run.config.duckdb)
 
 
+@pytest.mark.slow
 def test_neither_order_nor_threads_change_a_byte(made: Tables, tmp_path: Path) -> None:
     for seed, threads in ((1, 1), (2, 4)):
         storage = Storage(str(tmp_path / str(seed)))
@@ -357,6 +358,7 @@ def test_neither_order_nor_threads_change_a_byte(made: Tables, tmp_path: Path) -
         assert catalog.lineage == made.catalog.lineage
 
 
+@pytest.mark.slow
 def test_one_case_and_one_experiment_have_no_intervals(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     _, catalog = steering_catalogue.built(storage, Made(cases=1, relations=("one",), experiments=1))
@@ -369,6 +371,7 @@ def test_one_case_and_one_experiment_have_no_intervals(tmp_path: Path) -> None:
     assert all(row["n"] == 1 and row["kl"] is not None for row in effects)
 
 
+@pytest.mark.slow
 def test_only_what_a_run_has_is_made(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     made = steering_run(storage, Made(cases=2, experiments=2))
@@ -397,6 +400,7 @@ def with_corpus(made: SteeringRun, storage: Storage, config: Config) -> Catalog:
     return candidate(storage, [CorpusTables().build(run_of(config, storage, {TOKENIZE: made.shards}))])
 
 
+@pytest.mark.slow
 def test_the_group_goes_with_its_corpus_and_stays_beside_the_others(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     made, _ = steering_catalogue.built(storage, Made(cases=1, experiments=1))
@@ -439,6 +443,7 @@ def test_the_group_goes_with_its_corpus_and_stays_beside_the_others(tmp_path: Pa
     assert STEERING_GROUP.planned(made.write(storage)).key != key
 
 
+@pytest.mark.slow
 def test_a_finished_group_is_not_made_again(tmp_path: Path) -> None:
     storage, told = Storage(str(tmp_path)), list[str]()
     run = steering_run(storage, Made(cases=1, experiments=1)).write(storage)

@@ -490,6 +490,7 @@ def test_good_data_passes_and_is_shown(storage: Storage) -> None:
     assert all(f"validations/{stage}/" in index for stage in CHECKED)
 
 
+@pytest.mark.slow
 def test_what_was_passed_is_not_asked_again_until_something_changes(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -507,6 +508,7 @@ def test_what_was_passed_is_not_asked_again_until_something_changes(
             run.check(stage, storage)
 
 
+@pytest.mark.slow
 def test_conditions_are_the_configurations(storage: Storage) -> None:
     run = good_run(storage)
     run.write(storage)

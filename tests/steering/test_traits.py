@@ -536,6 +536,7 @@ def test_traits_are_steered_where_all_have_features(parts: Path, tmp_path: Path)
         choose_layer(config, [lacking, replace(other, features={**other.features, 2: ()})])
 
 
+@pytest.mark.slow
 def test_a_second_call_finds_nothing_new_and_a_changed_trait_alone_is_found_again(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -599,6 +600,7 @@ def test_a_second_call_finds_nothing_new_and_a_changed_trait_alone_is_found_agai
     assert found_traits(prepare(parts, tmp_path, entries, strengths=[3.0], seed=4, modes=["add"])) == made
 
 
+@pytest.mark.slow
 def test_another_dictionary_makes_its_layer_alone_again_and_reads_each_prompt_once(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

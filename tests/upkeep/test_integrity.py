@@ -114,6 +114,7 @@ def test_files_that_are_gone_or_cut_are_named(root: Path) -> None:
     assert "bytes" in found[table]
 
 
+@pytest.mark.slow
 def test_verify_tells_repairs_and_makes_anew(
     finished: Path, root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +159,7 @@ def test_damaged_json_is_made_anew(finished: Path, root: Path, name: str) -> Non
     assert rows_of(storage, "coverage") == before
 
 
+@pytest.mark.slow
 def test_a_damaged_list_of_a_files_shards_is_no_list(finished: Path, root: Path) -> None:
     storage = Storage(str(root))
     before = rows_of(storage, "coverage")
@@ -172,6 +174,7 @@ def test_a_damaged_list_of_a_files_shards_is_no_list(finished: Path, root: Path)
 
 
 # ---- queries
+@pytest.mark.slow
 def test_no_query_reads_a_flipped_file(root: Path) -> None:
     storage = Storage(str(root))
     catalog = read_catalog(storage)
