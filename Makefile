@@ -27,7 +27,7 @@ help:
 	@echo "make demo    environment, assets, and the whole pipeline on a real model and corpus"
 	@echo "make demo-steering   case studies and steering: do function tokens carry the context's features, and decide?"
 	@echo "make demo-consolidation   two models trained from scratch, and what their checkpoints learn (half an hour)"
-	@echo "make demo-retention   which tokens a model must keep: caches that forget, under every policy (half an hour or more)"
+	@echo "make demo-retention   which tokens a model must keep: caches that forget, under every policy (20 minutes)"
 	@echo "make test    everything the tests need, then the tests"
 	@echo "make test-fast   those that start no process, server, cluster or browser: for the inner loop"
 	@echo "make bench   how fast, side by side: the table of bench/README.md (half an hour)"
