@@ -248,7 +248,8 @@ def _peers(asked: Asked, row: Row, here: Row) -> list[Panel]:
     x, y = charts.log("count", "occurrences"), charts.log("degree", f"degree at layer {layer}")
     ordered = sorted(points, key=lambda one: list(DRAWN.looks).index(one["kind"]))
     standing = (
-        f"It has more than {percent(here['percentile'], 0)} of the {plural(here['alike'], 'token')} of similar count."
+        f"Its degree is larger than that of {integer(round(here['percentile'] * here['alike']))} of the "
+        f"{plural(here['alike'], 'token')} of similar count."
         if here["alike"]
         else "No other token is of similar count."
     )
