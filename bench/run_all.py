@@ -20,6 +20,7 @@ README = HERE / "README.md"
 BENCHES = (
     "tokenization",
     "extraction",
+    "peers",
     "losses",
     "training",
     "overhead",
