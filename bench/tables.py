@@ -18,7 +18,8 @@ import numpy as np
 import pyarrow as pa
 
 from bench.common import emit, figure, parser, ratio, say, spread
-from infra.duck import Catalog, create_views, open_duckdb
+from infra.catalog import Catalog
+from infra.duck import create_views, open_duckdb
 from infra.manifest import Manifest, commit, content_key, load
 from infra.storage import Storage
 from schemas.config import Config, DuckDb

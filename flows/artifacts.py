@@ -19,7 +19,7 @@ from prefect.artifacts import (
     create_table_artifact,
 )
 
-from infra.duck import CATALOG
+from infra.catalog import CATALOG
 from infra.published import (
     REPORT,
     browser_address,

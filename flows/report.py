@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flows.artifacts import show_report
 from flows.stage import open_storage, reported_progress, stage_flow, step
-from infra.duck import CATALOG
+from infra.catalog import CATALOG
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.errors import not_finished

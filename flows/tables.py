@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from flows.artifacts import show_catalogue, show_explorer, shown_in_prefect
 from flows.stage import look, open_storage, reported_progress, stage_flow, step
-from infra.duck import Catalog, connect, read_catalog, telling_damage
+from infra.catalog import Catalog, read_catalog
+from infra.duck import connect, telling_damage
 from schemas.config import Config
 from tasks import stages
 from tasks.engine import checks

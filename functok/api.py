@@ -307,7 +307,7 @@ def require_published(storage: Storage) -> None:
         DamagedError: if the catalogue is damaged.
         StorageError: if the storage cannot be asked.
     """
-    from infra.duck import read_catalog
+    from infra.catalog import read_catalog
     from schemas.errors import ConfigError
 
     storage.require_place()

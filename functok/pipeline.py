@@ -8,8 +8,9 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+from infra.catalog import CATALOG, read_catalog
 from infra.config_file import refuse_secrets
-from infra.duck import CATALOG, connect, read_catalog, telling_damage
+from infra.duck import connect, telling_damage
 from infra.published import REPORT
 from infra.run_api import chosen_api
 from infra.storage import Storage

@@ -15,112 +15,27 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
 import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from infra.catalog import Catalog, ShardFile, Shards, read_catalog
 from infra.cluster import available_cores
 from infra.interrupt import ends_on_interrupt
-from infra.storage import REPAIR, Storage
+from infra.storage import Storage
 from infra.verified import check_content, check_files
 from schemas.config import DuckDb
-from schemas.errors import ConfigError, DamagedError, FunctokError
+from schemas.errors import ConfigError, FunctokError
 from schemas.tables import SHARDED_SELECT, TABLES
-
-CATALOG = "catalog.json"
 
 BYTES_PER_THREAD = 125_000_000
 """Memory a thread gets at least: DuckDB cannot spill below about 35 MB each, and advises this."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardFile:
-    """One shard's file of a table that is kept by shard.
-
-    Attributes:
-        name: File name relative to the storage root.
-        doc_offset: `doc_id` of the shard's document 0.
-        source: URL of the corpus file that the shard was cut from, or the case whose prompts it is of.
-        layer: Decoder block, where the table has one.
-        model: Checkpoint series, where the table has one.
-        step: Optimizer step of the checkpoint, where the table has one.
-    """
-
-    name: str
-    doc_offset: int = 0
-    source: str = ""
-    layer: int | None = None
-    model: str = ""
-    step: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Catalog:
-    """What is published: tables in one file each, and tables kept by shard.
-
-    Attributes:
-        tables: Table name to Parquet file name.
-        sharded: Table name to its shards' files, in corpus order.
-        lineage: Group of tables (`corpus`, `graph`, …) to the key that it was made with.
-        about: Group of tables to keys of the model, then of the dictionaries, that it is about.
-    """
-
-    tables: dict[str, str] = field(default_factory=dict)
-    sharded: dict[str, list[ShardFile]] = field(default_factory=dict)
-    lineage: dict[str, str] = field(default_factory=dict)
-    about: dict[str, list[str]] = field(default_factory=dict)
-
-    @property
-    def files(self) -> list[str]:
-        """Every Parquet file that it names; one that several tables share comes several times."""
-        return [*self.tables.values(), *(file.name for files in self.sharded.values() for file in files)]
-
-    def to_json(self) -> dict[str, Any]:
-        """The JSON form, with the shards' fields as columns."""
-        return {
-            "tables": self.tables,
-            "sharded": {
-                table: {c.name: [getattr(file, c.name) for file in files] for c in fields(ShardFile)}
-                for table, files in self.sharded.items()
-            },
-            "lineage": self.lineage,
-            "about": self.about,
-        }
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Catalog:
-        """The inverse of `to_json`; a column that an older catalogue lacks has its default."""
-        return cls(
-            tables=dict(value["tables"]),
-            sharded={
-                table: [
-                    ShardFile(**dict(zip(columns, row, strict=True)))
-                    for row in zip(*columns.values(), strict=True)
-                ]
-                for table, columns in value["sharded"].items()
-            },
-            lineage=dict(value["lineage"]),
-            about={group: list(keys) for group, keys in value.get("about", {}).items()},
-        )
-
-
-def read_catalog(storage: Storage) -> Catalog:
-    """What is published under this root; empty where nothing is.
-
-    Raises:
-        DamagedError: if it is not what was written.
-    """
-    value = storage.read_json(CATALOG)
-    try:
-        return Catalog() if value is None else Catalog.from_json(value)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DamagedError(f"{storage.url(CATALOG)} is damaged: it is no catalogue", hint=REPAIR) from error
 
 
 def open_duckdb(storage: Storage, resources: DuckDb | None = None, database: str = ":memory:") -> Any:
@@ -169,12 +84,8 @@ def _threads(memory_limit: str) -> int:
 def connect(storage: Storage, resources: DuckDb | None = None) -> Any:
     """A DuckDB connection whose views are the published tables of this root."""
     connection = open_duckdb(storage, resources)
-    # In a schema of their own, so that SHOW TABLES shows tables and nothing else.
-    connection.execute("CREATE SCHEMA files")
     # A query of a few rows must not read a terabyte first: `functok verify` does.
-    create_views(
-        connection, storage, read_catalog(storage), shards_schema="files", large_too=storage.is_local
-    )
+    create_views(connection, storage, read_catalog(storage), large_too=storage.is_local)
     return connection
 
 
@@ -182,24 +93,23 @@ def create_views(
     connection: Any,
     storage: Storage,
     catalog: Catalog,
-    shards_schema: str | None = None,
     *,
-    checked: bool = True,
+    shards_schema: str | None = None,
     large_too: bool = True,
 ) -> None:
     """Create one view for each published table.
 
-    A table kept by shard gets its global `doc_id` (and `source`, `layer`, `model`, `step`) from the small table
-    `_shards_<table>` (in `shards_schema`, where given), so that a shard's file does not change when other
-    files join the corpus. Beside it stands `<table>_in(documents)`, which reads the shards of some documents alone.
+    A table kept by shard gets its global `doc_id` (and `source`, `layer`, `model`, `step`) from the catalogue, so that
+    a shard's file does not change when other files join the corpus. Which shards there are is not asked before a query
+    reads them; in a database that other clients open, they are in the small table `_shards_<table>`. Beside the view
+    stands `<table>_in(documents)`, which reads the shards of some documents alone.
 
     Args:
         connection: Where.
         storage: Where the files are.
         catalog: What is published, or is to be.
-        shards_schema: Schema of the small tables.
-        checked: Whether the views hash their files before they are read; a database that other clients open cannot.
-        large_too: Whether so are shards' files on other machines that are read by ranges (`remote_reading.WHOLE`).
+        shards_schema: Schema of those small tables: the database is for other clients, and its views hash nothing.
+        large_too: Whether views hash what is read by ranges on other machines too (`remote_reading.WHOLE`).
 
     Raises:
         DamagedError: if a file is damaged so that its columns cannot be read; later, from a query, as the cause of
@@ -207,10 +117,16 @@ def create_views(
     """
     for table, name in catalog.tables.items():
         _create_view(
-            connection, storage, table, [name], "SELECT * FROM read_parquet({files}{options})", checked
+            connection,
+            storage,
+            table,
+            name,
+            partial(list, [name]),
+            "SELECT * FROM read_parquet({files}{options})",
+            shards_schema is None,
         )
     for table, files in catalog.sharded.items():
-        view_of_shards(connection, storage, table, files, shards_schema, checked=checked, large_too=large_too)
+        view_of_shards(connection, storage, table, files, shards_schema=shards_schema, large_too=large_too)
 
 
 @contextmanager
@@ -245,26 +161,28 @@ def _create_view(
     connection: Any,
     storage: Storage,
     view: str,
-    names: Sequence[str],
+    first: str,
+    names: Callable[[], Sequence[str]],
     select: str,
     checked: bool,
     large_too: bool = True,
 ) -> None:
-    """Create a view whose SQL reads `{files}` with `{options}`."""
-    urls = [storage.url(name) for name in dict.fromkeys(names)]
+    """Create a view whose SQL reads `{files}` with `{options}`: the file `first`, and when it is in use all `names`."""
     # A folder above the root that is called layer=7 is no column of ours: no hive partitioning.
     options = ", hive_partitioning = false"
     if not checked:
-        listed = f"[{', '.join(_text(url) for url in urls)}]"
+        listed = f"[{', '.join(_text(storage.url(name)) for name in dict.fromkeys(names()))}]"
         connection.execute(f"CREATE OR REPLACE VIEW {view} AS {select.format(files=listed, options=options)}")
         return
     is_in_use = False
 
     def files() -> list[str]:
-        if is_in_use:
-            with _noting_refusals():
-                check_files(storage, names, large_too=large_too)
-        return urls
+        if not is_in_use:
+            return [storage.url(first)]
+        with _noting_refusals():
+            wanted = list(dict.fromkeys(names()))
+            check_files(storage, wanted, large_too=large_too)
+        return [storage.url(name) for name in wanted]
 
     function = f"files_of_{view}"
     with suppress(duckdb.Error):
@@ -276,7 +194,7 @@ def _create_view(
         )
     except duckdb.Error:
         # The columns are read here, from the first file.
-        check_files(storage, names)
+        check_files(storage, [first])
         raise
     is_in_use = True
 
@@ -285,16 +203,14 @@ def view_of_shards(
     connection: Any,
     storage: Storage,
     table: str,
-    files: list[ShardFile],
-    shards_schema: str | None = None,
+    files: Sequence[ShardFile],
     *,
-    checked: bool = True,
+    shards_schema: str | None = None,
     large_too: bool = True,
 ) -> None:
     """Create the view `table` over its shards' files; arguments and errors as those of `create_views`."""
-    import pyarrow as pa
-
-    if not files:
+    known = Shards.of(files)
+    if not len(known):
         if table not in TABLES:
             raise ConfigError(f"the table {table} has no shards")
         # Files without rows are not written; the columns of the others say no more than the contract.
@@ -303,57 +219,69 @@ def view_of_shards(
         columns = ", ".join(f"NULL::{kind} AS {column}" for column, kind in kinds)
         connection.execute(f"CREATE OR REPLACE VIEW {table} AS SELECT {columns} WHERE false")
         return
-    schema = pa.schema(
-        {
-            "url": pa.string(),
-            "doc_offset": pa.int64(),
-            "source": pa.string(),
-            "layer": pa.int32(),
-            "model": pa.string(),
-            "step": pa.int64(),
-        }
+    shards = (
+        _shards_function(connection, storage, table, known)
+        if shards_schema is None
+        else _shards_table(connection, storage, f"{shards_schema}._shards_{table}", known)
     )
-    rows = pa.Table.from_pylist([{"url": storage.url(file.name), **vars(file)} for file in files], schema)
-    shards = f"{shards_schema}._shards_{table}" if shards_schema else f"_shards_{table}"
-    connection.register("_rows", rows)
-    connection.execute(f"CREATE OR REPLACE TABLE {shards} AS SELECT * FROM _rows")
-    connection.unregister("_rows")
     # Files of equal content share a shard: each is read once and joined with every place it stands in.
     select = (
         f"SELECT {SHARDED_SELECT[table]} FROM read_parquet({{files}}, filename = true{{options}}) AS f "
         f"JOIN {shards} AS s ON s.url = f.filename"
     )
-    _create_view(connection, storage, table, [file.name for file in files], select, checked, large_too)
-    if checked and "doc_id" in SHARDED_SELECT[table]:
-        _create_narrow(connection, storage, table, files, shards, large_too)
+    _create_view(
+        connection, storage, table, known.first, lambda: known.names, select, shards_schema is None, large_too
+    )
+    if shards_schema is None and "doc_id" in SHARDED_SELECT[table]:
+        _create_narrow(connection, storage, table, known, shards, large_too)
+
+
+def _shards_table(connection: Any, storage: Storage, shards: str, files: Shards) -> str:
+    """What a table's shards are joined as: rows of a small table."""
+    connection.register("_rows", _with_urls(storage, files))
+    connection.execute(f"CREATE OR REPLACE TABLE {shards} AS SELECT * FROM _rows")
+    connection.unregister("_rows")
+    return shards
+
+
+def _shards_function(connection: Any, storage: Storage, table: str, files: Shards) -> str:
+    """What a table's shards are joined as: rows that a function of ours gives, so that they are read when asked for."""
+
+    def shards(asked: pa.ChunkedArray) -> pa.Array:
+        with _noting_refusals():
+            rows = _with_urls(storage, files).to_struct_array().combine_chunks()
+        return pa.ListArray.from_arrays(pa.array([0, len(rows)], pa.int32()), rows)
+
+    function = f"shards_of_{table}"
+    with suppress(duckdb.Error):
+        connection.remove_function(function)
+    kind = "url VARCHAR, doc_offset BIGINT, source VARCHAR, layer INTEGER, model VARCHAR, step BIGINT"
+    # In Arrow's form a function has arguments; as one with effects it is called by a query and not before.
+    connection.create_function(
+        function, shards, ["INTEGER"], f"STRUCT({kind})[]", type="arrow", side_effects=True
+    )
+    return f"(SELECT unnest({function}(0), recursive := true))"
+
+
+def _with_urls(storage: Storage, files: Shards) -> pa.Table:
+    """The rows of shards with addresses in place of names."""
+    urls = pc.binary_join_element_wise(storage.root, files.rows["name"], "/")
+    return files.rows.set_column(0, "url", urls)
 
 
 def _create_narrow(
-    connection: Any, storage: Storage, table: str, files: list[ShardFile], shards: str, large_too: bool
+    connection: Any, storage: Storage, table: str, files: Shards, shards: str, large_too: bool
 ) -> None:
     """Create `<table>_in([doc_id, …], layers := NULL)`: the view's rows of some documents, from their shards alone.
 
     The view itself reads, and hashes when it is first bound, all shards; a page or a notebook that shows a document
     needs one. Documents are literals or parameters, as what files are read must be known when a query is bound.
     """
-    by_kind: dict[tuple[Any, ...], list[ShardFile]] = {}
-    for file in files:
-        by_kind.setdefault((file.layer, file.model, file.step), []).append(file)
-    kinds = {kind: sorted(of, key=lambda file: file.doc_offset) for kind, of in by_kind.items()}
-    offsets = {kind: [file.doc_offset for file in of] for kind, of in kinds.items()}
 
     def narrowed(documents: list[int] | None, layers: list[int] | None) -> list[str]:
-        wanted: dict[str, None] = {}
-        for kind, of in kinds.items():
-            if layers is None or kind[0] is None or kind[0] in layers:
-                for document in documents or ():
-                    last = bisect_right(offsets[kind], document)
-                    # A shard without documents begins where the next one does.
-                    first = bisect_left(offsets[kind], offsets[kind][last - 1]) if last else 0
-                    wanted |= dict.fromkeys(file.name for file in of[first:last])
-        # A query that asks for no document of a shard needs columns too; its join leaves no row.
-        names = list(wanted) or [files[0].name]
         with _noting_refusals():
+            # A query that asks for no document of a shard needs columns too; its join leaves no row.
+            names = files.of_documents(documents or (), layers) or [files.first]
             check_files(storage, names, large_too=large_too)
         return [storage.url(name) for name in names]
 

@@ -23,6 +23,9 @@ from infra.addresses import storage_options
 from infra.storage import LOCAL_CACHE, put_aside
 
 _CHUNK = 8 << 20
+_SMALL = 64 << 10
+"""A file of at most so many bytes is hashed each time: its remembered hash would be a file too."""
+
 _SETTLED_NS = 2_000_000_000
 _IDENTITY_KEYS = ("ETag", "etag", "blob_id", "sha256", "md5", "md5Hash", "crc32c", "CRC")
 
@@ -55,6 +58,8 @@ def content_hash(url: str, endpoint_url: str | None = None) -> str:
 def file_hash(path: Path) -> str:
     """SHA-256 of a local file, remembered until the file changes."""
     stat = path.stat()
+    if stat.st_size <= _SMALL:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     identity = _identity(path, stat)
     known = recall(identity)
     if known is not None:

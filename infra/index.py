@@ -24,8 +24,8 @@ from schemas.errors import StorageError
 INDEXES = "index"
 VERSION = 1
 
-FEW = 2
-"""So few files are read themselves, and their folders listed."""
+FEW, FEW_HERE = 2, 64
+"""So few files, elsewhere and on this machine, are read themselves, and their folders listed."""
 
 WORTH_WRITING = 8
 """The index is written anew where so many files had to be read: until then each costs a request."""
@@ -63,7 +63,7 @@ def index_name(top: str) -> str:
 
 def read_known(storage: Storage, names: Sequence[str]) -> Known:
     """The contents of those of `names` that exist, each in a folder below a top one, and sizes of the files beside."""
-    if len(names) <= FEW:
+    if len(names) <= (FEW_HERE if storage.is_local else FEW):
         contents = storage.read_many(list(names))
         folders = dict.fromkeys(name.rsplit("/", 1)[0] for name in contents)
         sizes = {name: size for folder in folders for name, size in storage.sizes(folder).items()}

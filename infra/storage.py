@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any
 
@@ -258,6 +259,8 @@ class Storage:
 
     def _files(self, prefix: str) -> list[tuple[str, dict[str, Any]]]:
         """Every file under `prefix`, one listing: relative name, and what the filesystem says of it."""
+        if self.is_local:
+            return sorted(_local_files(self.full(prefix), len(self.path) + 1), key=itemgetter(0))
         with self._explained(prefix):
             try:
                 found = self.fs.find(self.full(prefix), detail=True)
@@ -539,10 +542,31 @@ def unsealed(content: bytes, place: str) -> Any:
         raise DamagedError(f"{place} is not valid JSON: it is damaged ({error})", hint=REPAIR) from error
     if isinstance(value, dict):
         # All of it, so that a byte between the values counts too, and one in the name of the checksum.
-        if (_CHECKSUM in value or _has_checksum(value)) and json_bytes(value) != content:
+        if (
+            not _is_as_written(content)
+            and (_CHECKSUM in value or _has_checksum(value))
+            and json_bytes(value) != content
+        ):
             raise DamagedError(f"{place} is damaged: it is not what its checksum says", hint=REPAIR)
         value.pop(_CHECKSUM, None)
     return value
+
+
+_SEAL = re.compile(rb',?\n "checksum": "([0-9a-f]{64})"(,?)')
+"""The checksum's line: a line begins with one space in the outermost object alone, and in no text."""
+
+
+def _is_as_written(content: bytes) -> bool:
+    """Whether stored JSON without its checksum's line is what the checksum says; False may also mean not to know.
+
+    Writing the value again takes a hundred times as long, as its lines keep Python from writing JSON in C.
+    """
+    seal = _SEAL.search(content)
+    if seal is None:
+        return False
+    before = b"," if seal[0].startswith(b",") and seal[2] else b""
+    rest = content[: seal.start()] + before + content[seal.end() :]
+    return hashlib.sha256(rest).hexdigest().encode() == seal[1]
 
 
 def is_sealed(content: bytes) -> bool:
@@ -583,6 +607,21 @@ def put_aside(target: Path) -> Iterator[Path]:
         os.replace(aside, target)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _local_files(folder: str, start: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every file below a folder, its path from `start` on; links are none. Ten times as fast as fsspec's `find`."""
+    left = [folder]
+    while left:
+        # What vanishes meanwhile, or may not be read, is not there.
+        with suppress(OSError), os.scandir(left.pop()) as entries:
+            for entry in entries:
+                with suppress(OSError):
+                    if entry.is_dir(follow_symlinks=False):
+                        left.append(entry.path)
+                    elif entry.is_file(follow_symlinks=False):
+                        stat = entry.stat(follow_symlinks=False)
+                        yield entry.path[start:], {"size": stat.st_size, "mtime": stat.st_mtime}
 
 
 def _abort(file: Any) -> None:

@@ -22,7 +22,7 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     group: tuple(table for room in all_rooms() if room.group == group for table in room.tables)
     for group in dict.fromkeys(room.group for room in all_rooms())
 }
-"""Group of tables, which is made and replaced as one (`infra.duck.Catalog.lineage`), to all tables it may have."""
+"""Group of tables, which is made and replaced as one (`infra.catalog.Catalog.lineage`), to all tables it may have."""
 
 TOGETHER: tuple[tuple[str, tuple[str, ...]], ...] = (
     *((room.group, room.required) for room in all_rooms() if room.required),

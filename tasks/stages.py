@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from infra.duck import Catalog, read_catalog
+from infra.catalog import Catalog, read_catalog
 from infra.progress import Progress, silent
 from infra.storage import Storage
 from schemas.config import Config

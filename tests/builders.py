@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from infra.duck import Catalog
+from infra.catalog import Catalog
 from infra.manifest import MANIFEST, Manifest, commit, content_key, load, manifests_of
 from infra.storage import Storage, StoredFile
 from schemas.config import Config

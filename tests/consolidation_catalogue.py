@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import report_catalogue
 
-from infra.duck import CATALOG, Catalog, read_catalog
+from infra.catalog import Catalog, read_catalog, write_catalog
 from infra.storage import Storage
 from schemas.tables import TABLES
 
@@ -95,7 +95,7 @@ def publish(storage: Storage, made: Made | None = None, *, graph: bool = False) 
         sharded=catalog.sharded,
         lineage=catalog.lineage | {"consolidation": "x"},
     )
-    storage.write_json(CATALOG, published.to_json())
+    write_catalog(storage, published)
     return storage
 
 

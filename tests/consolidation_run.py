@@ -25,7 +25,7 @@ from builders import (
     write_features,
 )
 
-from infra.duck import Catalog
+from infra.catalog import Catalog
 from infra.manifest import Manifest
 from infra.storage import Storage
 from schemas.config import Config, Model

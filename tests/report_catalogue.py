@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from infra.duck import CATALOG, Catalog, ShardFile
+from infra.catalog import Catalog, ShardFile, write_catalog
 from infra.storage import Storage
 from schemas.tables import SHARD_FILES, TABLES
 
@@ -130,7 +130,7 @@ def publish(
     if graph:
         lineage["graph"] = "g"
         coverage, degrees = _write_graph(write, rows, rng)
-    storage.write_json(CATALOG, Catalog(tables=tables, sharded=sharded, lineage=lineage).to_json())
+    write_catalog(storage, Catalog(tables=tables, sharded=sharded, lineage=lineage))
     return Published(storage=storage, tokens=rows, coverage=coverage, degrees=degrees)
 
 

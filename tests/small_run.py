@@ -16,7 +16,7 @@ import pandas as pd
 import pyarrow as pa
 from builders import GivenRun, commit_found, run_of
 
-from infra.duck import Catalog, ShardFile
+from infra.catalog import Catalog, ShardFile
 from infra.manifest import Manifest
 from infra.storage import Storage
 from schemas.config import Config

@@ -14,7 +14,7 @@ import plain
 import pyarrow as pa
 import pytest
 
-from infra.duck import Catalog
+from infra.catalog import Catalog
 from infra.progress import Progress, silent
 from infra.storage import Storage, StoredFile
 from schemas.config import Config

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 from builders import Cut, GivenRun, commit_found, make_config, random_documents, run_of, write_corpus
 
-from infra.duck import Catalog
+from infra.catalog import Catalog
 from infra.manifest import Manifest
 from infra.storage import Storage
 from schemas.config import Config

@@ -23,7 +23,8 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from infra.duck import CATALOG, Catalog, create_views, open_duckdb, read_catalog, telling_damage
+from infra.catalog import CATALOG, Catalog, read_catalog
+from infra.duck import create_views, open_duckdb, telling_damage
 from infra.storage import Storage
 from schemas.config import DuckDb
 from schemas.errors import ConfigError, FunctokError
@@ -125,7 +126,6 @@ class Generation:
         self._made: set[str] = set()
         self._lock = threading.Lock()
         self._database = open_duckdb(storage, resources)
-        self._database.execute("CREATE SCHEMA files")
         add_feature_labels(self._database, storage, catalog)
         own = self._database.execute("SELECT view_name FROM duckdb_views() WHERE NOT internal").fetchall()
         self.tables = frozenset(published) | {name for (name,) in own}
@@ -164,7 +164,6 @@ class Generation:
                     self._database,
                     self.storage,
                     one,
-                    shards_schema="files",
                     large_too=self.storage.is_local,
                 )
                 self._made.add(name)

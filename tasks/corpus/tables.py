@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from infra.addresses import without_credentials
-from infra.duck import Catalog, ShardFile
+from infra.catalog import Catalog, ShardFile
 from infra.manifest import content_key
 from infra.progress import Progress, silent
 from infra.storage import StoredFile

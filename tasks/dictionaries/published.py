@@ -14,7 +14,7 @@ import numpy.typing as npt
 import yaml
 
 from infra import verified
-from infra.duck import Catalog
+from infra.catalog import Catalog, Shards
 from infra.manifest import manifests_of
 from infra.storage import Storage
 from schemas.errors import DictionaryError, StorageError
@@ -28,9 +28,8 @@ def published_dictionaries(storage: Storage, catalog: Catalog) -> dict[int, str]
     The folder may be gone, as nothing reads it once features are there.
     """
     shards = {
-        file.layer: file.name.rpartition("/")[0]
-        for file in reversed(catalog.sharded.get("activations", []))
-        if file.layer is not None
+        layer: name.rpartition("/")[0]
+        for layer, name in Shards.of(catalog.sharded.get("activations", [])).first_of_layers().items()
     }
     manifests = manifests_of(storage, shards.values())
     return {

@@ -9,7 +9,8 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
-from infra.duck import create_views, open_duckdb, read_catalog
+from infra.catalog import Shards, read_catalog
+from infra.duck import create_views, open_duckdb
 from infra.storage import Storage
 from infra.verified import check_files
 from schemas.config import DuckDb
@@ -53,7 +54,10 @@ def write_catalog_file(
         )
     copied = [name for table, name in catalog.tables.items() if table not in LEFT_IN_PLACE]
     copied += [
-        file.name for table, files in catalog.sharded.items() if table not in LEFT_IN_PLACE for file in files
+        name
+        for table, files in catalog.sharded.items()
+        if table not in LEFT_IN_PLACE
+        for name in Shards.of(files).names
     ]
     check_files(storage, copied)
     aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -64,7 +68,7 @@ def write_catalog_file(
             connection.execute(f"ATTACH '{place}' AS made (STORAGE_VERSION '{STORAGE_VERSION}')")
             connection.execute("USE made")
             connection.execute("CREATE SCHEMA data")
-            create_views(connection, storage, catalog, shards_schema="data", checked=False)
+            create_views(connection, storage, catalog, shards_schema="data")
             for table in (*catalog.tables, *catalog.sharded):
                 if table not in LEFT_IN_PLACE:
                     connection.execute(f"CREATE TABLE data.{table} AS SELECT * FROM main.{table}")

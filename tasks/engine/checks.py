@@ -16,7 +16,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from infra.duck import Catalog, create_views, open_duckdb
+from infra.catalog import Catalog, encoded
+from infra.duck import create_views, open_duckdb
 from infra.manifest import content_key
 from infra.storage import Storage
 from schemas.config import Config, DuckDb
@@ -123,7 +124,7 @@ def check_tables(
     tables = {name: file for name, file in catalog.tables.items() if name != "expectations"}
     checked = replace(catalog, tables=tables)
     rows = {name: table.to_pylist() for name, table in given.items()}
-    key = _check_key("tables", catalog=checked.to_json(), **rows)
+    key = _check_key("tables", catalog=encoded(checked)[0], **rows)
     if _passed(storage, "tables", key):
         return
     views = {*checked.tables, *checked.sharded}

@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 import duckdb
 import pyarrow as pa
 
-from infra.duck import CATALOG, Catalog, ShardFile, create_views, open_duckdb, read_catalog, telling_damage
+from infra.catalog import Catalog, ShardFile, read_catalog, write_catalog
+from infra.duck import create_views, open_duckdb, telling_damage
 from infra.manifest import Manifest, commit, content_key, load, load_all
 from infra.progress import Progress, silent
 from infra.storage import Storage, StoredFile
@@ -128,7 +129,7 @@ def publish(storage: Storage, catalog: Catalog) -> None:
     name = f"tables/expectations-{content_key(**parts)}/expectations.parquet"
     ensure_folder(storage, [name], {"group": "expectations"}, lambda: [storage.write_parquet(name, rows)])
     published = replace(catalog, tables={**catalog.tables, "expectations": name})
-    storage.write_json(CATALOG, published.to_json())
+    write_catalog(storage, published)
 
 
 def are_published(run: Run, groups: Sequence[TableGroup]) -> bool:

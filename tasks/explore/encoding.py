@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from infra.duck import Catalog
+from infra.catalog import Catalog
 from infra.manifest import manifests_of
 from infra.storage import Storage
 from schemas.config import Model

@@ -19,7 +19,8 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from infra.duck import Catalog, connect, read_catalog
+from infra.catalog import Catalog, read_catalog
+from infra.duck import connect
 from infra.storage import Storage
 from schemas.errors import DamagedError
 from tasks.dictionaries.published import published_dictionaries

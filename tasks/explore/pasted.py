@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from infra.duck import Catalog
+from infra.catalog import Catalog
 from tasks.dictionaries.published import published_dictionaries
 from tasks.explore.encoding import Encode, Encoded
 from tasks.explore.examples import in_text

@@ -373,7 +373,7 @@ class Asked:
         tables: Names of the tables that are there.
         root: The run's root, as people write it.
         context: What the server knows beside the tables, by name: `storage` (`infra.storage.Storage`) and `catalog`
-            (`infra.duck.Catalog`) of what is shown, and `encode` (`tasks.explore.encoding`) where a model was given.
+            (`infra.catalog.Catalog`) of what is shown, and `encode` (`tasks.explore.encoding`) where a model was given.
     """
 
     connection: Any

@@ -9,7 +9,8 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from infra.duck import Catalog, ShardFile, memory_bytes
+from infra.catalog import Catalog, ShardFile
+from infra.duck import memory_bytes
 from infra.manifest import Manifest, commit, content_key, load, load_all
 from infra.storage import Storage
 from schemas.config import DuckDb

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from infra.duck import Catalog, ShardFile, memory_bytes
+from infra.catalog import Catalog, ShardFile
+from infra.duck import memory_bytes
 from infra.manifest import Manifest, commit, content_key, load, load_all
 from infra.progress import Progress, one_by_one, silent
 from infra.storage import Storage

@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 
 from infra import verified
-from infra.duck import Catalog
+from infra.catalog import Catalog
 from infra.manifest import Manifest, commit, content_key, load
 from infra.storage import StoredFile
 from schemas.errors import ModelError

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from infra import verified
-from infra.duck import Catalog, ShardFile
+from infra.catalog import Catalog, ShardFile
 from infra.progress import Progress, one_by_one, silent
 from infra.storage import Storage, StoredFile
 from schemas.config import Config
@@ -209,16 +209,14 @@ def checked_layers(features: Sequence[FeatureShard], dictionaries: Sequence[Dict
 def _build(run: Run, graph: Tables, advance: Callable[[str], None]) -> None:
     shards, features, storage = run.result(TOKENIZE), run.result(FEATURES), run.storage
     corpus = corpus_group(run.config, shards)
-    inputs = Catalog(
-        tables={**corpus.tables, **graph.tables},
-        sharded={**graph.inputs.sharded, "edges": graph.sharded["edges"]},
-    )
+    sharded = {**graph.inputs.sharded, "edges": graph.sharded["edges"]}
+    inputs = Catalog(tables={**corpus.tables, **graph.tables}, sharded=sharded)
 
     def make() -> Iterator[StoredFile]:
         relations: dict[str, pa.Table] = {}
         if covers_corpus(features, shards):
             # As often as in the corpus: nothing needs to be read of each shard.
-            del inputs.sharded["shard_graph_counts"]
+            del sharded["shard_graph_counts"]
             layers = sorted({feature.layer for feature in features})
             relations["shard_graph_counts"] = _counts_of_corpus(storage, corpus.tables["tokens"], layers)
         dictionaries = run.result(DICTIONARIES)

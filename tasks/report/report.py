@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
-from infra.duck import CATALOG, connect, telling_damage
+from infra.catalog import CATALOG
+from infra.duck import connect, telling_damage
 from infra.manifest import content_key
 from infra.progress import Progress, silent
 from infra.published import REPORT

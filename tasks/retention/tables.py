@@ -8,7 +8,8 @@ from typing import Any
 import pyarrow as pa
 
 from infra import verified
-from infra.duck import Catalog, ShardFile, create_views, open_duckdb
+from infra.catalog import Catalog, ShardFile
+from infra.duck import create_views, open_duckdb
 from infra.progress import Progress, one_by_one, silent
 from infra.storage import StoredFile
 from schemas.config import Config

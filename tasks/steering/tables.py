@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from infra import verified
-from infra.duck import Catalog, ShardFile
+from infra.catalog import Catalog, ShardFile
 from infra.progress import Progress, one_by_one, silent
 from infra.storage import StoredFile
 from schemas.config import Config

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Literal
 
 from infra import storage as storage_module
-from infra.duck import CATALOG, Catalog, read_catalog
+from infra.catalog import CATALOG, Catalog, read_catalog
 from infra.manifest import MANIFEST, asked_for, forget
 from infra.storage import FoundFile, Storage, is_temporary, unsealed
 from infra.verified import read_bytes

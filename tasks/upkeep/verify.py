@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from infra.duck import CATALOG, Catalog
+from infra.catalog import CATALOG, catalog_of
 from infra.manifest import MANIFEST, Manifest, forget, from_json
 from infra.progress import Progress, silent
 from infra.storage import FoundFile, Storage, is_sealed, is_temporary, unsealed
@@ -157,7 +157,7 @@ def _read_small(storage: Storage, root: _Root) -> None:
         if name not in root.small and name not in root.expected:
             root.small.add(name)
             try:
-                _read_json(root, name, contents[name], storage.url(name))
+                _read_json(storage, root, name, contents[name])
             except DamagedError as error:
                 root.damaged[name] = error.message
             if name.endswith(".json") and not is_sealed(contents[name]) and name not in root.damaged:
@@ -168,7 +168,8 @@ def _is_ours(name: str) -> bool:
     return name.endswith((".json", ".json.gz"))
 
 
-def _read_json(root: _Root, name: str, content: bytes, place: str) -> None:
+def _read_json(storage: Storage, root: _Root, name: str, content: bytes) -> None:
+    place = storage.url(name)
     if name.endswith(".gz"):
         try:
             content = gzip.decompress(content)
@@ -179,7 +180,7 @@ def _read_json(root: _Root, name: str, content: bytes, place: str) -> None:
         if name == RECEIPT:
             _expect(root, "", value["files"], value["hashes"])
         if name == CATALOG:
-            gone = [file for file in Catalog.from_json(value).files if file not in root.listing]
+            gone = [file for file in catalog_of(storage, value).files if file not in root.listing]
             if gone:
                 raise DamagedError(f"{place} names {gone[0]}, which is not there")
     except (KeyError, TypeError, AttributeError) as error:
@@ -208,16 +209,18 @@ def _folders(names: Iterable[str]) -> list[str]:
 
 def _made_from(root: _Root, folders: Iterable[str]) -> set[str]:
     """The finished folders whose inputs name one of `folders` or its key, and those made from these."""
-    named = {folder: _named(manifest.inputs) for folder, manifest in root.manifests.items()}
+    naming: dict[str, list[str]] = {}
+    for folder, manifest in root.manifests.items():
+        for text in _named(manifest.inputs):
+            naming.setdefault(text, []).append(folder)
     start = set(folders)
     reached, left = set(start), list(start)
     while left:
         origin = left.pop()
-        keys = {origin, *_KEY.findall(origin.rpartition("/")[2])}
-        for folder in sorted(named.keys() - reached):
-            if keys & named[folder]:
-                reached.add(folder)
-                left.append(folder)
+        for key in (origin, *_KEY.findall(origin.rpartition("/")[2])):
+            new = set(naming.get(key, ())) - reached
+            reached |= new
+            left += new
     return reached - start
 
 

@@ -17,7 +17,7 @@ from distributed import KilledWorker
 from stand_in import TRAINED_TOKENIZER, StandIns, shard_file
 
 from infra.addresses import title_of
-from infra.duck import CATALOG
+from infra.catalog import CATALOG
 from infra.storage import Storage
 from schemas.config import Config, Model
 from schemas.errors import ConfigError, CorpusError, ExpectationError, FunctokError, StorageError

@@ -10,8 +10,8 @@ import pytest
 import tiny
 from builders import make_config
 
+from infra.catalog import CATALOG, read_catalog
 from infra.config_file import load_config
-from infra.duck import CATALOG, read_catalog
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.errors import ConfigError, DictionaryError, FunctokError

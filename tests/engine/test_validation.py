@@ -23,7 +23,7 @@ from builders import (
 from s3 import S3Root
 from small_run import SmallRun, resize, small_run
 
-from infra.duck import Catalog, read_catalog
+from infra.catalog import Catalog, read_catalog
 from infra.manifest import Manifest
 from infra.storage import Storage
 from schemas.errors import ExpectationError, StorageError

@@ -13,7 +13,8 @@ from builders import commit_found
 from small_run import SmallRun, small_run, summary_of
 
 from functok.explorer.app import all_brought
-from infra.duck import CATALOG, Catalog, ShardFile, connect, read_catalog
+from infra.catalog import Catalog, ShardFile, read_catalog, write_catalog
+from infra.duck import connect
 from infra.manifest import Manifest
 from infra.storage import Storage
 from schemas.tables import SHARD_FILES
@@ -105,7 +106,7 @@ def publish(storage: Storage, run: SmallRun | None = None, **others: pd.DataFram
         tables[name] = f"tables/{name}.parquet"
         storage.write_parquet(tables[name], pa.Table.from_pandas(frame, preserve_index=False))
     catalog = replace(catalog, tables=tables)
-    storage.write_json(CATALOG, catalog.to_json())
+    write_catalog(storage, catalog)
     return catalog
 
 
@@ -150,5 +151,5 @@ def publish_losses(storage: Storage, catalog: Catalog, run: SmallRun, losses: An
             files.append(ShardFile(name=name, doc_offset=shard.doc_offset, model="m", step=step))
         done += len(rows)
     catalog = replace(catalog, sharded={**catalog.sharded, "token_losses": files})
-    storage.write_json(CATALOG, catalog.to_json())
+    write_catalog(storage, catalog)
     return catalog

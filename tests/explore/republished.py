@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from small_run import small_run
 
-from infra.duck import CATALOG
+from infra.catalog import write_catalog
 from infra.storage import Storage
 
 
@@ -25,8 +27,13 @@ class Roots:
         folder = f"run{self._published}"
         self._published += 1
         place = Storage(self.storage.url(folder), self.storage.endpoint_url)
-        catalog = small_run(self._published).write(place).to_json()
-        catalog["tables"] = {table: f"{folder}/{name}" for table, name in catalog["tables"].items()}
-        for columns in catalog["sharded"].values():
-            columns["name"] = [f"{folder}/{name}" for name in columns["name"]]
-        self.storage.write_json(CATALOG, catalog)
+        catalog = small_run(self._published).write(place)
+        moved = replace(
+            catalog,
+            tables={table: f"{folder}/{name}" for table, name in catalog.tables.items()},
+            sharded={
+                table: [replace(file, name=f"{folder}/{file.name}") for file in files]
+                for table, files in catalog.sharded.items()
+            },
+        )
+        write_catalog(self.storage, moved)

@@ -17,8 +17,9 @@ from steering_catalogue import Made
 
 from functok.explorer.app import build_app
 from functok.explorer.experiments import INDEX
+from infra.catalog import Catalog
 from infra.config_file import load_config
-from infra.duck import Catalog, connect, create_views
+from infra.duck import connect, create_views
 from infra.storage import Storage
 from schemas.experiments import asked_for, experiment_rooms
 from schemas.room import Room

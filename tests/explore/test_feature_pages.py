@@ -15,7 +15,7 @@ from explored import activations, again, asked, feature_tables, occurrences, pub
 from safetensors.torch import save_file
 from small_run import D_SAE, SmallRun, small_run
 
-from infra.duck import CATALOG
+from infra.catalog import write_catalog
 from infra.storage import Storage
 from tasks.dictionaries.published import neuronpedia_address
 from tasks.explore.examples import AFTER, BEFORE
@@ -314,7 +314,7 @@ def test_empty_states_teach(run: SmallRun, tmp_path: Path) -> None:
             tables={name: file for name, file in catalog.tables.items() if name not in left_out},
             sharded={name: files for name, files in catalog.sharded.items() if name not in left_out},
         )
-        storage.write_json(CATALOG, kept.to_json())
+        write_catalog(storage, kept)
         return asked(storage)
 
     counted = republish("feature_degree", "graph_summary", "activations", *feature_tables(run))

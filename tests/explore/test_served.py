@@ -21,7 +21,7 @@ from starlette.testclient import TestClient
 from functok.explorer import app as explorer_app
 from functok.explorer.app import build_app
 from functok.explorer.tables import Tables
-from infra.duck import CATALOG
+from infra.catalog import CATALOG, write_catalog
 from infra.storage import Storage
 from tasks.explore.vocabulary import Asked, Page, PageAt, Query
 
@@ -32,7 +32,7 @@ TOKEN = "a-token-of-this-start"
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     storage = Storage(str(tmp_path_factory.mktemp("root")))
-    storage.write_json(CATALOG, small_run().write(storage).to_json())
+    write_catalog(storage, small_run().write(storage))
     return storage
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ from small_run import SmallRun, small_run
 from test_feature_pages import HOSTILE, every, grid
 from tiny import save_model, save_sae, texts, write_jsonl
 
+from infra.catalog import read_catalog, write_catalog
 from infra.config_file import load_config
-from infra.duck import CATALOG, read_catalog
 from infra.storage import Storage
 from schemas.errors import ConfigError
 from tasks.explore import text as text_pages
@@ -159,9 +160,7 @@ def test_what_is_not_there_is_said(page: Asked, run: SmallRun, tmp_path: Path) -
     storage = Storage(str(tmp_path))
     kept = publish(storage, run)
     without = {name: files for name, files in kept.sharded.items() if name != "occurrences"}
-    storage.write_json(
-        CATALOG, {**kept.to_json(), "sharded": {n: kept.to_json()["sharded"][n] for n in without}}
-    )
+    write_catalog(storage, replace(kept, sharded=without))
     assert "keep_occurrences" in every(text(asked(storage, {"doc_id": 0})), Missing)[0].way
     assert every(documents(asked(storage)), Grid)
 

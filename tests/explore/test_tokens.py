@@ -14,7 +14,8 @@ from explored import publish
 from page_reading import built, cells, grid, of, rows
 from small_run import D_SAE, M, SmallRun, small_run
 
-from infra.duck import connect, read_catalog
+from infra.catalog import read_catalog
+from infra.duck import connect
 from infra.storage import Storage
 from tasks.explore import search, tokens
 from tasks.explore.contexts import WIDTH, Place

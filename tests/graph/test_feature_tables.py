@@ -28,7 +28,8 @@ from builders import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infra.duck import Catalog, ShardFile, connect, read_catalog
+from infra.catalog import Catalog, ShardFile, read_catalog
+from infra.duck import connect
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.graph.feature_tables import TABLES

@@ -12,7 +12,8 @@ import tiny
 import torch
 from plain import run_plain
 
-from infra.duck import connect, read_catalog
+from infra.catalog import read_catalog
+from infra.duck import connect
 from infra.storage import Storage
 from schemas.config import Config, Model
 from schemas.errors import ModelError

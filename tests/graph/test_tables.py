@@ -34,7 +34,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from s3 import S3Root
 
-from infra.duck import Catalog, ShardFile, connect, create_views, memory_bytes, open_duckdb, read_catalog
+from infra.catalog import Catalog, ShardFile, read_catalog
+from infra.duck import connect, create_views, memory_bytes, open_duckdb
 from infra.manifest import load
 from infra.storage import Storage
 from schemas.config import Config, DuckDb

@@ -8,7 +8,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from infra.duck import Catalog, ShardFile, create_views, open_duckdb, telling_damage
+from infra.catalog import Catalog, ShardFile
+from infra.duck import create_views, open_duckdb, telling_damage
 from infra.manifest import Manifest, commit
 from infra.storage import Storage
 from schemas.errors import DamagedError

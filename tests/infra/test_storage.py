@@ -20,7 +20,8 @@ import pytest
 from s3 import BUCKET, S3Root, Server, free_port
 from s3_proxy import Faults, Proxy
 
-from infra.duck import Catalog, ShardFile, create_views, open_duckdb, view_of_shards
+from infra.catalog import Catalog, ShardFile
+from infra.duck import create_views, open_duckdb, view_of_shards
 from infra.remote_reading import AT_LEAST, WHOLE, FileEnds, RemoteFile
 from infra.storage import Storage, StoredFile
 from schemas.errors import ConfigError, StorageError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,8 @@ from consolidation_run import (
     function_tokens,
 )
 
-from infra.duck import Catalog, ShardFile, connect, create_views, open_duckdb, read_catalog
+from infra.catalog import Catalog, read_catalog
+from infra.duck import connect, create_views, open_duckdb
 from infra.storage import Storage
 from schemas.config import Config, DuckDb
 from schemas.pretraining.section import losses_of
@@ -537,24 +537,6 @@ def test_tables_are_found_where_they_are_current(storage: Storage) -> None:
     assert not are_found(whole)
     publish(storage, built(whole))
     assert are_found(whole)
-
-
-def test_catalogues_are_read_back_and_older_ones_too() -> None:
-    catalog = Catalog(
-        tables={"tokens": "t.parquet"},
-        sharded={
-            "token_losses": [ShardFile(name="a", doc_offset=3, model="small", step=10)],
-            "activations": [ShardFile(name="b", layer=7, source="s")],
-        },
-        lineage={"corpus": "c"},
-    )
-    assert Catalog.from_json(json.loads(json.dumps(catalog.to_json()))) == catalog
-    older = {
-        "tables": {},
-        "sharded": {"edges": {"name": ["e"], "doc_offset": [0], "source": [""], "layer": [4]}},
-        "lineage": {},
-    }
-    assert Catalog.from_json(older).sharded == {"edges": [ShardFile(name="e", layer=4)]}
 
 
 def test_the_catalogue_file_has_the_tables(made: Made, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from builders import commit_again, commit_found, run_of
 from consolidation_run import PUBLIC, WINDOW, ConsolidationRun, built, consolidation_run
 
-from infra.duck import Catalog
+from infra.catalog import Catalog
 from infra.manifest import Manifest
 from infra.storage import Storage
 from schemas.errors import ExpectationError, StorageError

@@ -17,7 +17,8 @@ import steering_catalogue
 from builders import make_config, run_of
 from steering_catalogue import LAYERS, RESAMPLES, Made, SteeringRun, steering_run
 
-from infra.duck import CATALOG, Catalog, ShardFile, connect, open_duckdb, read_catalog
+from infra.catalog import Catalog, ShardFile, read_catalog, write_catalog
+from infra.duck import connect, open_duckdb
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.errors import ExpectationError
@@ -424,7 +425,7 @@ def test_the_group_goes_with_its_corpus_and_stays_beside_the_others(tmp_path: Pa
         lineage=published.lineage | {"novel": "n"},
         about=published.about | {"novel": published.about["steering"]},
     )
-    storage.write_json(CATALOG, unknown.to_json())
+    write_catalog(storage, unknown)
     kept, gone = with_corpus(made, storage, made.config), with_corpus(made, storage, other)
     assert (kept.tables["novelties"], kept.lineage["novel"]) == ("n.parquet", "n")
     assert "novelties" not in gone.tables

@@ -16,8 +16,9 @@ from s3 import BUCKET, S3Root
 
 from functok.cli import main
 from infra import storage as storage_module
+from infra.catalog import CATALOG, read_catalog
 from infra.config_file import load_config
-from infra.duck import CATALOG, connect, read_catalog
+from infra.duck import connect
 from infra.manifest import Manifest, commit
 from infra.storage import Storage
 from schemas.config import Config

@@ -16,8 +16,9 @@ from s3 import S3Root
 from functok.cli import main
 from infra import storage as storage_module
 from infra import verified
+from infra.catalog import CATALOG, Catalog, read_catalog, write_catalog
 from infra.config_file import load_config
-from infra.duck import CATALOG, Catalog, connect, read_catalog, telling_damage
+from infra.duck import connect, telling_damage
 from infra.manifest import MANIFEST, Manifest, commit
 from infra.storage import Storage
 from schemas.config import Config
@@ -258,7 +259,7 @@ def test_what_duckdb_reads_whole_from_s3_is_hashed_as_it_is_read(moto_root: S3Ro
     name = "tables/k/tokens.parquet"
     written = storage.write_parquet(name, pa.table({"token_id": range(1000)}), compression="none")
     commit(storage, "tables/k", Manifest(stage="tables", inputs={}), [written])
-    storage.write_json(CATALOG, Catalog(tables={"tokens": name}).to_json())
+    write_catalog(storage, Catalog(tables={"tokens": name}))
     query = "SELECT sum(token_id) FROM tokens"
     with connect(storage) as connection:
         assert connection.execute(query).fetchone() == (499500,)
