@@ -61,6 +61,9 @@ PAGE_SECONDS = 30.0
 OURS = frozenset({"save", "download", "format", "chart"})
 """Values of an address that say how a page is given, not what is on it."""
 
+STATUS: Mapping[type[FunctokError], int] = {NotThere: 404, Refused: 400, Stopped: 503}
+"""Of answers that say why there is no other; 500 of all else."""
+
 LONGEST_FORM = 1 << 20
 """Bytes of what a form sends, at most."""
 
@@ -141,7 +144,7 @@ class Explorer:
 
     def said(self, request: Request, error: FunctokError) -> Response:
         """A page that says what is wrong."""
-        status = {NotThere: 404, Refused: 400, Stopped: 503}.get(type(error), 500)
+        status = STATUS.get(type(error), 500)
         panels = [Missing(what=error.message, way=error.hint)]
         page = Page(title="Not here" if status == 404 else "This cannot be shown", panels=panels)
         at = Address(request.url.path)
@@ -508,16 +511,18 @@ def _console_page(
     explorer: Explorer, request: Request, reader: Reader, typed: console.Typed, runs: bool
 ) -> Response:
     at, said, result = _at(request), None, None
+    # Before the query: one that takes too long leaves its reader stopped.
+    tables = console.columns_at_hand(reader)
+    panels: Sequence[Any] = []
     if runs:
         try:
-            result = console.result(reader, typed)
+            with console.refusing():
+                result = console.result(reader, typed)
+                if "chart" in request.query_params:
+                    return _chart(result.panels, request.query_params["chart"])
+                panels = drawing.drawn(reader, result.panels, at, is_saved="save" in request.query_params)
         except (Refused, Stopped) as error:
-            said = error
-    if result is not None and "chart" in request.query_params:
-        return _chart(result.panels, request.query_params["chart"])
-    panels: Sequence[Any] = []
-    if result is not None:
-        panels = drawing.drawn(reader, result.panels, at, is_saved="save" in request.query_params)
+            said, result, panels = error, None, []
     text = drawing.html(
         "console.html.j2",
         explorer.frame(request, reader.generation.name),
@@ -527,11 +532,13 @@ def _console_page(
         panels=panels,
         said=said,
         limits=console.limits(typed),
-        tables=console.columns_at_hand(reader),
+        tables=tables,
         has_charts=any(one.kind == "Figure" for one in panels),
     )
     return HTMLResponse(
-        text, 400 if said else 200, headers=_saved("SQL") if "save" in request.query_params else None
+        text,
+        200 if said is None else STATUS[type(said)],
+        headers=_saved("SQL") if "save" in request.query_params else None,
     )
 
 

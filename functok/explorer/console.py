@@ -199,7 +199,7 @@ def result(reader: Reader, typed: Typed) -> Result:
         Refused: if it is no SELECT, or DuckDB refuses it.
     """
     sql = selected(typed.sql, reader.tables)
-    with _refusing():
+    with refusing():
         if typed.explains:
             found = reader.execute(f"EXPLAIN {sql}").fetchall()
             return Result(panels=[], plan="\n".join(str(text) for _, text in found))
@@ -221,7 +221,7 @@ def grid(reader: Reader, sql: str, typed: Typed, *, is_whole: bool = False) -> G
     Raises:
         Refused: if DuckDB refuses the SQL.
     """
-    with _refusing():
+    with refusing():
         kinds = _kinds(reader, sql)
     limited = f"SELECT * FROM (\n{sql}\n) LIMIT {typed.rows}"
     return Grid(
@@ -236,8 +236,12 @@ def grid(reader: Reader, sql: str, typed: Typed, *, is_whole: bool = False) -> G
 
 
 @contextmanager
-def _refusing() -> Iterator[None]:
-    """Say what DuckDB says of somebody's SQL."""
+def refusing() -> Iterator[None]:
+    """Say what DuckDB says of somebody's SQL.
+
+    Raises:
+        Refused: for what DuckDB raises, but an interruption.
+    """
     try:
         yield
     except duckdb.InterruptException:

@@ -323,6 +323,8 @@ def test_the_console_runs_a_select(client: TestClient, storage: Storage) -> None
         ("SELECT write_log('a')", "write_log()"),
         ("SELECT 1) AS a, (SELECT 2", "no SQL"),
         ("SELECT getenv('AWS_SECRET_ACCESS_KEY')", "getenv"),
+        ("SELECT token::INT FROM tokens", "Conversion Error"),
+        ("SELECT error('as asked for')", "as asked for"),
     ],
 )
 def test_the_console_does_nothing_else(client: TestClient, storage: Storage, sql: str, named: str) -> None:
@@ -330,6 +332,7 @@ def test_the_console_does_nothing_else(client: TestClient, storage: Storage, sql
     answer = client.get("/sql", params={"q": sql.format(root=storage.root)})
     assert answer.status_code == (400 if sql else 200)
     assert named in answer.text
+    assert 'id="sql"' in answer.text
     assert "<tbody>" not in answer.text
     assert sorted(Path(storage.root).rglob("*")) == before
 
@@ -349,7 +352,9 @@ def test_a_query_ends_with_its_time(client: TestClient) -> None:
     begun = time.monotonic()
     answer = client.get("/sql", params={"q": SLOW, "seconds": "1"})
     assert time.monotonic() - begun < 10
+    assert answer.status_code == 503
     assert "longer than 1 s" in answer.text
+    assert f">{SLOW}</textarea>" in answer.text
 
 
 @pytest.mark.slow
