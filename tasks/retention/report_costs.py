@@ -29,6 +29,14 @@ from tasks.retention.looks import (
 BUCKETS = ("function→function", "function→content", "content→function", "content→content")
 ALL = "all tokens"
 
+_MARGINS = """SELECT * FROM retention_margins
+UNION ALL BY NAME
+SELECT policy, budget, protocol, length, n_tokens AS n, ln(perplexity_ratio) AS delta_nll,
+    ln(perplexity_ratio_low) AS delta_nll_low, ln(perplexity_ratio_high) AS delta_nll_high
+FROM retention
+ORDER BY length, protocol, budget, bucket NULLS FIRST, position_from NULLS FIRST"""
+"""The margin that is over all tokens is what perplexity rises by: `retention` has it."""
+
 
 def frontier_rows(connection: Any) -> list[Row]:
     """A row a policy, budget, protocol and length, policies in their order."""
@@ -274,13 +282,8 @@ def layers_table(found: Sequence[Row]) -> Table:
 
 
 def margin_rows(connection: Any) -> list[Row]:
-    """Loss above the full run's, by token group over all positions, and by position over all groups."""
-    return in_order(
-        rows(
-            connection,
-            "SELECT * FROM retention_margins ORDER BY length, protocol, budget, bucket, position_from",
-        )
-    )
+    """Loss above the full run's: of all tokens, by token group over all positions, and by position over all groups."""
+    return in_order(rows(connection, _MARGINS))
 
 
 def losses(connection: Any, at: Place | None = None) -> Section:

@@ -232,7 +232,8 @@ def _add_losses(found: dict[str, list[Row]], setup: Row, loss: float) -> None:
                 "delta_nll_low": 0.8 * delta,
                 "delta_nll_high": 1.2 * delta,
             }
-            found["retention_margins" if bucket is None or first is None else "retention_losses"].append(row)
+            if bucket is not None or first is not None:  # the margin of both is what `retention` tells
+                found["retention_losses" if bucket and first is not None else "retention_margins"].append(row)
 
 
 def _add_speed(found: list[Row], made: Made) -> None:

@@ -15,6 +15,7 @@ from tasks.report import charts
 from tasks.report.vocabulary import Estimate, Finding, Section
 from tasks.retention import claims, report
 from tasks.retention.looks import policy_key, without_far
+from tasks.retention.report_costs import losses
 from tasks.retention.report_tokens import half_way, survival_rows
 
 BEST = {"str": 0.5, "cmp": 0.5}
@@ -95,6 +96,18 @@ def test_without_any_difference_hardly_a_claim_is_refuted() -> None:
         )
     # 30 claims of 15 to 30 comparisons each: 95 % intervals alone refute about every third.
     assert refuted <= 2
+
+
+def test_the_loss_of_all_tokens_stands_beside_that_of_the_groups() -> None:
+    connection = retention_catalogue.connection(made())
+    section = losses(connection)
+    (table,) = section.tables
+    told = {(row["policy"], row["budget"]): row["all tokens"] for row in table.rows}
+    for policy, budget, ratio in connection.execute(
+        "SELECT policy, budget, perplexity_ratio FROM retention WHERE policy <> 'full'"
+    ).fetchall():
+        assert told[policy, budget] == pytest.approx(math.log(ratio))
+    assert "str all tokens 0." in section.charts[0].alt
 
 
 def test_baselines_of_other_bytes_are_not_compared() -> None:
