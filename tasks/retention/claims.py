@@ -195,8 +195,10 @@ class Judged:
 
     @property
     def hardest(self) -> Compared:
-        """The one whose difference is smallest."""
-        return min(self.compared, key=lambda one: one.difference.value)
+        """The one that the verdict rests on: of those that refute, or else leave it open, the smallest difference."""
+        decides = ("below", "unclear", "above")
+        among = len(self.compared)
+        return min(self.compared, key=lambda one: (decides.index(one.sign(among)), one.difference.value))
 
     @property
     def verdict(self) -> Verdict:

@@ -84,6 +84,20 @@ def test_one_better_baseline_at_one_budget_is_enough_to_refute() -> None:
     assert "(tova) at a budget of 12.5 %" in finding(run, "Survival: str").text
 
 
+def test_a_row_shows_the_comparison_that_its_verdict_rests_on() -> None:
+    """The smallest difference may be clear, and a larger one not: then that one is why nothing is decided."""
+
+    def compared(other: str, value: float, width: float) -> claims.Compared:
+        difference = Estimate(value=value, low=value - width, high=value + width)
+        return claims.Compared(other=other, own=0.0, others=value, difference=difference, chance=0.3)
+
+    clear, unclear = compared("clear", 0.1, 0.01), compared("unclear", 0.2, 0.5)
+    judged = claims.Judged(
+        claim="", measure="", policy="str", budget=0.25, length=2048, compared=[clear, unclear]
+    )
+    assert (judged.verdict, judged.hardest.other) == ("undecided", "unclear")
+
+
 @pytest.mark.slow
 def test_without_any_difference_hardly_a_claim_is_refuted() -> None:
     refuted = 0
