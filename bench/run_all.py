@@ -27,6 +27,7 @@ BENCHES = (
     "tables",
     "explore",
     "readers",
+    "shards",
     "s3",
     "retention_peer",
 )

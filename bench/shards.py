@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +128,18 @@ def _write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-def timed(command: Sequence[str], environment: Mapping[str, str]) -> tuple[float, float, str]:
-    """Seconds and peak memory (GB) of a process, and what it prints.
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """A process: its seconds on the clock and of CPU, its peak memory in GB, and what it printed."""
+
+    seconds: float
+    cpu: float
+    memory: float
+    told: str
+
+
+def timed(command: Sequence[str], environment: Mapping[str, str]) -> Timed:
+    """Run a process.
 
     Raises:
         SystemExit: if it fails.
@@ -141,7 +151,12 @@ def timed(command: Sequence[str], environment: Mapping[str, str]) -> tuple[float
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{' '.join(command)} failed: {told}")
-    return time.perf_counter() - started, usage.ru_maxrss * 1024 / 1e9, told
+    return Timed(
+        seconds=time.perf_counter() - started,
+        cpu=usage.ru_utime + usage.ru_stime,
+        memory=usage.ru_maxrss * 1024 / 1e9,
+        told=told,
+    )
 
 
 def measure(folder: Path, n_shards: int, per_file: int, rounds: int) -> dict[str, Any]:
@@ -152,8 +167,7 @@ def measure(folder: Path, n_shards: int, per_file: int, rounds: int) -> dict[str
         say(f"{n_shards} shards: making them")
         command = [sys.executable, "-m", "bench.shards", "--make", str(folder)]
         command += ["--shards", str(n_shards), "--per-file", str(per_file)]
-        seconds, memory, told = timed(command, environment)
-        made.write_text(json.dumps({**json.loads(told), "all": seconds, "peak_memory_gb": memory}))
+        made.write_text(timed(command, environment).told)
     fields = {"root": str(folder / "run"), "config": str(folder / "bench.toml"), "last": str(n_shards - 1)}
     found: dict[str, Any] = {
         "made": json.loads(made.read_text()),
@@ -163,13 +177,14 @@ def measure(folder: Path, n_shards: int, per_file: int, rounds: int) -> dict[str
         command = [sys.executable, "-m", "functok", *(word.format(**fields) for word in words)]
         once, *rest = (timed(command, environment) for _ in range(rounds + 1))
         found[what] = {
-            "first_seconds": round(once[0], 2),
-            "seconds": spread([seconds for seconds, _, _ in rest]),
-            "peak_memory_gb": round(max(memory for _, memory, _ in (once, *rest)), 3),
+            "first_seconds": round(once.seconds, 2),
+            "seconds": spread([one.seconds for one in rest]),
+            "cpu_seconds": spread([one.cpu for one in rest]),
+            "peak_memory_gb": round(max(one.memory for one in (once, *rest)), 3),
         }
         say(f"{n_shards} shards, {what}: {found[what]}")
-        if what == "status" and "the published tables are current" not in once[2]:
-            raise SystemExit(f"the run is not finished:\n{once[2]}")
+        if what == "status" and "the published tables are current" not in once.told:
+            raise SystemExit(f"the run is not finished:\n{once.told}")
     return found
 
 

@@ -50,6 +50,8 @@ def title_of(config: Config) -> str:
 
 def without_credentials(url: str) -> str:
     """A URL, chained or not, without `user:password@` and without a query, which may be a signature."""
+    if not any(sign in url for sign in "@?#"):
+        return url
     links = []
     for link in url.split("::"):
         bare = re.sub(r"^((?!github:)[A-Za-z][\w+.-]*://)[^/]*@", r"\1", link)
