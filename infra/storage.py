@@ -610,7 +610,14 @@ def put_aside(target: Path) -> Iterator[Path]:
 
 
 def _local_files(folder: str, start: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every file below a folder, its path from `start` on; links are none. Ten times as fast as fsspec's `find`."""
+    """Every file below a folder, or the file of that name, its path from `start` on; links below it are none.
+
+    It is fsspec's `find`, which takes several times as long.
+    """
+    if os.path.isfile(folder):
+        stat = os.stat(folder)
+        yield folder[start:], {"size": stat.st_size, "mtime": stat.st_mtime}
+        return
     left = [folder]
     while left:
         # What vanishes meanwhile, or may not be read, is not there.

@@ -17,14 +17,16 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from s3 import BUCKET, S3Root, Server, free_port
 from s3_proxy import Faults, Proxy
 
 from infra.catalog import Catalog, ShardFile
 from infra.duck import create_views, open_duckdb, view_of_shards
 from infra.remote_reading import AT_LEAST, WHOLE, FileEnds, RemoteFile
-from infra.storage import Storage, StoredFile
-from schemas.errors import ConfigError, StorageError
+from infra.storage import Storage, StoredFile, json_bytes, unsealed
+from schemas.errors import ConfigError, DamagedError, StorageError
 
 NAMES = [
     "plain.txt",
@@ -602,3 +604,52 @@ def test_ends_of_files_are_kept_up_to_a_bound() -> None:
     assert asked == ["/ends/a", "/ends/b", "/ends/c", "/ends/b"]
     assert [ends.size(f"/ends/{name}") for name in "abc"] == [100, 100, 100]
     assert len(asked) == 4
+
+
+def test_a_disk_is_listed_as_fsspec_lists_it(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path / "root"))
+    assert storage.listing() == {}
+    for name in ("a", "b/c", "b/layer=7/d [1]*?", "b/.e.01234567.tmp", "ü/日本/f"):
+        storage.write_bytes(name, name.encode())
+    (tmp_path / "root/empty").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/g").write_bytes(b"1")
+    (tmp_path / "root/b/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root/b/link").symlink_to(tmp_path / "root/a")
+    (tmp_path / "root/b/dangling").symlink_to(tmp_path / "nowhere")
+    for prefix in ("", "b", "b/layer=7", "empty", "a", "nowhere"):
+        found = storage.fs.find(storage.full(prefix), detail=True)
+        obvious = {
+            path.removeprefix(f"{storage.path}/"): (info["size"], info["mtime"])
+            for path, info in found.items()
+            if info.get("type") == "file"
+        }
+        listed = {name: (file.size, file.modified) for name, file in storage.listing(prefix).items()}
+        assert (listed, list(listed)) == (obvious, list(obvious)), prefix
+    link = tmp_path / "linked-root"
+    link.symlink_to(tmp_path / "root")
+    assert Storage(str(link)).sizes() == storage.sizes()
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8) | st.just('\n "checksum": "x"'),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["a", "checks", "checksum ", "z", "é"]), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+@given(
+    value=st.dictionaries(st.sampled_from(["a", "b", "checksums", "z"]), json_values, max_size=4),
+    data=st.data(),
+)
+def test_stored_json_is_what_was_written_or_refused(value: dict[str, Any], data: st.DataObject) -> None:
+    content = json_bytes(value)
+    assert unsealed(content, "x.json") == value
+    place, bit = data.draw(st.integers(0, len(content) - 1)), data.draw(st.integers(0, 7))
+    flipped = bytearray(content)
+    flipped[place] ^= 1 << bit
+    with pytest.raises(DamagedError):
+        unsealed(bytes(flipped), "x.json")
