@@ -21,6 +21,7 @@ BENCHES = (
     "tokenization",
     "extraction",
     "peers",
+    "encoding",
     "losses",
     "training",
     "overhead",

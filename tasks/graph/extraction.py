@@ -24,7 +24,7 @@ from schemas.errors import ModelError
 from schemas.work import Dictionary, GraphShard
 from tasks.corpus.windows import Batch, ShardTokens, read_shard_tokens
 from tasks.dictionaries.dictionaries import load_dictionary
-from tasks.dictionaries.encoding import Encoder
+from tasks.dictionaries.encoding import Encoder, Way
 from tasks.dictionaries.residuals import ResidualShard, rows_of_tokens, shard_batches, with_padding_for
 from tasks.models.devices import choose_device
 from tasks.models.model import LoadedModel, check_windows, load_model, require_key
@@ -39,11 +39,13 @@ class LayerFeatures:
         token: (n,) index into the part's tokens.
         feature: (n,) latent.
         value: (n,) activation, above 0.
+        way: How they were found (`Encoder.way`), which changes none of them.
     """
 
     token: npt.NDArray[np.int64]
     feature: npt.NDArray[np.int32]
     value: npt.NDArray[np.float32]
+    way: Way
 
 
 def compute_features(
@@ -98,6 +100,7 @@ def compute_features(
                 token=kept[sparse.row.cpu().numpy()],
                 feature=sparse.feature.to(torch.int32).cpu().numpy(),
                 value=sparse.value.cpu().numpy(),
+                way=encoders[layer].way,
             )
         )
 
@@ -124,7 +127,7 @@ def compute_features(
                 encode(layer, hidden[mask], kept)
 
             model.forward(torch.from_numpy(batch.input_ids), to_run, receive)
-    return tokens, {layer: _in_order(gathered.pop(layer)) for layer in layers}
+    return tokens, {layer: _in_order(gathered.pop(layer), encoders[layer].way) for layer in layers}
 
 
 def _from_disk(
@@ -141,10 +144,10 @@ def _from_disk(
         yield residuals[torch.from_numpy(row_of_token[kept])], kept
 
 
-def _in_order(pieces: Sequence[LayerFeatures]) -> LayerFeatures:
+def _in_order(pieces: Sequence[LayerFeatures], way: Way) -> LayerFeatures:
     if not pieces:
         return LayerFeatures(
-            token=np.empty(0, np.int64), feature=np.empty(0, np.int32), value=np.empty(0, np.float32)
+            token=np.empty(0, np.int64), feature=np.empty(0, np.int32), value=np.empty(0, np.float32), way=way
         )
     token = np.concatenate([piece.token for piece in pieces])
     # Stable: a token's features already ascend.
@@ -153,6 +156,7 @@ def _in_order(pieces: Sequence[LayerFeatures]) -> LayerFeatures:
         token=token[order],
         feature=np.concatenate([piece.feature for piece in pieces])[order],
         value=np.concatenate([piece.value for piece in pieces])[order],
+        way=way,
     )
 
 

@@ -40,7 +40,7 @@ from tasks.graph.extraction import LayerFeatures, compute_features, forget_loade
 from tasks.models.devices import device_client, settle
 from tasks.models.model import model_key
 
-VERSION = 1
+VERSION = 2
 _ROWS_PER_GROUP = 1 << 20
 # On the demo's shards of 16,384 tokens byte streams take 3.56 bytes a non-zero and 1.43 an edge; with
 # feature_id delta-packed, which Parquet readers before 2025 know too, it is 3.87 and 1.66.
@@ -307,6 +307,7 @@ def _write_layer(
         "n_activations": len(features.value),
         "n_edges": edges.num_rows,
         "n_tokens": unit.part.n_tokens,
+        "encoded_by": features.way,
         "max_activation": float(values.max()) if len(values) else None,
         **asked,
     }

@@ -41,7 +41,7 @@ from tasks.models.language_model import LanguageModel
 from tasks.pretraining.loading import open_checkpoint
 from tasks.pretraining.predictions import UNITS_PER_NAT, loss_units
 
-VERSION = 1
+VERSION = 2
 
 _LEAST_TO_RECOVER = 1e-3
 """Nats by which zeros must be worse than the residual stream before a share of that says anything."""

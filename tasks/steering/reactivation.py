@@ -39,7 +39,7 @@ from tasks.steering.prompt_features import (
 )
 from tasks.steering.prompts import Prompt, tokenized
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -30,7 +30,7 @@ from tasks.steering.contrasts import contrasted, given
 from tasks.steering.prompt_features import LayerUnit, Readers, layer_folders, residuals_of
 from tasks.steering.prompts import Prompt, last_function_position, tokenized
 
-VERSION = 1
+VERSION = 2
 KEPT = 64
 """Strongest features of a layer that are kept, or `steering.features` where that is more."""
 

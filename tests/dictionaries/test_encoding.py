@@ -1,4 +1,4 @@
-"""The fused encoder against `sae.encode`, and windows against the obvious way to cut them."""
+"""The encoder against `sae.encode`, and windows against the obvious way to cut them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tasks.dictionaries.encoding import Encoder
 from tasks.graph.features import count_edges, round_mantissa
 
 CPU = torch.device("cpu")
-FUSED = [
+SETTLED = [
     ("standard", {}),
     ("standard", {"apply_b_dec_to_input": False}),
     ("jumprelu", {}),
@@ -32,7 +32,7 @@ def dense(sparse: encoding.Sparse, shape: torch.Size) -> torch.Tensor:
     return result
 
 
-@pytest.mark.parametrize(("architecture", "config"), [*FUSED, ("gated", {})])
+@pytest.mark.parametrize(("architecture", "config"), [*SETTLED, ("gated", {})])
 def test_encoder_gives_what_sae_encode_gives(
     architecture: str, config: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -41,9 +41,9 @@ def test_encoder_gives_what_sae_encode_gives(
     expected = sae.encode(x)
     expected = expected.to_dense() if expected.is_sparse else expected
     # Several chunks of rows, the last one short.
-    monkeypatch.setattr(encoding, "_DENSE_ENTRIES", 160 * 97)
+    monkeypatch.setattr(encoding, "DENSE_ENTRIES", 160 * 97)
     encoder = Encoder(sae, CPU)
-    assert encoder.is_fused == (architecture != "gated")
+    assert (encoder.way == "sae.encode") == (architecture == "gated")
     sparse = encoder(x)
     assert torch.equal(dense(sparse, expected.shape) > 0, expected > 0)
     torch.testing.assert_close(dense(sparse, expected.shape), expected, rtol=1e-4, atol=1e-5)

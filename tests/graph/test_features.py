@@ -25,6 +25,7 @@ from tasks.corpus.graph_documents import graph_shards
 from tasks.corpus.tokenization import TOKENIZE
 from tasks.corpus.windows import read_shard_tokens
 from tasks.dictionaries.dictionaries import DICTIONARIES
+from tasks.dictionaries.encoding import Encoder
 from tasks.engine.checks import ASKED, check
 from tasks.engine.run import Run
 from tasks.graph import extraction, features
@@ -121,6 +122,8 @@ def test_features_are_what_plain_hooks_and_sae_encode_give(
         keys = [(row["doc"], row["position"], row["feature_id"]) for row in rows]
         assert keys == sorted(keys)
         assert len(rows) == shard.n_activations
+        stats = storage.read_json(f"{shard.folder}/manifest.json")["stats"]
+        assert stats["encoded_by"] == Encoder(saes[shard.layer], torch.device("cpu")).way != "sae.encode"
         edges = {
             (r["token_id"], r["feature_id"]): r["n"]
             for r in storage.read_parquet(f"{shard.folder}/edges.parquet").to_pylist()
