@@ -19,6 +19,7 @@ RESULTS = HERE / "results"
 README = HERE / "README.md"
 BENCHES = (
     "tokenization",
+    "sharing",
     "extraction",
     "peers",
     "encoding",

@@ -23,10 +23,10 @@ _device = threading.RLock()
 
 
 @contextmanager
-def tokenization_client(settings: Dask, n_files: int) -> Iterator[Any]:
-    """A Dask client for `n_files` independent files.
+def tokenization_client(settings: Dask, n_parts: int) -> Iterator[Any]:
+    """A Dask client for `n_parts` files, or parts of large files.
 
-    The local cluster has one process a core, but no more than there are files; where there are fewer files
+    The local cluster has one process a core, but no more than there are parts; where there are fewer parts
     than cores, the tokenizer's own threads use the rest.
     """
     if settings.scheduler:
@@ -34,7 +34,7 @@ def tokenization_client(settings: Dask, n_files: int) -> Iterator[Any]:
             yield client
         return
     cores = available_cores()
-    workers = min(settings.workers or cores, n_files)
+    workers = min(settings.workers or cores, n_parts)
     threads = max(1, cores // workers)
     with _local(workers, {"RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true"}) as client:
         yield client

@@ -311,7 +311,7 @@ class Dask(Section):
 
     scheduler: str = Field("", description="Address of a running scheduler; empty: a local cluster.")
     workers: int = Field(
-        0, ge=0, description="Local worker processes; 0: one per core, at most one per file."
+        0, ge=0, description="Local worker processes; 0: one per core, at most one per 2 MiB of the corpus."
     )
 
 

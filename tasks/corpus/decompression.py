@@ -15,6 +15,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Protocol
 
+import fsspec
+
+from infra.addresses import storage_options
 from schemas.errors import StorageError, whole_message
 
 if sys.version_info >= (3, 14):
@@ -23,6 +26,8 @@ else:
     from backports import zstd
 
 PIECE_BYTES = 1 << 20
+FETCH_BYTES = 2 << 20
+_TAIL_BYTES = 1 << 16
 _READ_BYTES = 1 << 18
 _MAGIC_BYTES = 10
 _LARGEST_WINDOW_LOG = 31
@@ -94,11 +99,12 @@ class PlainBytes:
         lost_bytes: Bytes that could not be read then. Inside compressed data an estimate: the stored bytes that are
             left, times how far those before them inflated; 0 where the file simply ends too early.
         ends_early: Whether it is unknown how much there was after the failure.
+        is_stored: Whether they are the stored bytes themselves; known once the first came out.
     """
 
     def __init__(self, raw: IO[bytes], compression: str | None, size: int, *, is_certain: bool) -> None:
         self._raw, self._named, self._size, self._is_certain = raw, compression, size, is_certain
-        self.failure, self.lost_bytes, self.ends_early = "", 0, False
+        self.failure, self.lost_bytes, self.ends_early, self.is_stored = "", 0, False, False
 
     @property
     def position(self) -> int:
@@ -116,6 +122,7 @@ class PlainBytes:
         while len(head) < _MAGIC_BYTES and (more := self._read(_READ_BYTES)):
             head += more
         compression = self._named if self._is_certain else self._told_by(head)
+        self.is_stored = compression is None
         if compression is None:
             while head:
                 yield head
@@ -182,11 +189,75 @@ class PlainBytes:
             return self._raw.read(n_bytes)
         except Exception as error:
             # Each filesystem has errors of its own; not all are OSErrors.
-            raise StorageError(
-                f"reading failed: {whole_message(error)}",
-                hint="check the network and credentials, then run again: finished shards are kept",
-                stage="tokenize",
-            ) from error
+            raise _unread(whole_message(error)) from error
+
+
+class StoredLines:
+    """The stored bytes of those lines, each ended by a line feed, that begin in a range of a file.
+
+    Ranges that follow each other so have each line once, whatever their borders cut; only the range is fetched, and
+    of what follows it the end of its last line.
+
+    Args:
+        url: The file.
+        endpoint_url: S3 endpoint if not AWS.
+        start: First byte of the range.
+        end: The byte after its last.
+        size: Bytes of the file.
+        is_line_start: Whether a line is known to begin at `start`.
+    """
+
+    failure, lost_bytes, ends_early, is_stored = "", 0, False, True
+
+    def __init__(
+        self, url: str, endpoint_url: str | None, start: int, end: int, size: int, *, is_line_start: bool
+    ) -> None:
+        self._fs, self._path = fsspec.core.url_to_fs(url, **storage_options(url, endpoint_url))
+        self._end, self._size, self._is_in_line = end, size, not is_line_start
+        # The byte before tells whether a line begins at the first.
+        self.position = start - self._is_in_line
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Pieces in order.
+
+        Raises:
+            StorageError: if the storage stops answering.
+        """
+        ends_line = True
+        while self.position < self._end:
+            content = self._next(min(FETCH_BYTES, self._end - self.position))
+            if self._is_in_line:
+                feed = content.find(b"\n")
+                if feed < 0:
+                    continue
+                content, self._is_in_line = content[feed + 1 :], False
+            if content:
+                yield content
+                ends_line = content.endswith(b"\n")
+        while not ends_line and self.position < self._size:
+            content = self._next(_TAIL_BYTES)
+            feed = content.find(b"\n")
+            ends_line = feed >= 0
+            yield content[: feed + 1] if ends_line else content
+
+    def _next(self, n_bytes: int) -> bytes:
+        start, stop = self.position, min(self._size, self.position + n_bytes)
+        try:
+            content = bytes(self._fs.cat_file(self._path, start=start, end=stop))
+        except Exception as error:
+            raise _unread(whole_message(error)) from error
+        if len(content) != stop - start:
+            raise _unread(f"{len(content):,} bytes came where {stop - start:,} were asked for, at {start:,}")
+        self.position = stop
+        return content
+
+
+def _unread(why: str) -> StorageError:
+    return StorageError(
+        f"reading failed: {why}",
+        hint="check the network and credentials, then run again: finished shards are kept",
+        stage="tokenize",
+    )
 
 
 def _is_text(head: bytes) -> bool:

@@ -7,8 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import chain
-
-from tasks.corpus.decompression import PlainBytes
+from typing import Protocol
 
 MAX_RECORD_BYTES = 256 << 20
 _HEAD_BYTES = 1 << 16
@@ -24,6 +23,22 @@ _BYTE_ORDER_MARKS = (
 _ANY_LINE_END = re.compile(rb"\r\n?|\n")
 
 
+class _Source(Protocol):
+    """Where lines come from: what `tasks.corpus.decompression` reads, all of a file or a part of it."""
+
+    @property
+    def position(self) -> int: ...
+    @property
+    def failure(self) -> str: ...
+    @property
+    def lost_bytes(self) -> int: ...
+    @property
+    def ends_early(self) -> bool: ...
+    @property
+    def is_stored(self) -> bool: ...
+    def __iter__(self) -> Iterator[bytes]: ...
+
+
 class Lines:
     """Lines of a file as UTF-8 bytes, line ends included; what stops it is in `failure`.
 
@@ -34,13 +49,19 @@ class Lines:
     Args:
         source: The file's bytes.
         quote: A sign between two of which line ends of the other kind are data, as in CSV; empty for none.
+        is_part: Whether they are some of its lines alone, ended by line feeds: its head was looked at before.
+        before: Lines of the file before these.
+
+    Attributes:
+        number: Lines of the file that came out, and those before.
+        is_open: Whether they ended within a record of several lines; told by who makes records of them.
     """
 
-    def __init__(self, source: PlainBytes, quote: str = "") -> None:
-        self._source, self._quote = source, quote.encode()
+    def __init__(self, source: _Source, quote: str = "", *, is_part: bool = False, before: int = 0) -> None:
+        self._source, self._quote, self._is_part = source, quote.encode(), is_part
         self._given, self._taken = 0, 0
         self._failure, self._lost_bytes = "", 0
-        self.number = 0
+        self.number, self.is_open = before, False
 
     @property
     def position(self) -> int:
@@ -71,27 +92,36 @@ class Lines:
         """The beginning of the file as UTF-8, without a byte order mark."""
         return self._begun[0]
 
+    @property
+    def starts_at(self) -> int | None:
+        """The byte of the stored file where its lines begin; None where they do not lie there as they come out."""
+        mark, encoding = self._begun[2:]
+        is_there = self._source.is_stored and encoding == "utf-8" and not self.ends_in_carriage_returns
+        return mark if is_there else None
+
     def pieces(self) -> Iterator[bytes]:
         """All of the file as UTF-8, without a byte order mark; read once, instead of its lines."""
         return self._begun[1]
 
     def __iter__(self) -> Iterator[bytes | None]:
-        if self._ends_in_carriage_returns():
+        if self._is_part:
+            return self._split(iter(self._source), _find_line_feed)
+        if self.ends_in_carriage_returns:
             return self._split(_without_cut_line_ends(self.pieces()), _find_any)
         return self._split(self.pieces(), _find_line_feed)
 
     @cached_property
-    def _begun(self) -> tuple[bytes, Iterator[bytes]]:
+    def _begun(self) -> tuple[bytes, Iterator[bytes], int, str]:
         pieces = iter(self._source)
         head = _fill(pieces)
-        for mark, encoding in _BYTE_ORDER_MARKS:
-            if head.startswith(mark):
-                head = head.removeprefix(mark)
-                if encoding != "utf-8":
-                    pieces = self._decoded(chain([head], pieces), encoding)
-                    head = _fill(pieces)
-                break
-        return head, chain([head] if head else [], pieces)
+        mark, encoding = next(
+            (known for known in _BYTE_ORDER_MARKS if head.startswith(known[0])), (b"", "utf-8")
+        )
+        head = head.removeprefix(mark)
+        if encoding != "utf-8":
+            pieces = self._decoded(chain([head], pieces), encoding)
+            head = _fill(pieces)
+        return head, chain([head] if head else [], pieces), len(mark), encoding
 
     def fail(self, failure: str, lost_bytes: int) -> None:
         """Note that what follows cannot be read."""
@@ -112,7 +142,9 @@ class Lines:
             if text:
                 yield text.encode()
 
-    def _ends_in_carriage_returns(self) -> bool:
+    @cached_property
+    def ends_in_carriage_returns(self) -> bool:
+        """Whether lines end in carriage returns too, as the head of the file tells."""
         head = self.head
         if self._quote:
             sign = re.escape(self._quote)
@@ -130,10 +162,10 @@ class Lines:
             while end := find_end(piece, start):
                 line = b"".join([*parts, piece[start:end]]) if parts else piece[start:end]
                 self.number += 1
-                self._given += held + end - start
-                too_long = held > MAX_RECORD_BYTES
+                n_bytes = held + end - start
+                self._given += n_bytes
                 parts, held, start = [], 0, end
-                yield None if too_long else line
+                yield None if n_bytes > MAX_RECORD_BYTES else line
             if start < len(piece):
                 held += len(piece) - start
                 if held <= MAX_RECORD_BYTES:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import IO, Any, NamedTuple
 
@@ -68,33 +69,73 @@ def read_records(file: CorpusFile, corpus: Corpus, skip: int = 0) -> Iterator[Re
         CorpusError: if the file cannot be opened at all.
         StorageError: naming the file, if the storage stops answering while it is read.
     """
-    try:
-        # Held to the end: an archive's filesystem closes its file when it is collected.
-        holder = fsspec.open(file.url, "rb", **storage_options(file.url, file.endpoint_url))
-        opened = holder.open()
-    except OSError as error:
-        raise CorpusError(f"cannot open {failed_at(file.url, error)}", stage="tokenize") from error
-    with opened as raw, about(without_credentials(file.url)):
+    with opened(file) as raw:
         if file.format == "parquet":
-            yield from _parquet(raw, file, corpus.text_field, skip)
+            yield from parquet_records(raw, file, corpus.text_field, skip)
         else:
             yield from _text_records(raw, file, corpus, skip)
 
 
-def _text_records(raw: IO[bytes], file: CorpusFile, corpus: Corpus, skip: int) -> Iterator[Record]:
+@contextmanager
+def opened(file: CorpusFile) -> Iterator[IO[bytes]]:
+    """A file to read; errors of the block name it.
+
+    Raises:
+        CorpusError: if it cannot be opened.
+    """
+    try:
+        # Held to the end: an archive's filesystem closes its file when it is collected.
+        holder = fsspec.open(file.url, "rb", **storage_options(file.url, file.endpoint_url))
+        raw = holder.open()
+    except OSError as error:
+        raise CorpusError(f"cannot open {failed_at(file.url, error)}", stage="tokenize") from error
+    with raw, about(without_credentials(file.url)):
+        yield raw
+
+
+def lines_of(raw: IO[bytes], file: CorpusFile, corpus: Corpus) -> Lines:
+    """The lines of an opened file of text."""
     source = PlainBytes(raw, file.compression, file.size, is_certain=corpus.compression != "auto")
-    is_table = file.format in ("csv", "tsv")
-    lines = Lines(source, quote=corpus.csv.quote if is_table else "")
+    return Lines(source, quote=corpus.csv.quote if is_table(file) else "")
+
+
+def is_table(file: CorpusFile) -> bool:
+    """Whether a file is a table with delimiters, whose rows may have several lines."""
+    return file.format in _DELIMITERS
+
+
+def is_record_a_line(lines: Lines, file: CorpusFile, corpus: Corpus) -> bool:
+    """Whether every line of a file is a record."""
+    if file.format == "json":
+        # Else it is one array of records.
+        return not lines.head.lstrip(BLANKS.encode()).startswith(b"[")
+    return file.format == "jsonl" or (file.format == "txt" and corpus.txt_records == "line")
+
+
+def line_records(lines: Lines, file: CorpusFile, corpus: Corpus, skip: int = 0) -> Iterator[Record]:
+    """The records of a file, or of a part of it, of which every line is one."""
+    if file.format == "txt":
+        return islice(_txt(lines), skip, None)
+    return _jsonl(lines, corpus.text_field, skip)
+
+
+def _text_records(raw: IO[bytes], file: CorpusFile, corpus: Corpus, skip: int) -> Iterator[Record]:
+    lines = lines_of(raw, file, corpus)
     records: Iterator[Record]
-    if is_table:
-        records = islice(_csv(lines, corpus, corpus.csv.delimiter or _DELIMITERS[file.format]), skip, None)
-    elif file.format == "txt":
-        records = islice(_whole_file(lines) if corpus.txt_records == "file" else _txt(lines), skip, None)
+    if is_table(file):
+        records = islice(_csv(lines, file, corpus), skip, None)
+    elif is_record_a_line(lines, file, corpus):
+        records = line_records(lines, file, corpus, skip)
     elif file.format == "json":
         records = _json(lines, corpus.text_field, skip)
     else:
-        records = _jsonl(lines, corpus.text_field, skip)
+        records = islice(_whole_file(lines), skip, None)
     yield from records
+    yield from failed(lines)
+
+
+def failed(lines: Lines) -> Iterator[Record]:
+    """The reject that stands for what could not be read after the lines that came out, if there is any."""
     if lines.failure:
         yield Record(
             line=lines.number + 1,
@@ -105,6 +146,25 @@ def _text_records(raw: IO[bytes], file: CorpusFile, corpus: Corpus, skip: int) -
             n_lines=None,
             ends_early=lines.ends_early,
         )
+
+
+def too_long(lines: Lines, n_bytes: int) -> Record:
+    """The reject that stands for a line that came out as None."""
+    return Record(lines.number, None, _decoded(None)[1], lines.position, n_bytes)
+
+
+def batches(records: Iterable[Record], most: int, characters: int) -> Iterator[list[Record]]:
+    """Records in lists of at most so many, each closed by the one that brings it to so many characters."""
+    batch: list[Record] = []
+    held = 0
+    for record in records:
+        batch.append(record)
+        held += len(record.text or "")
+        if len(batch) >= most or held >= characters:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
 
 
 def _checked(line: int, value: object, position: int, n_bytes: int, n_lines: int = 1) -> Record:
@@ -164,10 +224,7 @@ def _is_twice(key: str, text: str) -> bool:
 
 
 def _json(lines: Lines, text_field: str, skip: int) -> Iterator[Record]:
-    """A file of JSON: one array of records, or else a record a line."""
-    if not lines.head.lstrip(BLANKS.encode()).startswith(b"["):
-        yield from _jsonl(lines, text_field, skip)
-        return
+    """A file that is one array of records."""
     for element in islice(json_elements(lines), skip, None):
         line, text, n_lines = element.line, element.text, element.text.count("\n") + 1
         n_bytes = len(text.encode("utf-8", "surrogateescape"))
@@ -233,10 +290,10 @@ class _Row(NamedTuple):
 
 def _rows(lines: Lines, csv_of: Csv, delimiter: str) -> Iterator[_Row]:
     csv.field_size_limit(MAX_RECORD_BYTES)
-    problem, not_utf8 = "", ""
+    problem, not_utf8, before, is_over = "", "", lines.number, False
 
     def decoded() -> Iterator[str]:
-        nonlocal problem, not_utf8
+        nonlocal problem, not_utf8, is_over
         for raw in lines:
             text, reason = _decoded(raw)
             if raw is None:
@@ -246,6 +303,7 @@ def _rows(lines: Lines, csv_of: Csv, delimiter: str) -> Iterator[_Row]:
                 not_utf8, text = reason, raw.decode("utf-8", errors="surrogateescape")
             problem = problem or _binary(raw)
             yield text
+        is_over = True
 
     reader = csv.reader(
         decoded(),
@@ -256,28 +314,39 @@ def _rows(lines: Lines, csv_of: Csv, delimiter: str) -> Iterator[_Row]:
         escapechar=csv_of.escape or None,
     )
     while True:
-        line, problem, not_utf8 = reader.line_num + 1, "", ""
+        line, problem, not_utf8 = before + reader.line_num + 1, "", ""
         try:
             fields = next(reader)
         except StopIteration:
+            lines.is_open = lines.is_open or before + reader.line_num >= line
             return
         except csv.Error as error:
             if lines.failure:
                 # The row that the failure cut is part of it.
                 return
-            fields, problem = [], f"broken CSV: {error}"
-        yield _Row(line, reader.line_num + 1 - line, fields, problem, not_utf8)
+            # A row that is broken for another reason ends with its line, before the lines do.
+            fields, problem, lines.is_open = [], f"broken CSV: {error}", is_over
+        yield _Row(line, before + reader.line_num + 1 - line, fields, problem, not_utf8)
 
 
-def _csv(lines: Lines, corpus: Corpus, delimiter: str) -> Iterator[Record]:
-    rows = _rows(lines, corpus.csv, delimiter)
+def _csv(lines: Lines, file: CorpusFile, corpus: Corpus) -> Iterator[Record]:
+    rows = _rows(lines, corpus.csv, _delimiter(file, corpus))
     first = next(rows, None)
     if first is None:
         return
-    header, header_bytes = _Header(first, corpus.text_field), lines.take()
+    header, header_bytes = Header(first, corpus.text_field), lines.take()
     if header.fault:
         yield Record(first.line, None, header.fault, lines.position, header_bytes, first.n_lines)
-    row: _Row | None = None
+    record: Record | None = None
+    for record in _under(header, rows, lines):
+        yield record
+    if record is None and header.problem and not header.fault:
+        # Without rows there is no other place to say it, and a header that lacks the column may be a row itself.
+        yield Record(first.line, None, header.problem, lines.position, header_bytes, first.n_lines)
+
+
+def _under(header: Header, rows: Iterator[_Row], lines: Lines) -> Iterator[Record]:
+    """The records of the rows under a header."""
     for row in rows:
         n_bytes = lines.take()
         reason = row.problem or (header.problem_of(row.fields) if row.fields else EMPTY_RECORD)
@@ -285,12 +354,25 @@ def _csv(lines: Lines, corpus: Corpus, delimiter: str) -> Iterator[Record]:
         record = _checked(row.line, text, lines.position, n_bytes, row.n_lines)
         reason = reason or record.reason or row.not_utf8
         yield record._replace(text=None, reason=reason) if reason else record
-    if row is None and header.problem and not header.fault:
-        # Without rows there is no other place to say it, and a header that lacks the column may be a row itself.
-        yield Record(first.line, None, header.problem, lines.position, header_bytes, first.n_lines)
 
 
-class _Header:
+def read_header(lines: Lines, file: CorpusFile, corpus: Corpus) -> Header | None:
+    """The header of a table, of which nothing was read yet; None where no text can be found by it."""
+    first = next(_rows(lines, corpus.csv, _delimiter(file, corpus)), None)
+    header = None if first is None else Header(first, corpus.text_field)
+    return None if header is None or header.fault or header.problem else header
+
+
+def row_records(lines: Lines, file: CorpusFile, corpus: Corpus, header: Header) -> Iterator[Record]:
+    """The records of some lines of a table that come after its header and begin with a row."""
+    return _under(header, _rows(lines, corpus.csv, _delimiter(file, corpus)), lines)
+
+
+def _delimiter(file: CorpusFile, corpus: Corpus) -> str:
+    return corpus.csv.delimiter or _DELIMITERS[file.format]
+
+
+class Header:
     """What the first row of a table says of the rows that follow.
 
     Attributes:
@@ -329,7 +411,10 @@ class _Header:
         return ""
 
 
-def _parquet(raw: IO[bytes], file: CorpusFile, text_field: str, skip: int) -> Iterator[Record]:
+def parquet_records(
+    raw: IO[bytes], file: CorpusFile, text_field: str, skip: int, groups: range | None = None
+) -> Iterator[Record]:
+    """The rows of a Parquet file after the first `skip`; `groups`: those of some row groups alone."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -345,7 +430,7 @@ def _parquet(raw: IO[bytes], file: CorpusFile, text_field: str, skip: int) -> It
     for group in range(parquet.num_row_groups):
         metadata = parquet.metadata.row_group(group)
         end = row + metadata.num_rows
-        if end <= skip:
+        if end <= skip or (groups is not None and group not in groups):
             row = end
             continue
         row_bytes = -(-metadata.total_byte_size // max(1, metadata.num_rows))

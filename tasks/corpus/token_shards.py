@@ -26,7 +26,7 @@ from infra.storage import Storage, StoredFile, json_bytes, unsealed
 from schemas.errors import DamagedError, whole_message
 from schemas.tables import SHARD_FILES
 from tasks.corpus.file_jobs import Budget, FileJob, FileShards, ShardEntry
-from tasks.corpus.records import Record, read_records
+from tasks.corpus.records import Record, batches, read_records
 from tasks.engine.checks import ask_of_made
 from tasks.engine.offenders import Views
 from tasks.engine.stage import Made, Unit
@@ -131,54 +131,97 @@ def tokenize_file(job: FileJob) -> Iterator[Made | int]:
     Yields:
         Each shard, to be written before the next is made, and bytes of the file read between.
     """
-    backend, special = _tokenizer(job.storage, job.tokenizer_folder)
-    finished, ends_file = _finished_shards(job)
-    folders, left = list(finished), _left(job.budget, finished.values())
-    position = 0
-
-    def close(shard: _OpenShard, folder: str, *, ends_file: bool) -> Made:
-        nonlocal left
-        folders.append(folder)
-        left = left.without(shard.n_documents, shard.n_tokens)
-        unit = ShardUnit(
-            top="tokens", inputs={"tokenizer": job.tokenizer_folder}, about=folder, size=0, place=folder
-        )
-        return Made(write=lambda: [(unit, *shard.close(folder, ends_file=ends_file))])
-
-    is_cut = not ends_file and left.is_spent
-    if not ends_file and not is_cut:
+    backend, special = tokenizer_of(job.storage, job.tokenizer_folder)
+    finished, ends_file = finished_shards(job)
+    cutter = Cutter(job, finished, ends_file=ends_file)
+    position, is_over = 0, ends_file or cutter.is_cut
+    if not is_over:
         skip = sum(entry.n_records for entry in finished.values())
         records = read_records(job.file, job.corpus, skip)
-        shard = _OpenShard(job, special)
-        for record, ids in _tokenized(records, backend):
+        shard = OpenShard(job, special)
+        for record, ids in tokenized(records, backend):
             if record.position > position:
                 yield record.position - position
                 position = record.position
             if ids is None:
                 shard.add_reject(record)
                 continue
-            n_kept = shard.n_kept(ids)
-            if not left.allows(shard.n_documents + 1, shard.n_tokens + n_kept):
-                is_cut = True
+            n_kept = len(ids) - int(np.isin(ids, special).sum())
+            if not cutter.fits(n_kept):
                 break
-            shard.add_document(record, ids, n_kept)
-            if shard.n_tokens >= job.corpus.shard_tokens:
-                yield close(shard, f"{job.folder}/{len(folders):05d}", ends_file=False)
-                shard = _OpenShard(job, special)
-            if left.documents == shard.n_documents:
-                is_cut = True
+            shard.add_document(record.line, len(record.text or ""), record.n_bytes, ids, n_kept)
+            if folder := cutter.take(n_kept):
+                yield made_shard(shard, folder, ends_file=False)
+                shard = OpenShard(job, special)
+            if cutter.is_cut:
                 break
-        name = f"{job.folder}/{len(folders):05d}"
-        if is_cut:
-            if shard.n_documents:
-                yield close(shard, f"{name}-first-{shard.n_documents}", ends_file=False)
-        else:
-            # Also where nothing is left: it says that the file ends here.
-            yield close(shard, name, ends_file=True)
-    manifests = manifests_of(job.storage, folders)
+        if folder := cutter.end():
+            yield made_shard(shard, folder, ends_file=not cutter.is_cut)
+    write_list(job, cutter.folders, manifests_of(job.storage, cutter.folders), is_cut=cutter.is_cut)
+
+
+def made_shard(shard: OpenShard, folder: str, *, ends_file: bool) -> Made:
+    """A shard that is full, to be written into its folder."""
+    inputs = {"tokenizer": shard.job.tokenizer_folder}
+    unit = ShardUnit(top="tokens", inputs=inputs, about=folder, size=0, place=folder)
+    return Made(write=lambda: [(unit, *shard.close(folder, ends_file=ends_file))])
+
+
+def write_list(
+    job: FileJob, folders: Sequence[str], manifests: Mapping[str, Manifest], *, is_cut: bool
+) -> None:
+    """List the shards of a file, all of which are there, where a list is needed to know it."""
     made = FileShards(shards=tuple(_entry(folder, manifests[folder]) for folder in folders), is_cut=is_cut)
     if _is_listed(made):
         job.storage.write_json(_list_name(job, made), _to_json(made))
+
+
+class Cutter:
+    """Where a file's shards end: at the first document that brings one to `corpus.shard_tokens`, and at the limit.
+
+    Args:
+        job: The file's.
+        finished: Its shards that are there.
+        ends_file: Whether the file ends with them.
+
+    Attributes:
+        folders: Of its shards so far, in order.
+        left: What its limit leaves, besides the open shard.
+        is_cut: Whether the limit is reached.
+    """
+
+    def __init__(self, job: FileJob, finished: Mapping[str, ShardEntry], *, ends_file: bool) -> None:
+        self._folder, self._shard_tokens = job.folder, job.corpus.shard_tokens
+        self.folders, self.left = list(finished), _left(job.budget, finished.values())
+        self.is_cut = not ends_file and self.left.is_spent
+        self._n_documents = self._n_tokens = 0
+
+    def fits(self, n_kept: int) -> bool:
+        """Whether the limit lets a document of so many tokens in; it is reached where not."""
+        self.is_cut = not self.left.allows(self._n_documents + 1, self._n_tokens + n_kept)
+        return not self.is_cut
+
+    def take(self, n_kept: int) -> str:
+        """Take it into the open shard; the shard's folder if it is full, and empty if not."""
+        self._n_documents, self._n_tokens = self._n_documents + 1, self._n_tokens + n_kept
+        folder = self._close("") if self._n_tokens >= self._shard_tokens else ""
+        self.is_cut = self.left.documents == self._n_documents
+        return folder
+
+    def end(self) -> str:
+        """End the file, or what is taken of it; the folder of the last shard, and empty if there is none.
+
+        A file that is not cut has one, also where nothing is left for it: it says that the file ends here.
+        """
+        if not self.is_cut:
+            return self._close("")
+        return self._close(f"-first-{self._n_documents}") if self._n_documents else ""
+
+    def _close(self, ending: str) -> str:
+        self.folders.append(f"{self._folder}/{len(self.folders):05d}{ending}")
+        self.left = self.left.without(self._n_documents, self._n_tokens)
+        self._n_documents = self._n_tokens = 0
+        return self.folders[-1]
 
 
 def remember_shards(storage: Storage, jobs: Sequence[FileJob], manifests: Mapping[str, Manifest]) -> None:
@@ -216,7 +259,7 @@ def _left(budget: Budget, entries: Iterable[ShardEntry]) -> Budget:
     return budget.after(FileShards(shards=tuple(entries), is_cut=False))
 
 
-def _finished_shards(job: FileJob) -> tuple[dict[str, ShardEntry], bool]:
+def finished_shards(job: FileJob) -> tuple[dict[str, ShardEntry], bool]:
     """Shards that are there already, in order by folder, and whether the file ends with them."""
     entries: dict[str, ShardEntry] = {}
     while job.has_begun:
@@ -241,48 +284,44 @@ def _entry(folder: str, manifest: Manifest) -> ShardEntry:
     return ShardEntry(folder=folder, files=manifest.files, **stats)
 
 
-class _OpenShard:
+class OpenShard:
     """A shard that is being filled.
 
     Rejects wait for the next document, so that a shard cut after n documents is a function of n alone.
+
+    Args:
+        job: Its file's.
+        special: Ids of special tokens.
     """
 
     def __init__(self, job: FileJob, special: npt.NDArray[np.int64]) -> None:
-        self._job, self._special = job, special
+        self.job, self._special = job, special
         self._ids: list[npt.NDArray[np.int32]] = []
         self._documents: list[tuple[int, int, int]] = []
         self._rejects: list[Record] = []
         self._waiting: list[Record] = []
-        self._document_bytes = 0
-        self.n_tokens = 0
-
-    @property
-    def n_documents(self) -> int:
-        """Documents so far."""
-        return len(self._ids)
-
-    def n_kept(self, ids: npt.NDArray[np.int32]) -> int:
-        """How many of a document's tokens are not special."""
-        return len(ids) - int(np.isin(ids, self._special).sum())
+        self._document_bytes = self._n_tokens = 0
 
     def add_reject(self, record: Record) -> None:
         """Note a record that cannot be used."""
         self._waiting.append(record)
 
-    def add_document(self, record: Record, ids: npt.NDArray[np.int32], n_kept: int) -> None:
+    def add_document(
+        self, line: int, n_chars: int, n_bytes: int, ids: npt.NDArray[np.int32], n_kept: int
+    ) -> None:
         """Take a document in, of whose tokens `n_kept` are not special."""
         self._rejects += self._waiting
         self._waiting = []
         self._ids.append(ids)
-        self._documents.append((record.line, len(record.text or ""), n_kept))
-        self._document_bytes += record.n_bytes
-        self.n_tokens += n_kept
+        self._documents.append((line, n_chars, n_kept))
+        self._document_bytes += n_bytes
+        self._n_tokens += n_kept
 
     def close(self, folder: str, *, ends_file: bool) -> tuple[list[StoredFile], dict[str, Any]]:
         """Write the shard; its files and stats."""
         if ends_file:
             self._rejects += self._waiting
-        storage = self._job.storage
+        storage = self.job.storage
         lengths = np.array([len(ids) for ids in self._ids], dtype=np.int64)
         token_id = np.concatenate([*self._ids, np.empty(0, np.int32)])
         doc = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
@@ -305,7 +344,7 @@ class _OpenShard:
             ],
             "token_counts": _counts(doc[kept], token_id[kept]),
         }
-        if self._job.corpus.keep_occurrences:
+        if self.job.corpus.keep_occurrences:
             tables["occurrences"] = [doc[kept], position[kept], token_id[kept]]
             tables["specials"] = [doc[is_special], position[is_special], token_id[is_special]]
         made = {
@@ -316,7 +355,7 @@ class _OpenShard:
         }
         stats: dict[str, Any] = {
             "n_documents": len(lengths),
-            "n_tokens": self.n_tokens,
+            "n_tokens": self._n_tokens,
             "n_rejects": len(self._rejects),
             "n_records": len(lengths) + len(self._rejects),
             "n_bytes": self._document_bytes + sum(record.n_bytes for record in self._rejects),
@@ -325,7 +364,7 @@ class _OpenShard:
             "ends_file": ends_file,
         }
         asked = {name: rows for name, rows in made.items() if name != "specials"}
-        vocabulary = _vocabulary(storage, self._job.tokenizer_folder)
+        vocabulary = _vocabulary(storage, self.job.tokenizer_folder)
         stats |= ask_of_made(
             storage,
             "tokenize",
@@ -366,26 +405,13 @@ def _counts(doc: npt.NDArray[np.int32], token_id: npt.NDArray[np.int32]) -> list
     return [ids, counts, np.unique(distinct >> 32, return_counts=True)[1]]
 
 
-def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
-    batch: list[Record] = []
-    characters = 0
-    for record in records:
-        batch.append(record)
-        characters += len(record.text or "")
-        if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _tokenized(
+def tokenized(
     records: Iterator[Record], backend: Any
 ) -> Iterator[tuple[Record, npt.NDArray[np.int32] | None]]:
     """Records with their token ids, None for rejects; a batch is tokenized while the next is read."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         pending: Future[list[tuple[Record, npt.NDArray[np.int32] | None]]] | None = None
-        for batch in _batches(records):
+        for batch in batches(records, _BATCH_DOCUMENTS, _BATCH_CHARACTERS):
             submitted = pool.submit(_encode, backend, batch)
             if pending is not None:
                 yield from pending.result()
@@ -417,7 +443,8 @@ def _encode_one(backend: Any, record: Record) -> tuple[Record, npt.NDArray[np.in
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(storage: Storage, folder: str) -> tuple[Any, npt.NDArray[np.int64]]:
+def tokenizer_of(storage: Storage, folder: str) -> tuple[Any, npt.NDArray[np.int64]]:
+    """The tokenizer of a folder of the storage, and the ids of its special tokens."""
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_str(verified.read_bytes(storage, f"{folder}/tokenizer.json").decode())

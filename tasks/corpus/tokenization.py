@@ -1,18 +1,17 @@
 """Tokenization: from corpus files to token shards and their counts (PAPER 1.1).
 
-A file is one unit of work for a Dask worker: it streams records, tokenizes them in batches while the next
-records are read, and closes a shard at the first document that brings it to `corpus.shard_tokens`. Counts
-and document counts are kept by shard and add up in SQL, so files may come and go. (Splitting one file over
-several workers would need formats that can be entered in the middle; a file's tokenizer threads use the
-cores instead.)
+A small file is one unit of work for a Dask worker: it streams records, tokenizes them in batches while the next
+records are read, and closes a shard at the first document that brings it to `corpus.shard_tokens`. Of a large one all
+workers tokenize parts, and its shards are cut at the same documents (`tasks.corpus.sharing`). Counts
+and document counts are kept by shard and add up in SQL, so files may come and go.
 
-Limits (`corpus.max_documents`, `max_tokens`) are applied in file order, which makes files wait for each
-other: with a limit, files are tokenized one after another.
+Limits (`corpus.max_documents`, `max_tokens`) are applied in file order: with one, parts of all files are tokenized
+ahead, and what comes after it is dropped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,7 +28,9 @@ from schemas.corpus.tables import VOCABULARY
 from schemas.errors import CorpusError
 from schemas.work import CorpusShards, TokenShard
 from tasks.corpus.file_jobs import Budget, FileJob, FileShards, ShardEntry
-from tasks.corpus.files import content_of, corpus_files
+from tasks.corpus.files import CorpusFile, content_of, corpus_files
+from tasks.corpus.parts import PART_BYTES, can_be_entered
+from tasks.corpus.sharing import share_files
 from tasks.corpus.token_shards import (
     TOTALS,
     begun,
@@ -41,7 +42,7 @@ from tasks.corpus.token_shards import (
 from tasks.corpus.tokenizer_training import train_tokenizer, with_tokenizer
 from tasks.engine.offenders import Views
 from tasks.engine.run import Run
-from tasks.engine.stage import Made, Question, Shown, Stage, Unit
+from tasks.engine.stage import Made, Pool, Question, Shown, Stage, Unit
 from tasks.models.tokenizers import LoadedTokenizer, load_tokenizer
 
 VERSION = 2
@@ -164,7 +165,32 @@ class Tokenize(Stage[FileUnit, CorpusShards]):
         dask, total = run.config.dask, sum(unit.size for group in groups for unit in group)
         if not groups or (not dask.scheduler and total <= SMALL_BYTES):
             return nullcontext()
-        return tokenization_client(dask, len(groups))
+        return tokenization_client(
+            dask, sum(max(1, unit.size // PART_BYTES) for group in groups for unit in group)
+        )
+
+    def shared(self, run: Run, groups: Sequence[Sequence[FileUnit]], n_workers: int) -> Collection[int]:
+        """The large files that can be entered in their middle; others too, where there are fewer files than workers.
+
+        Under a limit all files are one group. A worker alone reads while it tokenizes, and so needs no parts.
+        """
+        if n_workers == 1:
+            return ()
+        if not _limit(run.config.corpus).is_open:
+            return range(len(groups))
+        files = [group[0].jobs[0].file for group in groups]
+        return [
+            place
+            for place, file in enumerate(files)
+            if file.size >= 2 * PART_BYTES and (len(files) < n_workers or _is_entered(file))
+        ]
+
+    def share(
+        self, run: Run, groups: Mapping[int, Sequence[FileUnit]], pool: Pool
+    ) -> Iterator[tuple[int, int | Mapping[str, Manifest]]]:
+        """Their shards, in order."""
+        jobs = [(place, job) for place, group in groups.items() for unit in group for job in unit.jobs]
+        yield from share_files(jobs, _limit(run.config.corpus), pool)
 
     def make(self, run: Run, group: Sequence[FileUnit]) -> Iterator[Made | int]:
         """A file's shards; under a limit those of all files, in order, as far as it reaches."""
@@ -283,6 +309,11 @@ def identity(shard: TokenShard) -> dict[str, Any]:
     """A token shard as columns."""
     names = ("folder", "source", "doc_offset", "n_documents", "n_tokens", "n_rejects")
     return {name: getattr(shard, name) for name in names}
+
+
+def _is_entered(file: CorpusFile) -> bool:
+    """Whether a file is likely read from its middle: whether rows of a table run over line ends is seen later."""
+    return file.compression is None and file.format in ("jsonl", "txt", "parquet") and can_be_entered(file)
 
 
 def _limit(corpus: Corpus) -> Budget:

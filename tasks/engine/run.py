@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -315,15 +315,52 @@ def _on(
     topic = f"functok-{uuid4().hex}"
     client.subscribe_topic(topic, lambda event: watch.reach(*event[1]))
     work = _alone_on_worker if stage.alone else _on_worker
+    pool = _Pool(client, run, stage)
+    shared = {index: groups[index] for index in stage.shared(run, groups, pool.size)}
     index_of = {
-        client.submit(work, run, stage, group, topic, index, pure=False, retries=stage.retries): index
+        pool.submit(work, run, stage, group, topic, index): index
         for index, group in enumerate(groups)
+        if index not in shared
     }
+    for index, done in stage.share(run, shared, pool) if shared else ():
+        if isinstance(done, int):
+            watch.add(index, done)
+        else:
+            yield dict(done)
+        if any(future.status == "error" for future in index_of):
+            break
+    for index in shared:
+        watch.reach(index)
     for future in as_completed(list(index_of)):
         manifests: dict[str, Manifest] = future.result()
         watch.reach(index_of[future])
         yield manifests
     client.unsubscribe_topic(topic)
+
+
+class _Pool:
+    """The workers of a Dask client, for a stage."""
+
+    def __init__(self, client: Any, run: Run, stage: Stage[Any, Any]) -> None:
+        self._client, self._run, self._stage = client, run, stage
+        self.size = max(1, sum(client.nthreads().values()))
+
+    def submit(self, function: Callable[..., Any], *args: Any, priority: int = 0) -> Any:
+        return self._client.submit(
+            function, *args, pure=False, retries=self._stage.retries, priority=priority
+        )
+
+    def commit(self, function: Callable[..., Iterable[Made]], *args: Any) -> Any:
+        return self.submit(_committed, self._run, self._stage, function, *args, priority=2)
+
+
+def _committed(
+    run: Run, stage: Stage[Any, Any], function: Callable[..., Iterable[Made]], *args: Any
+) -> dict[str, Manifest]:
+    manifests: dict[str, Manifest] = {}
+    for made in function(*args):
+        manifests |= _write(run, stage, made)
+    return manifests
 
 
 def _on_worker(

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 import pyarrow as pa
 
@@ -144,6 +144,23 @@ class Image:
     url: str
 
 
+class Pool(Protocol):
+    """Workers that a stage asks for more than whole groups."""
+
+    @property
+    def size(self) -> int:
+        """How many calls they work at once."""
+        ...
+
+    def submit(self, function: Callable[..., Any], *args: Any, priority: int = 0) -> Any:
+        """The future of a call; futures among its arguments stand for their results, which stay with the workers."""
+        ...
+
+    def commit(self, function: Callable[..., Iterable[Made]], *args: Any) -> Any:
+        """The same, before other calls, of one that makes units: a worker commits them. Their manifests, by folder."""
+        ...
+
+
 U = TypeVar("U", bound=Unit)
 R = TypeVar("R")
 
@@ -251,6 +268,20 @@ class Stage(Asked, ABC, Generic[U, R]):
         Yields:
             What is done and is to be written, and numbers: progress in between, in the stage's measure.
         """
+
+    def shared(self, run: Run, groups: Sequence[Sequence[U]], n_workers: int) -> Collection[int]:
+        """Which groups all workers share, by their places; each of the others goes whole to one of them."""
+        return ()
+
+    def share(
+        self, run: Run, groups: Mapping[int, Sequence[U]], pool: Pool
+    ) -> Iterator[tuple[int, int | Mapping[str, Manifest]]]:
+        """Make the groups that the workers share, by their places.
+
+        Yields:
+            A group's place, with progress in the stage's measure or with what was committed of it.
+        """
+        raise NotImplementedError(f"{self.name} has no groups to share")
 
     def close(self) -> None:
         """Free what was kept between groups."""

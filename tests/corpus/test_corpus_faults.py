@@ -545,7 +545,7 @@ def test_a_run_that_was_killed_counts_the_same(
     for place in (50, 51, 200, 390):
         lines[place] = f"{place},too,many,fields\n"
     (tmp_path / "a.csv").write_text("".join(lines))
-    close, closed = token_shards._OpenShard.close, [0]
+    close, closed = token_shards.OpenShard.close, [0]
 
     def dying(self: Any, folder: str, *, ends_file: bool) -> Any:
         closed[0] += 1
@@ -553,7 +553,7 @@ def test_a_run_that_was_killed_counts_the_same(
             raise KeyboardInterrupt
         return close(self, folder, ends_file=ends_file)
 
-    monkeypatch.setattr(token_shards._OpenShard, "close", dying)
+    monkeypatch.setattr(token_shards.OpenShard, "close", dying)
     with pytest.raises(KeyboardInterrupt):
         run(max_reject_share=0.1)
     shards, storage = run(max_reject_share=0.1)

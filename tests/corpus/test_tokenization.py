@@ -175,7 +175,7 @@ def test_a_killed_file_goes_on_after_its_finished_shards(
     config = make(tmp_path, tokenizer_folder, {"a": documents})
     fresh, _ = run(make(tmp_path, tokenizer_folder, {"a": documents}, root="fresh"))
     closed: list[str] = []
-    close = token_shards._OpenShard.close
+    close = token_shards.OpenShard.close
 
     def dying(self: Any, folder: str, *, ends_file: bool) -> Any:
         if len(closed) == 3:
@@ -183,14 +183,14 @@ def test_a_killed_file_goes_on_after_its_finished_shards(
         closed.append(folder)
         return close(self, folder, ends_file=ends_file)
 
-    monkeypatch.setattr(token_shards._OpenShard, "close", dying)
+    monkeypatch.setattr(token_shards.OpenShard, "close", dying)
     storage = Storage(config.storage.root)
     with pytest.raises(KeyboardInterrupt):
         run(config)
     assert shards_of(config, storage) is None
     again: list[str] = []
     monkeypatch.setattr(
-        token_shards._OpenShard,
+        token_shards.OpenShard,
         "close",
         lambda self, folder, *, ends_file: (again.append(folder), close(self, folder, ends_file=ends_file))[
             1
@@ -273,13 +273,13 @@ def test_a_document_that_breaks_the_tokenizer_is_one_reject(
         def encode_batch_fast(self, texts: list[str], add_special_tokens: bool) -> Any:
             return [self.encode(text, add_special_tokens) for text in texts]
 
-    real = token_shards._tokenizer
+    real = token_shards.tokenizer_of
 
     def fragile(storage: Storage, folder: str) -> Any:
         backend, special = real(storage, folder)
         return Fragile(backend), special
 
-    monkeypatch.setattr(token_shards, "_tokenizer", fragile)
+    monkeypatch.setattr(token_shards, "tokenizer_of", fragile)
     shards, storage = run(make(tmp_path, tokenizer_folder, {"a": ["x", "poison", "y"]}, max_reject_share=1))
     assert shards.n_documents == 2
     rejects = storage.read_parquet(f"{shards.shards[0].folder}/rejects.parquet").to_pylist()

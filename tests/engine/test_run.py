@@ -25,7 +25,7 @@ from schemas.errors import FunctokError
 from tasks.engine import run as engine
 from tasks.engine.checks import check, record_name
 from tasks.engine.run import Run, make, plan
-from tasks.engine.stage import Made, Question, Stage, Unit
+from tasks.engine.stage import Made, Pool, Question, Stage, Unit
 
 LOG: list[Any] = []
 """What the stages of a test did, in order; on workers, too, which are threads here."""
@@ -569,7 +569,10 @@ class Workers:
     def log_event(self, topic: str, message: Any) -> None:
         self.topics[topic]((time.time(), message))
 
-    def submit(self, work: Any, *arguments: Any, pure: bool, retries: int) -> Any:
+    def nthreads(self) -> dict[str, int]:
+        return {"a": 1, "b": 1}
+
+    def submit(self, work: Any, *arguments: Any, pure: bool, retries: int, priority: int) -> Any:
         assert not pure
         self.retries.add(retries)
         content = pickle.dumps(arguments)
@@ -583,7 +586,12 @@ class Workers:
                         raise
             raise AssertionError
 
-        return self.pool.submit(tried)
+        future: Any = self.pool.submit(tried)
+        future.status = "pending"
+        future.add_done_callback(
+            lambda done: setattr(done, "status", "error" if done.exception() else "finished")
+        )
+        return future
 
 
 CLIENT = Workers()
@@ -635,6 +643,40 @@ def test_workers_make_what_one_process_makes(
 def test_one_group_is_made_here_although_there_are_workers(run: Run, workers: Workers) -> None:
     assert make(run, OnWorkers(numbers(1, 2))) == [3]
     assert workers.n_topics == 0
+
+
+class Shared(OnWorkers):
+    """Groups of large numbers are made by calls of their own, each of which makes a unit."""
+
+    def shared(self, run: Run, groups: Sequence[Sequence[Numbers]], n_workers: int) -> list[int]:
+        LOG.append(("workers", n_workers))
+        return [place for place, group in enumerate(groups) if group[0].numbers[0] >= 100]
+
+    def share(
+        self, run: Run, groups: Mapping[int, Sequence[Numbers]], pool: Pool
+    ) -> Iterator[tuple[int, int | Mapping[str, Manifest]]]:
+        for place, group in groups.items():
+            yield place, 1
+            for unit in group:
+                yield place, pool.commit(partial(self.one, run), unit).result()
+
+    def one(self, run: Run, unit: Numbers) -> Iterator[Made]:
+        LOG.append(("shared", unit.numbers))
+        yield Made.of(unit, partial(self.write, run, unit), {"sum": sum(unit.numbers)})
+
+
+def test_groups_that_workers_share_are_made_beside_the_others(run: Run, workers: Workers) -> None:
+    units = [numbers(1), numbers(100, 1, 1, together="a"), numbers(2), numbers(200, together="a")]
+    told: list[tuple[int, int, str]] = []
+    assert make(run, Shared(*units), lambda *report: told.append(report)) == [1, 102, 2, 200]
+    assert ("workers", 2) in LOG
+    assert [entry[1] for entry in LOG if entry[0] == "shared"] == [(100, 1, 1), (200,)]
+    assert sorted(made()) == [[(1,)], [(2,)]]
+    assert (told[0], told[-1]) == ((0, 6, "numbers"), (6, 6, "numbers"))
+    assert told == sorted(told)
+    LOG.clear()
+    assert make(run, Shared(*units)) == [1, 102, 2, 200]
+    assert not [entry for entry in LOG if entry[0] == "shared"]
 
 
 class Failing(OnWorkers):
