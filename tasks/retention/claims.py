@@ -2,10 +2,11 @@
 
 Every claim is a set of differences, each turned so that it is above 0 where the claim is right, with its 95 % interval:
 a bootstrap over sequences, paired, for both sides have read the same ones (`retention_readings`, a row a reading of a
-sequence). A claim holds where every interval lies above 0, differs where any lies below, and is undecided in between:
-it must be right at every budget, against every baseline. Of so many comparisons some are below 0 by chance: one refutes
-a claim only if its chance, by a t test, is less than 2.5 % over their number (Bonferroni). That all are above needs no
-such correction.
+sequence). A claim holds where every difference is above 0, differs where any is below, and is undecided in between: it
+must be right at every budget, against every baseline. Above are those whose interval is, and whose chance of being so
+high, by a t test, is less than 2.5 %: four sequences that happen to agree make any bootstrap sure, once in sixteen
+times. Of so many comparisons some are below 0 by chance: one refutes a claim only if its chance, by the same test, is
+less than 2.5 % over their number (Bonferroni). That all are above needs no such correction.
 
 Equal bytes: a baseline is compared at the same budget, length and protocol, where the bytes that it may take
 (`retention.kv_bytes_allowed`, all tensors of a policy counted) are within `EQUAL_BYTES` of the policy's; others are
@@ -47,6 +48,9 @@ ENOUGH = 8
 """Sequences that a length must have been read at to be preferred for its length."""
 
 ONE_SIDED = 0.025
+
+_SAID = {**SAID, "undecided": "is undecided here: some of these differences may be chance"}
+"""An interval on one side of zero does not decide, for few sequences."""
 
 Floats = npt.NDArray[np.float64]
 Setting = tuple[str, int]
@@ -162,8 +166,10 @@ class Compared:
 
     def sign(self, among: int) -> Sign:
         """On which side of 0 the difference lies, being one of so many."""
-        if self.chance is None or self.difference.sign == "above":
+        if self.chance is None:
             return self.difference.sign
+        if self.difference.sign == "above" and 1 - self.chance < ONE_SIDED:
+            return "above"
         return "below" if self.chance < ONE_SIDED / among else "unclear"
 
 
@@ -511,7 +517,7 @@ def _finding(claim: Claim, policy: str, judged: Sequence[Judged], setting: Setti
         title=title,
         verdict=found,
         text=f"At {integer(setting[1])} tokens ({setting[0]}), beside what is hardest to beat. {' '.join(told)}"
-        f"{missing} That {policy} {claim.says} {SAID[found]}.",
+        f"{missing} That {policy} {claim.says} {_SAID[found]}.",
     )
 
 
@@ -539,7 +545,7 @@ def _speed_finding(policy: str, judged: Sequence[Judged]) -> Finding:
     return Finding(
         title=title,
         verdict=found,
-        text=f"It decodes {told}. That {policy} is faster than the full cache at every length {SAID[found]}.",
+        text=f"It decodes {told}. That {policy} is faster than the full cache at every length {_SAID[found]}.",
     )
 
 

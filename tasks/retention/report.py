@@ -95,9 +95,10 @@ def claims_section(connection: Any) -> Section:
         f"against {listed(claims.BASELINES)} at equal bytes (within {percent(claims.EQUAL_BYTES, 0)}). A difference "
         "is turned so that it is above 0 where the claim is right; in parentheses its 95 % interval: percentiles of "
         f"{integer(resamples_of(connection, 'retention'))} resamples of the sequences, the same for both sides. A "
-        "claim holds where it is right at every budget against every baseline, and differs where it is wrong against "
-        f"one, by less than 2.5 % chance over the number of comparisons; the table shows the one that is hardest "
-        "to beat.",
+        "claim holds where it is right at every budget against every baseline, by less than 2.5 % chance, and differs "
+        "where it is wrong against one, by less than 2.5 % chance over the number of comparisons; in between it is "
+        "undecided. Chances are of a t test, which knows how few sequences there are: an interval on one side of zero "
+        "is not enough. The table shows the comparison that a verdict rests on.",
         findings=claims.findings(connection),
         tables=[claims_table(judged)] if judged else [],
     )

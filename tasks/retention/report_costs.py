@@ -150,7 +150,8 @@ def frontier_table(found: Sequence[Row]) -> Table:
             Column("top1_agreement", "percent", "same first choice", digits=1),
         ],
         rows=found,
-        note="KL in nats a token. Bytes: the mean over chunks, as a share of the full cache’s keys and values.",
+        note="KL in nats a token. Bytes: the mean over chunks after which something had to leave, as a share "
+        "of the full cache’s at the end.",
     )
 
 

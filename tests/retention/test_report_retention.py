@@ -84,18 +84,35 @@ def test_one_better_baseline_at_one_budget_is_enough_to_refute() -> None:
     assert "(tova) at a budget of 12.5 %" in finding(run, "Survival: str").text
 
 
+def test_a_few_sequences_that_happen_to_agree_prove_nothing() -> None:
+    """Four differences above 0 make every resample's mean so: without any difference, once in sixteen times."""
+    of = {("stream", 2048): {"str": [0.10, 0.11, 0.35, 0.90], "tova": [0.09, 0.09, 0.09, 0.09]}}
+    readings = object.__new__(claims.Readings)
+    readings.resamples = 200
+    readings.found = {
+        (setting, policy, 0.25): {i: {"retained_mass": value} for i, value in enumerate(values)}
+        for setting, policies in of.items()
+        for policy, values in policies.items()
+    }
+    found = readings.compare(("stream", 2048), 0.25, ("str", claims.MASS), ("tova", claims.MASS))
+    assert found is not None
+    assert found.difference.sign == "above"
+    assert found.sign(1) == "unclear"
+
+
 def test_a_row_shows_the_comparison_that_its_verdict_rests_on() -> None:
     """The smallest difference may be clear, and a larger one not: then that one is why nothing is decided."""
 
-    def compared(other: str, value: float, width: float) -> claims.Compared:
+    def compared(other: str, value: float, width: float, chance: float) -> claims.Compared:
         difference = Estimate(value=value, low=value - width, high=value + width)
-        return claims.Compared(other=other, own=0.0, others=value, difference=difference, chance=0.3)
+        return claims.Compared(other=other, own=0.0, others=value, difference=difference, chance=chance)
 
-    clear, unclear = compared("clear", 0.1, 0.01), compared("unclear", 0.2, 0.5)
+    clear, unclear = compared("clear", 0.1, 0.01, 0.999), compared("unclear", 0.2, 0.5, 0.7)
     judged = claims.Judged(
         claim="", measure="", policy="str", budget=0.25, length=2048, compared=[clear, unclear]
     )
     assert (judged.verdict, judged.hardest.other) == ("undecided", "unclear")
+    assert "some of these differences may be chance" in finding(made(), "Survival: str").text
 
 
 @pytest.mark.slow
