@@ -123,9 +123,16 @@ class Float32Screen:
     def above(self, x: torch.Tensor) -> torch.Tensor:
         """See `Screen`."""
         assert self._threshold is not None
-        norm = x.norm(dim=1).max().clamp(min=_TINY)
-        hidden = (self._norms * norm + self._bias.abs()) * self._error + _TINY
-        return places(torch.addmm(self._bias, x, self._weight) > self._threshold - hidden)
+        norm, n = x.norm(dim=1).max().clamp(min=_TINY), len(self._bias)
+        least = self._threshold - (self._norms * norm + self._bias.abs()) * self._error - _TINY
+        # One result's memory for all rows: a page of it is first touched once.
+        step = max(_CPU_BLOCK[1], _SCORES // 16 // n)
+        out, found = x.new_empty((min(step, len(x)), n)), []
+        for first in range(0, len(x), step):
+            some = x[first : first + step]
+            values = torch.addmm(self._bias, some, self._weight, out=out[: len(some)])
+            found.append(_reaching(values, least) + first * n)
+        return torch.cat(found)
 
     def largest(self, x: torch.Tensor, k: int) -> torch.Tensor:
         """See `Screen`."""
@@ -134,7 +141,7 @@ class Float32Screen:
             scores, norms, bias = scores * self._scale, norms * self._scale, bias * self._scale
         norm = x.norm(dim=1).clamp(min=_TINY)
         hidden = (norm * norms.max() + bias.max()) * self._error + _TINY
-        return places(scores >= (_kth(scores, k, hidden) - hidden)[:, None])
+        return _reaching(scores, (_kth(scores, k, hidden) - hidden)[:, None])
 
 
 class BFloat16Screen:
@@ -285,12 +292,12 @@ def places(where: torch.Tensor) -> torch.Tensor:
 
 
 def _reaching(sums: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
-    """Flat indices of the (n, N) sums that are at least `least`, (N,) of 0 or more.
+    """Flat indices of the sums that are at least `least`, which is not below 0 for bfloat16.
 
-    Not below 0, bfloat16 is ordered as integers are; one comparison of those keeps up with the cache.
+    Not below 0, bfloat16 is ordered as integers are, and one comparison of those keeps up with the cache.
     """
     if sums.dtype == torch.bfloat16:
-        return torch.from_numpy(
-            np.flatnonzero(sums.view(torch.int16).numpy() >= least.view(torch.int16).numpy())
-        )
+        sums, least = sums.view(torch.int16), least.view(torch.int16)
+    if sums.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(sums.numpy() >= least.numpy()))
     return places(sums >= least)
