@@ -263,7 +263,11 @@ class Storage:
             return sorted(_local_files(self.full(prefix), len(self.path) + 1), key=itemgetter(0))
         with self._explained(prefix):
             try:
-                found = self.fs.find(self.full(prefix), detail=True)
+                if prefix and hasattr(self.fs, "call_s3"):
+                    # Of a path under which there is nothing, s3fs asks twice more whether it is a file.
+                    found = self.fs.find(self.path, detail=True, prefix=f"{prefix}/")
+                else:
+                    found = self.fs.find(self.full(prefix), detail=True)
             except FileNotFoundError:
                 return []
         start = len(self.path) + 1

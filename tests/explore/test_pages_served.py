@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from builders import commit_found
 from explored import publish
-from s3 import S3Root
+from s3 import BUCKET, S3Root, Server
+from s3_proxy import Proxy
 from small_run import SmallRun, small_run
 from starlette.testclient import TestClient
 
+from functok.explorer import tables
 from functok.explorer.app import build_app
+from infra.manifest import Manifest
 from infra.storage import Storage
 from tasks.explore.labels import write_label
 
@@ -78,3 +83,49 @@ def test_pages_on_s3_are_those_on_disk(moto_root: S3Root, client: TestClient, tm
     assert shown.status_code == 200
     assert "Fetch the dictionary of this layer" in shown.text
     assert remote.get("/feature/1/3?neighbours=yes").status_code == 200
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize(
+    ("address", "most"),
+    [
+        ("/", 0),
+        ("/tokens", 0),
+        ("/token/3", 0),
+        ("/cover?layer=0&tokens=3", 0),
+        ("/text/3?layer=all", 0),
+        ("/sql?q=SELECT+count(*)+FROM+activations", 0),
+        ("/features", 1),
+        ("/feature/1/3", 3),
+    ],
+)
+def test_a_page_seen_before_asks_s3_for_the_catalogue_and_labels_alone(
+    published_on_s3: TestClient, s3_proxy: Proxy, monkeypatch: pytest.MonkeyPatch, address: str, most: int
+) -> None:
+    published_on_s3.get(address)
+    monkeypatch.setattr(tables, "ASKED_EVERY", 0)
+    s3_proxy.clear()
+    assert published_on_s3.get(address).status_code == 200
+    catalogue, *rest = s3_proxy.requests
+    assert catalogue.startswith("GET ")
+    assert catalogue.endswith("/catalog.json")
+    assert len(rest) <= most, rest
+    assert all("labels" in request for request in rest), rest
+
+
+@pytest.fixture(scope="module")
+def published_on_s3(moto_server: Server, s3_proxy: Proxy) -> Iterator[TestClient]:
+    """The pages of a root behind the proxy that counts requests, without a label."""
+    import s3fs
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in moto_server.environment().items():
+            patch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        storage = Storage(f"s3://{BUCKET}/pages", s3_proxy.endpoint)
+        publish(storage, small_run())
+        commit_found(storage, "tables", Manifest(stage="tables", inputs={}))
+        client = TestClient(build_app(storage, token="t"), base_url="http://127.0.0.1")
+        client.get("/?token=t")
+        yield client
+    s3fs.S3FileSystem.clear_instance_cache()
