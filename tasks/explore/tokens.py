@@ -200,6 +200,7 @@ def _in_the_graph(asked: Asked, row: Row, layer: int) -> list[Panel]:
         f"count half. Rarefied: expected of {integer(here['m'])} occurrences, so held against all tokens that have as "
         "many.",
     )
+    whole = f" ({integer(row['count'])} in the whole corpus)" if here["count"] < row["count"] else ""
     opened = Grid(
         key="features",
         caption=f"The features that it opens at layer {layer}",
@@ -221,8 +222,9 @@ def _in_the_graph(asked: Asked, row: Row, layer: int) -> list[Panel]:
         filters=["feature_id", "n", "share", "lift", "max_activation", "degree", "density"],
         bars=["share"],
         page_size=20,
-        note="Lift: how many times more often the feature is active at this token than at any. Density: the share of "
-        "all tokens at which it is.",
+        note=f"In its {plural(here['count'], 'occurrence')} in the documents whose features were read{whole}. Lift: "
+        "how many times more often the feature is active at this token than at any. Density: the share of all tokens "
+        "at which it is.",
         empty=f"It activates no feature at layer {layer}.",
     )
     return [degrees, *_peers(asked, row, here), opened]

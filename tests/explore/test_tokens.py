@@ -307,6 +307,7 @@ def test_a_token_outside_the_graph_says_so(run: SmallRun, tmp_path: Path) -> Non
     storage = Storage(str(tmp_path))
     smaller = small_run(3)
     smaller.tables["token_degree"] = smaller.tables["token_degree"].query("token_id != 2")
+    smaller.tables["token_degree"].loc[lambda rows: rows.token_id == 0, "count"] = 1
     smaller.tables["run_info"] = pd.DataFrame([{"key": "graph_documents", "value": "1"}])
     publish(storage, smaller)
     with closing(connect(storage)) as connection:
@@ -315,3 +316,8 @@ def test_a_token_outside_the_graph_says_so(run: SmallRun, tmp_path: Path) -> Non
         # Only the first document is in the graph.
         first = of(page(connection, 0), Contexts)[0]
         assert {context.about.split(":")[0] for context in first.contexts} == {"0"}
+        (count,) = smaller.tables["tokens"].query("token_id == 0")["count"]
+        note = grid(page(connection, 0), "features").note
+        assert note.startswith(
+            f"In its 1 occurrence in the documents whose features were read ({count:,} in the whole"
+        )
