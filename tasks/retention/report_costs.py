@@ -176,6 +176,8 @@ def errors(connection: Any, at: Place | None = None) -> Section:
         f"{row['policy']} {decimal(row['error'], 3)} ({decimal(row['local_error'], 3)} local)" for row in last
     ]
     carried = [f"{row['policy']} {decimal(row['carried'])}" for row in last]
+    # Where a budget is as large as the cache nothing is lost: a logarithmic axis has no place for errors of 0.
+    known = [row for row in mine if row["carried"] is not None]
     return Section(
         key="retention-layers",
         title="Error by layer",
@@ -184,17 +186,29 @@ def errors(connection: Any, at: Place | None = None) -> Section:
         "something first had to leave: before, a reading is the full run. "
         f"What is carried is the one over the other. {setting_told(setting)}, a budget of {percent(budget, 1)}.",
         charts=[
-            Chart(
-                spec=errors_chart(mine),
-                alt="Two panels on one logarithmic scale, error and local error against layer, a line a policy. At "
-                f"the last layer: {'; '.join(told)}.",
-                caption="Error.",
+            *(
+                []
+                if not any(row["error"] for row in mine)
+                else [
+                    Chart(
+                        spec=errors_chart(mine),
+                        alt="Two panels on one logarithmic scale, error and local error against layer, a line a policy. "
+                        f"At the last layer: {'; '.join(told)}.",
+                        caption="Error.",
+                    )
+                ]
             ),
-            Chart(
-                spec=carried_chart([row for row in mine if row["carried"] is not None]),
-                alt=f"Carried error against layer, a line a policy; at the last layer {'; '.join(carried)}.",
-                caption="Carried: error ÷ local error, 95 % intervals by sequence. The local error of cmp leaves "
-                "out what it quantizes and merges, so that its line lies too high.",
+            *(
+                []
+                if not known
+                else [
+                    Chart(
+                        spec=carried_chart(known),
+                        alt=f"Carried error against layer, a line a policy; at the last layer {'; '.join(carried)}.",
+                        caption="Carried: error ÷ local error, 95 % intervals by sequence. The local error of cmp "
+                        "leaves out what it quantizes and merges, so that its line lies too high.",
+                    )
+                ]
             ),
         ],
         tables=[layers_table(found)],

@@ -11,9 +11,9 @@ import retention_catalogue
 from retention_catalogue import POLICIES, Made
 from rich.console import Console
 
-from tasks.report import charts
+from tasks.report import charts, page
 from tasks.report.vocabulary import Estimate, Finding, Section
-from tasks.retention import claims, report
+from tasks.retention import claims, report, report_costs
 from tasks.retention.looks import policy_key, without_far
 from tasks.retention.report_costs import losses
 from tasks.retention.report_tokens import half_way, survival_rows
@@ -139,6 +139,19 @@ def test_the_loss_of_all_tokens_stands_beside_that_of_the_groups() -> None:
     ).fetchall():
         assert told[policy, budget] == pytest.approx(math.log(ratio))
     assert "str all tokens 0." in section.charts[0].alt
+
+
+@pytest.mark.parametrize(("error", "drawn"), [(0.0, 0), (0.001, 1)])
+def test_a_run_in_which_nothing_is_lost_has_a_report(
+    monkeypatch: pytest.MonkeyPatch, error: float, drawn: int
+) -> None:
+    """Budgets of 1: errors are 0, or all of quantization, and what is carried is not known."""
+    nothing = {"error": error, "local_error": 0.0, "carried": None, "carried_low": None, "carried_high": None}
+    there = report_costs.layer_rows(retention_catalogue.connection(made()))
+    monkeypatch.setattr(report_costs, "layer_rows", lambda _: [row | nothing for row in there])
+    charts_of = report_costs.errors(None).charts
+    assert len(charts_of) == drawn
+    assert all(page.image(chart).width > 0 for chart in charts_of)
 
 
 def test_baselines_of_other_bytes_are_not_compared() -> None:
