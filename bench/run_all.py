@@ -26,6 +26,7 @@ BENCHES = (
     "losses",
     "training",
     "overhead",
+    "writing",
     "tables",
     "explore",
     "readers",

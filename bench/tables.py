@@ -11,6 +11,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -26,8 +27,9 @@ from schemas.config import Config, DuckDb
 from schemas.corpus.tables import VOCABULARY
 from schemas.tables import SHARD_FILES
 from schemas.work import CorpusShards, Dictionary, FeatureShard, GraphShard, TokenShard
-from tasks.engine.tables import Tables
-from tasks.graph.features import count_edges, round_mantissa
+from tasks.engine.tables import Tables, opened
+from tasks.graph.features import VERSION, round_mantissa, sum_edges, write_rows
+from tasks.graph.tables import graph_inputs
 
 LAYERS = (7, 15, 22)
 VOCABULARY_SIZE = 49_152
@@ -35,6 +37,26 @@ DICTIONARY_SIZE = 1 << 17
 TOKENS_PER_SHARD = 131_072
 DOCUMENT = 500
 L0 = 40
+
+SIDES = ("build", "bare", "activations")
+"""What is timed, in processes of their own."""
+
+GROUPED = {
+    "bare": "SELECT token_id, feature_id, sum(n) AS n, max(max_activation) AS largest, sum(sum_units) AS units "
+    "FROM shard_edges GROUP BY token_id, feature_id",
+    "activations": """
+        SELECT layer, token_id, feature_id, sum(n)::BIGINT AS n, max(activation) AS max_activation,
+            sum(units)::DOUBLE / 4294967296 AS sum_activation
+        FROM (
+            SELECT layer, token_id, feature_id, n::BIGINT AS n, NULL::FLOAT AS activation, NULL::BIGINT AS units
+            FROM shard_edges
+            UNION ALL
+            SELECT layer, token_id, feature_id, 0, activation, (activation::DOUBLE * 4294967296)::BIGINT
+            FROM activations
+        )
+        GROUP BY layer, token_id, feature_id ORDER BY layer, token_id, feature_id""",
+}
+"""What the edges are held against, in SQL."""
 
 
 def main() -> None:
@@ -45,20 +67,31 @@ def main() -> None:
     arguments.add_argument("--nonzeros", type=float, default=100e6, help="activations in all")
     arguments.add_argument("--memory-limit", default=DuckDb().memory_limit, help="duckdb.memory_limit")
     arguments.add_argument("--threads", type=int, default=0, help="duckdb.threads")
-    arguments.add_argument("--build", action="store_true", help="only build, in this process")
+    arguments.add_argument("--only", choices=SIDES, help="only build, or group, in this process")
     chosen = arguments.parse_args()
     storage = Storage(chosen.root)
-    if chosen.build:
-        print(json.dumps(build(storage, int(chosen.nonzeros), chosen.memory_limit, chosen.threads)))
+    limits = DuckDb(memory_limit=chosen.memory_limit, threads=chosen.threads)
+    if chosen.only == "build":
+        print(json.dumps(build(storage, int(chosen.nonzeros), limits)))
+        return
+    if chosen.only:
+        print(json.dumps(group(storage, int(chosen.nonzeros), limits, chosen.only)))
         return
     make_shards(storage, int(chosen.nonzeros))
-    built = []
+    built, edge_seconds, grouped = [], [], {side: list[float]() for side in SIDES[1:]}
     for _ in range(chosen.rounds):
         storage.delete("tables")
-        command = [sys.executable, "-m", "bench.tables", *sys.argv[1:], "--build"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        built.append(json.loads(done.stdout))
-        say(f"{built[-1]['seconds']} s, {built[-1]['peak_memory_gb']} GB")
+        found = {}
+        for side in SIDES:
+            command = [sys.executable, "-m", "bench.tables", *sys.argv[1:], "--only", side]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            found[side] = json.loads(done.stdout)
+            say(f"{side}: {found[side]['seconds']} s, {found[side]['peak_memory_gb']} GB")
+        built.append(found["build"])
+        of = found["build"]["seconds_of"]
+        edge_seconds.append(sum(of[f"edges of layer {layer}"] for layer in LAYERS))
+        for side, seconds in grouped.items():
+            seconds.append(found[side]["seconds"])
     what = f"all tables from {built[0]['nonzeros'] / 1e6:.0f} M non-zeros"
     memory = spread([entry["peak_memory_gb"] for entry in built])
     seconds = spread([entry["seconds"] for entry in built])
@@ -67,13 +100,38 @@ def main() -> None:
     figures = [
         figure(f"{what}: peak memory, GB", memory, "≤", 4),
         figure(f"{what}: seconds", seconds),
+        figure("edges: speed over adding up every activation", ratio(grouped["activations"], edge_seconds)),
+        figure("edges: speed over a bare GROUP BY", ratio(grouped["bare"], edge_seconds), "≥", 0.7),
+        figure(f"{what}, of the graph: seconds", spread([entry["graph_seconds"] for entry in built])),
         figure("tables of single features: time over that of the others", added, "≤", 1.5),
         figure("one feature's examples, histogram and tokens: seconds to read", read),
     ]
     emit("tables", {"figures": figures, "built": built})
 
 
-def build(storage: Storage, nonzeros: int, memory_limit: str, threads: int) -> dict[str, object]:
+def group(storage: Storage, nonzeros: int, limits: DuckDb, side: str) -> dict[str, float]:
+    """What the edges are held against: all layers' rows grouped by one COPY each, in no order.
+
+    Args:
+        storage: Where the shards are.
+        nonzeros: As many shards.
+        limits: DuckDB's.
+        side: `bare`: the shards' edges. `activations`: these and every activation, sorted, as edges were once made.
+    """
+    _, features, _ = make_shards(storage, nonzeros)
+    seconds = 0.0
+    for layer in LAYERS:
+        views = graph_inputs(features, layer)
+        catalog = Catalog(sharded={view: views[view] for view in ("shard_edges", "activations")})
+        with opened(side, limits, storage, catalog) as connection, tempfile.NamedTemporaryFile() as file:
+            connection.execute("SELECT sum(hash(shard_edges)) FROM shard_edges").fetchall()
+            started = time.perf_counter()
+            connection.execute(f"COPY ({GROUPED[side]}) TO '{file.name}' (FORMAT parquet, COMPRESSION zstd)")
+            seconds += time.perf_counter() - started
+    return {"seconds": round(seconds, 1), "peak_memory_gb": round(peak_gb(), 2)}
+
+
+def build(storage: Storage, nonzeros: int, limits: DuckDb) -> dict[str, object]:
     """Build the groups of tables from the shards that are there, and read those of some features."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from builders import run_of
@@ -90,7 +148,7 @@ def build(storage: Storage, nonzeros: int, memory_limit: str, threads: int) -> d
             "corpus": {"urls": ["synthetic"]},
             "model": {"name": "synthetic"},
             "sae": [{"layer": layer, "path": "synthetic"} for layer in LAYERS],
-            "duckdb": {"memory_limit": memory_limit, "threads": threads},
+            "duckdb": limits.model_dump(),
             "storage": {"root": storage.root},
         }
     )
@@ -114,8 +172,8 @@ def build(storage: Storage, nonzeros: int, memory_limit: str, threads: int) -> d
         "feature_shards": len(features),
         "edges": count_rows(storage, edges),
         "edge_files": len(edges),
-        "memory_limit": memory_limit,
-        "threads": threads,
+        "memory_limit": limits.memory_limit,
+        "threads": limits.threads,
         "seconds": round(ended - started, 1),
         "graph_seconds": round(between - started, 3),
         "feature_seconds": round(ended - between, 3),
@@ -179,11 +237,12 @@ def make_shards(storage: Storage, nonzeros: int) -> tuple[CorpusShards, list[Fea
         shards.append(shard)
         part = GraphShard(shard=shard, n_documents=n_documents, n_tokens=n_tokens)
         for layer in LAYERS:
-            folder = f"features/{content_key(bench='tables', shard=index, tokens=n_tokens, layer=layer)}"
+            parts = {"version": VERSION, "shard": index, "tokens": n_tokens, "layer": layer}
+            folder = f"features/{content_key(bench='tables', **parts)}"
             if load(storage, folder) is None:
                 write_feature_shard(storage, folder, token, np.random.default_rng([index, layer]))
-            n = int(load(storage, folder).stats["n"])  # type: ignore[union-attr]  # just written
-            features.append(FeatureShard(layer=layer, folder=folder, part=part, n_activations=n))
+            stats = load(storage, folder).stats  # type: ignore[union-attr]  # just written
+            features.append(FeatureShard(layer=layer, folder=folder, part=part, **stats))
     vocabulary = "vocabulary.parquet"
     ids = np.arange(VOCABULARY_SIZE)
     storage.write_parquet(vocabulary, pa.table([ids, ids.astype(str)], schema=VOCABULARY))
@@ -217,24 +276,30 @@ def write_token_shard(storage: Storage, folder: str, token: np.ndarray) -> None:
     commit(storage, folder, Manifest(stage="bench", inputs={}), written)
 
 
-def write_feature_shard(storage: Storage, folder: str, token: np.ndarray, rng: np.random.Generator) -> None:
-    """About L0 features for each token, half of them the token's own, half of the context; both power laws."""
+def draw_features(token: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row, feature and value of about L0 features a token, half its own, half of the context; both power laws."""
     row = np.repeat(np.arange(len(token), dtype=np.int64), L0 + L0 // 8)
     drawn = (DICTIONARY_SIZE ** rng.random(len(row))).astype(np.int64) - 1
     own = token[row].astype(np.int64) * 7919 + drawn * 31
     feature = np.where(rng.random(len(row)) < 0.5, own, drawn * 17) % DICTIONARY_SIZE
     pairs = np.unique(row * DICTIONARY_SIZE + feature)
     row, feature = pairs // DICTIONARY_SIZE, (pairs % DICTIONARY_SIZE).astype(np.int32)
-    value = round_mantissa(rng.lognormal(1, 1, len(row)).astype(np.float32), 15)
+    return row, feature, round_mantissa(rng.lognormal(1, 1, len(row)).astype(np.float32), 15)
+
+
+def write_feature_shard(storage: Storage, folder: str, token: np.ndarray, rng: np.random.Generator) -> None:
+    """A layer's features of these tokens, in documents of equal length."""
+    row, feature, value = draw_features(token, rng)
     columns = [row // DOCUMENT, row % DOCUMENT, token[row], feature, value]
-    seen, counts = np.unique(token, return_counts=True)
-    files = {
-        "activations": pa.table(columns, schema=SHARD_FILES["activations"]),
-        "edges": count_edges(token[row], feature, DICTIONARY_SIZE),
-        "counts": pa.table([seen, counts], schema=SHARD_FILES["counts"]),
-    }
-    written = [storage.write_parquet(f"{folder}/{name}.parquet", table) for name, table in files.items()]
-    commit(storage, folder, Manifest(stage="bench", inputs={}, stats={"n": len(row)}), written)
+    activations = pa.table(columns, schema=SHARD_FILES["activations"])
+    edges, scale = sum_edges(token[row], feature, value)
+    counts = pa.table([*np.unique(token, return_counts=True)], schema=SHARD_FILES["counts"])
+    written = [
+        *write_rows(storage, folder, activations, edges),
+        storage.write_parquet(f"{folder}/counts.parquet", counts),
+    ]
+    stats = {"n_activations": len(row), "n_edges": edges.num_rows, "scale": scale}
+    commit(storage, folder, Manifest(stage="bench", inputs={}, stats=stats), written)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,16 @@ def extraction_client(settings: Dask, count_devices: Callable[[], int], n_parts:
         yield None
 
 
+@contextmanager
+def running_cluster(settings: Dask) -> Iterator[Any]:
+    """A Dask client of the scheduler that `settings` name; None where they name none."""
+    if settings.scheduler:
+        with _connected(settings.scheduler) as client:
+            yield client
+    else:
+        yield None
+
+
 def one_at_a_time(work: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Let a process do such work one at a time: a Dask worker may have several threads, but one model and one device.
 

@@ -119,8 +119,8 @@ class FeatureShard:
     `counts.parquet`: those of a whole one are the token shard's own.
 
     Attributes:
-        n_edges: Rows of `edges.parquet`; None where nobody has noted it.
-        max_activation: The largest activation; None where there is none, or nobody has noted it.
+        n_edges: Rows of `edges.parquet`.
+        scale: Its sums are in units of 2^-scale.
         has_counts: Whether the folder holds `counts.parquet`.
     """
 
@@ -128,8 +128,8 @@ class FeatureShard:
     folder: str
     part: GraphShard
     n_activations: int
-    n_edges: int | None = None
-    max_activation: float | None = None
+    n_edges: int
+    scale: int = 32
     has_counts: bool = True
 
     @property

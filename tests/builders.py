@@ -22,6 +22,7 @@ from schemas.work import CorpusShards, Dictionary, FeatureShard, GraphShard, Tok
 from tasks.engine.run import Found, Run
 from tasks.engine.stage import Stage
 from tasks.engine.tables import TableGroup, candidate
+from tasks.graph.features import sum_edges
 
 Active = dict[int, float]
 """What one occurrence activates: feature id to activation."""
@@ -192,11 +193,11 @@ def write_features(
                 for position, token in enumerate(document.tokens)
                 for feature, value in document.active[dictionary.layer][position].items()
             ]
-            edges = Counter((row["token_id"], row["feature_id"]) for row in activations)
+            edges, scale = edges_of(activations)
             counts = Counter(token for document in documents for token in document.tokens)
             rows = {
                 "activations": activations,
-                "edges": [{"token_id": t, "feature_id": f, "n": n} for (t, f), n in edges.items()],
+                "edges": edges.to_pylist(),
                 "counts": [{"token_id": t, "count": n} for t, n in counts.items()],
             }
             for table in rows.values():
@@ -205,10 +206,23 @@ def write_features(
             _write(storage, folder, rows)
             part = GraphShard(shard=shard, n_documents=len(documents), n_tokens=counts.total())
             made.append(
-                FeatureShard(layer=dictionary.layer, folder=folder, part=part, n_activations=len(activations))
+                FeatureShard(
+                    layer=dictionary.layer,
+                    folder=folder,
+                    part=part,
+                    n_activations=len(activations),
+                    n_edges=edges.num_rows,
+                    scale=scale,
+                )
             )
     rng.shuffle(made)
     return made
+
+
+def edges_of(activations: Sequence[Mapping[str, Any]]) -> tuple[pa.Table, int]:
+    """The edges of a shard's activations, and their scale."""
+    rows = pa.Table.from_pylist(list(activations), schema=SHARD_FILES["activations"])
+    return sum_edges(*(rows[name].to_numpy() for name in ("token_id", "feature_id", "activation")))
 
 
 def make_dictionary(

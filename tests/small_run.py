@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from builders import GivenRun, commit_found, run_of
+from builders import GivenRun, commit_found, edges_of, run_of
 
 from infra.catalog import Catalog, ShardFile
 from infra.manifest import Manifest
@@ -184,9 +184,8 @@ def _small_run(seed: int) -> SmallRun:
             active["feature_id"] = feature
             active["activation"] = rng.integers(1, 100, len(active)) / 8
             run.activations[layer, place] = active
-            run.edges[layer, place] = (
-                active.groupby(["token_id", "feature_id"]).size().rename("n").reset_index()
-            )
+            edges, _ = edges_of(active.to_dict("records"))
+            run.edges[layer, place] = edges.to_pandas(integer_object_nulls=True)
             run.counts[layer, place] = run.token_counts[place][["token_id", "count"]]
             run.features.append(
                 FeatureShard(
@@ -194,6 +193,7 @@ def _small_run(seed: int) -> SmallRun:
                     folder=f"features/{layer}-{place}",
                     part=GraphShard(shard=shard, n_documents=shard.n_documents, n_tokens=shard.n_tokens),
                     n_activations=len(active),
+                    n_edges=edges.num_rows,
                 )
             )
     run.tables = _tables(run)

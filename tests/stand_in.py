@@ -219,7 +219,9 @@ def dictionaries_of(config: Config) -> list[Dictionary]:
 def features_of(config: Config) -> list[FeatureShard]:
     part = GraphShard(shard=SHARD, n_documents=3, n_tokens=40)
     return [
-        FeatureShard(layer=entry.layer, folder=f"features/{entry.layer}", part=part, n_activations=9)
+        FeatureShard(
+            layer=entry.layer, folder=f"features/{entry.layer}", part=part, n_activations=9, n_edges=5
+        )
         for entry in config.sae
     ]
 

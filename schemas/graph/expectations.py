@@ -8,6 +8,13 @@ from __future__ import annotations
 
 from schemas.expectation import Expectation, Keys, Query, Rows, differ
 
+# Grouping by edge once more would cost as much as making them: each feature weighs 31 bits of a hash instead.
+_WEIGHT = "(hash(feature_id) >> 33)::BIGINT"
+_UNITS = "TRY_CAST({} * pow(2::DOUBLE, (SELECT any_value(scale) FROM edges)) AS BIGINT)"
+_ADDED_UP = f"""SELECT folder, layer, token_id, {{n}} AS n, sum({{one}} * {_WEIGHT}) AS features,
+    max({{largest}}) AS maximum, sum({{units}}::HUGEINT * {_WEIGHT}) AS sums FROM {{table}}
+    GROUP BY folder, layer, token_id"""
+
 FEATURES: tuple[Expectation, ...] = (
     Keys(
         name="one shard a layer and place",
@@ -82,17 +89,40 @@ FEATURES: tuple[Expectation, ...] = (
         meaning="An edge is one row.",
         columns=("token_id", "feature_id"),
     ),
+    Rows(
+        name="edges are possible",
+        table="edges",
+        shard=True,
+        meaning="n ≥ 1, and a sum is told where n > 1.",
+        must="n >= 1 AND (n = 1) = (sum_units IS NULL)",
+        show="folder, layer, token_id, feature_id, n, sum_units",
+    ),
     Query(
         name="edges.n = activations grouped",
         table="edges",
         shard=True,
         needs=("activations",),
-        meaning="Each edge counts the activations of its token and feature.",
+        meaning="By token, edges and activations agree in number, features, maximum, and sums of the features.",
         offenders=differ(
-            "SELECT folder, layer, token_id, feature_id, count(*) AS n FROM activations GROUP BY ALL",
-            "SELECT folder, layer, token_id, feature_id, n FROM edges",
-            "folder, layer, token_id, feature_id",
+            _ADDED_UP.format(
+                n="count(*)",
+                one="1",
+                largest="activation",
+                units=_UNITS.format("activation"),
+                table="activations",
+            ),
+            _ADDED_UP.format(
+                n="sum(n)",
+                one="n",
+                largest="max_activation",
+                units=f"coalesce(sum_units, {_UNITS.format('max_activation')})",
+                table="edges",
+            ),
+            "folder, layer, token_id",
             "n",
+            "features",
+            "maximum",
+            "sums",
         ),
     ),
     Keys(

@@ -15,7 +15,15 @@ SHARD_FILES: dict[str, pa.Schema] = {
         feature_id=pa.int32(),
         activation=pa.float32(),
     ),
-    "edges": schema_of(token_id=pa.int32(), feature_id=pa.int32(), n=pa.int32()),
+    # sum_units: the activations' sum, in units of 2^-scale; NULL where n = 1, for it is the maximum
+    "edges": schema_of(
+        token_id=pa.int32(),
+        feature_id=pa.int32(),
+        n=pa.int32(),
+        max_activation=pa.float32(),
+        sum_units=pa.int64(),
+        scale=pa.int32(),
+    ),
     "counts": schema_of(token_id=pa.int32(), count=pa.int64()),
 }
 
@@ -78,6 +86,6 @@ SHARDED: dict[str, str] = {
     # one file a layer, made by the table stage
     "edges": "f.layer, f.token_id, f.feature_id, f.n, f.max_activation, f.sum_activation",
     # not published: the table stage reads them
-    "shard_edges": "s.layer, f.token_id, f.feature_id, f.n",
+    "shard_edges": "s.layer, f.token_id, f.feature_id, f.n, f.max_activation, f.sum_units, f.scale",
     "shard_graph_counts": "s.layer, f.token_id, f.count",
 }

@@ -4,14 +4,18 @@ WITH graph_tokens AS (
     SELECT layer, sum(count) AS n_tokens
     FROM token_degree
     GROUP BY layer
+),
+features AS (
+    SELECT layer, feature_id, count(*)::BIGINT AS degree, sum(n)::BIGINT AS n
+    FROM edges
+    GROUP BY layer, feature_id
 )
 SELECT
     layer,
     feature_id,
-    count(*)::BIGINT AS degree,
-    sum(n)::BIGINT AS n,
-    sum(n)::DOUBLE / any_value(n_tokens)::DOUBLE AS density
-FROM edges
+    degree,
+    n,
+    n::DOUBLE / n_tokens::DOUBLE AS density
+FROM features
 JOIN graph_tokens USING (layer)
-GROUP BY layer, feature_id
 ORDER BY layer, feature_id

@@ -65,7 +65,8 @@ def _fit_from(data: npt.NDArray[np.float64], xmin: float) -> PowerLawFit | None:
 
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
-        law: Any = powerlaw.Fit(data, discrete=True, xmin=xmin, verbose=0).power_law
+        # Descending: it tests value by value, in Python, whether they ascend, and sorts them in C where they do not.
+        law: Any = powerlaw.Fit(data[::-1], discrete=True, xmin=xmin, verbose=0).power_law
         valid = law.in_range() and not law.noise_flag
     if not valid or not np.isfinite([law.alpha, law.D]).all():
         return None

@@ -75,7 +75,6 @@ class GraphTables(TableGroup):
 
         Raises:
             ConfigError: also if a layer has shards and no dictionary or the reverse.
-            ExpectationError: if an activation is not a finite number.
         """
         features, dictionaries, storage = run.result(FEATURES), run.result(DICTIONARIES), run.storage
         layers = checked_layers(features, dictionaries)
@@ -84,8 +83,8 @@ class GraphTables(TableGroup):
         progress(0, total, "graph tables")
         build_tokens(run, corpus_group(run.config, run.result(TOKENIZE)))
         for layer in layers:
-            inputs = selected(Catalog(sharded=graph_inputs(features, layer)), ("shard_edges", "activations"))
-            ensure_edges(run.config.duckdb, storage, layer, features, inputs)
+            inputs = selected(Catalog(sharded=graph_inputs(features, layer)), ["shard_edges"])
+            ensure_edges(run.config.duckdb, storage, layer, features, inputs, run.config.dask)
             advance(f"edges of layer {layer}")
         graph = self.planned(run)
         if graph is None:

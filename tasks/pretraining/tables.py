@@ -232,8 +232,8 @@ def _ensure_graph(run: Run, corpus: Tables, grown: GrownSae) -> None:
 
     def make() -> Iterator[StoredFile]:
         layer, shards = grown.dictionary.layer, graph_inputs(grown.features)
-        wanted = Catalog(sharded={view: shards[view] for view in ("shard_edges", "activations")})
-        ensure_edges(config.duckdb, storage, layer, grown.features, wanted)
+        wanted = Catalog(sharded={"shard_edges": shards["shard_edges"]})
+        ensure_edges(config.duckdb, storage, layer, grown.features, wanted, config.dask)
         edges = edge_files(storage, grown.features)
         if edges is None:
             raise StorageError(

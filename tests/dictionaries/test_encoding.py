@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tasks.corpus.windows import ShardTokens, batches
 from tasks.dictionaries import encoding
 from tasks.dictionaries.encoding import Encoder
-from tasks.graph.features import count_edges, round_mantissa
+from tasks.graph.features import round_mantissa
 
 CPU = torch.device("cpu")
 SETTLED = [
@@ -116,12 +116,3 @@ def test_rounding_keeps_the_asked_bits(values: list[float], bits: int) -> None:
     assert (rounded.view(np.uint32) % (1 << (23 - bits)) == 0).all()
     if bits == 23:
         assert (rounded == exact).all()
-
-
-def test_edges_count_occurrences() -> None:
-    table = count_edges(np.array([5, 3, 5, 5], np.int32), np.array([1, 9, 1, 0], np.int32), d_sae=10)
-    assert table.to_pylist() == [
-        {"token_id": 3, "feature_id": 9, "n": 1},
-        {"token_id": 5, "feature_id": 0, "n": 1},
-        {"token_id": 5, "feature_id": 1, "n": 2},
-    ]

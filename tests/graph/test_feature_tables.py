@@ -241,9 +241,9 @@ def test_activations_many_times_larger_than_memory(storage: Storage) -> None:
     storage.write_parquet("f/activations.parquet", pa.table(columns), row_group_size=100_000)
     shard = TokenShard(folder="t", source="a", doc_offset=0, n_documents=n // 100, n_tokens=n, n_rejects=0)
     part = GraphShard(shard=shard, n_documents=n // 100, n_tokens=n)
-    features = [FeatureShard(layer=layer, folder="f", part=part, n_activations=n)]
     rows = pa.table(columns).group_by(["token_id", "feature_id"])
     edges = rows.aggregate([("activation", "count"), ("activation", "max"), ("activation", "sum")])
+    features = [FeatureShard(layer=layer, folder="f", part=part, n_activations=n, n_edges=edges.num_rows)]
     names = ["token_id", "feature_id", "n", "max_activation", "sum_activation"]
     edges = edges.rename_columns(names).append_column("layer", pa.array([layer] * edges.num_rows, pa.int32()))
     storage.write_parquet("e.parquet", edges)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections import defaultdict
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -413,13 +415,13 @@ def test_a_token_outside_the_vocabulary_is_refused(parts: Path, tmp_path: Path) 
 def test_a_fault_of_the_making_is_found_alike_in_the_rows_and_in_the_files(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    count = features.count_edges
+    add = features.sum_edges
 
     def wrong(*arguments: Any) -> Any:
-        edges = count(*arguments)
-        return edges.slice(1) if edges.num_rows else edges
+        edges, scale = add(*arguments)
+        return edges.slice(1) if edges.num_rows else edges, scale
 
-    monkeypatch.setattr(features, "count_edges", wrong)
+    monkeypatch.setattr(features, "sum_edges", wrong)
     config = config_for(parts, tmp_path, sae=[{"layer": 1, "path": str(parts / "sae-1")}])
     made, _, storage = run(config)
     with pytest.raises(ExpectationError, match=r"'edges\.n = activations grouped'") as told:
@@ -432,6 +434,20 @@ def test_a_fault_of_the_making_is_found_alike_in_the_rows_and_in_the_files(
     with pytest.raises(ExpectationError) as asked:
         check(open_run(config, storage), FEATURES)
     assert str(asked.value) == str(told.value)
+
+
+def test_an_activation_that_is_no_number_is_refused(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overflowing(*arguments: Any) -> Any:
+        tokens, found = compute_features(*arguments)
+        found[1].value[3] = np.inf
+        return tokens, found
+
+    monkeypatch.setattr(features, "compute_features", overflowing)
+    config = config_for(parts, tmp_path, sae=[{"layer": 1, "path": str(parts / "sae-1")}])
+    with pytest.raises(ExpectationError, match=r"layer 1 has an activation that is inf, of tokens/.*"):
+        run(config)
 
 
 @pytest.mark.slow
@@ -462,10 +478,23 @@ def test_a_whole_shards_counts_are_those_of_its_tokens(parts: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_what_a_shard_says_of_its_extent_is_what_is_stored(parts: Path, tmp_path: Path) -> None:
-    # With so few bits the stored values are others than those computed, and the unit of the sums depends on them.
-    made, _, storage = run(config_for(parts, tmp_path, activations={"mantissa_bits": 7}))
+@pytest.mark.parametrize("bits", [7, 23])
+def test_a_shards_edges_are_its_stored_activations_added_up(parts: Path, tmp_path: Path, bits: int) -> None:
+    # With so few bits the stored values are others than those computed.
+    made, _, storage = run(config_for(parts, tmp_path, activations={"mantissa_bits": bits}))
     for shard in made:
-        stored = storage.read_parquet(f"{shard.folder}/activations.parquet")["activation"].to_pylist()
-        assert shard.max_activation == max(stored, default=None)
-        assert shard.n_edges == storage.read_parquet(f"{shard.folder}/edges.parquet").num_rows
+        stored: dict[tuple[int, int], list[float]] = defaultdict(list)
+        for row in storage.read_parquet(f"{shard.folder}/activations.parquet").to_pylist():
+            stored[row["token_id"], row["feature_id"]].append(row["activation"])
+        edges = storage.read_parquet(f"{shard.folder}/edges.parquet").to_pylist()
+        assert [tuple(row.values()) for row in edges] == [
+            (
+                *pair,
+                len(of),
+                max(of),
+                None if len(of) == 1 else sum(round(Fraction(a) * 2**32) for a in of),
+                32,
+            )
+            for pair, of in sorted(stored.items())
+        ]
+        assert (shard.n_edges, shard.scale) == (len(edges), 32)

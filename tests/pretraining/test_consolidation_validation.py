@@ -230,7 +230,8 @@ PLANTS: dict[str, dict[str, RunPlant]] = {
         "edge keys are unique": feature_rows(
             "edges", "rows: 2", lambda frame: pd.concat([frame, frame.iloc[:1]])
         ),
-        "edges.n = activations grouped": in_features("edges", "told_n: 55", n=55),
+        "edges are possible": in_features("edges", "n: 0", n=0),
+        "edges.n = activations grouped": in_features("edges", "told_features: ", feature_id=299),
         "counted tokens are unique": feature_rows(
             "counts", "rows: 2", lambda frame: pd.concat([frame, frame.iloc[:1]])
         ),
