@@ -224,9 +224,9 @@ def test_a_file_that_joins_meets_the_damage_by_name(
     config = config_of(finished, root)
     urls = [*config.corpus.urls, str(tmp_path / "more.jsonl")]
     config = config.model_copy(update={"corpus": config.corpus.model_copy(update={"urls": urls})})
-    from tasks.corpus.token_shards import _tokenizer
+    from tasks.corpus.token_shards import tokenizer_of
 
-    _tokenizer.cache_clear()
+    tokenizer_of.cache_clear()
     with pytest.raises(DamagedError, match=name.replace(".", r"\.")):
         plain.run_plain(config)
     assert rows_of(storage, "coverage") == before
