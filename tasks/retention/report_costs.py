@@ -192,8 +192,8 @@ def errors(connection: Any, at: Place | None = None) -> Section:
                 else [
                     Chart(
                         spec=errors_chart(mine),
-                        alt="Two panels on one logarithmic scale, error and local error against layer, a line a policy. "
-                        f"At the last layer: {'; '.join(told)}.",
+                        alt="Two panels on a logarithmic scale, error and local error against layer, a line a policy; "
+                        f"at the last layer: {'; '.join(told)}.",
                         caption="Error.",
                     )
                 ]
