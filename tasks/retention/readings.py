@@ -30,9 +30,11 @@ from tasks.engine.run import Run
 from tasks.engine.stage import Made, Question, Shown, Stage, Unit
 from tasks.models.devices import device_client, settle
 from tasks.models.model import model_key
+from tasks.report.text import plural
 from tasks.retention.gates import GATES, read_gate
 from tasks.retention.loaded import forget_loaded, function_mask, loaded_model, sequence_tokens
 from tasks.retention.measures import FILES, measure
+from tasks.retention.retrieval import check_prompts
 from tasks.retention.sequences import heldout_sequences
 from tasks.retention.setups import has_gate, policy_key, settings_of, setups
 
@@ -139,13 +141,14 @@ class Readings(Stage[ReadingUnit, list[ReadSequence]]):
         for unit in missing:
             counts[unit.setup] = counts.get(unit.setup, 0) + 1
         return [
-            f"{setup.policy} at {setup.budget:g}, {setup.protocol}, {setup.length:,} tokens: {n} sequences"
+            f"{setup.policy} at {setup.budget:g}, {setup.protocol}, {setup.length:,} tokens: {plural(n, 'sequence')}"
             for setup, n in counts.items()
         ]
 
     def prepare(self, run: Run, missing: Sequence[ReadingUnit]) -> Sequence[ReadingUnit]:
-        """Decide the number format."""
+        """Decide the number format, and refuse now what would be refused once all is read: prompts that do not fit."""
         settle(run.config.model, run.storage)
+        check_prompts(run.config, run.storage)
         return missing
 
     def client(self, run: Run, groups: Sequence[Sequence[ReadingUnit]]) -> AbstractContextManager[Any]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import pyarrow as pa
 
 from infra import verified
 from infra.manifest import Manifest, content_key
-from infra.storage import StoredFile
+from infra.storage import Storage, StoredFile
 from schemas.config import Config
 from schemas.errors import FunctokError, about
 from schemas.retention.section import FULL, Retention, Retrieval, retention_of
@@ -157,19 +158,9 @@ class RetrievalStage(Stage[RetrievalUnit, list[Retrieved]]):
         return units
 
     def prepare(self, run: Run, missing: Sequence[RetrievalUnit]) -> Sequence[RetrievalUnit]:
-        """Decide the number format, and refuse contexts that are too short for their task, or too long for the model.
-
-        Raises:
-            ConfigError: naming the first that is too short.
-            ModelError: naming the first that is too long with its question and answer.
-        """
-        model, storage = run.config.model, run.storage
-        settle(model, storage)
-        tokenizer, positions = load_tokenizer(model, storage), context_length(model, storage)
-        with about(stage=self.name):
-            for task, length in dict.fromkeys((unit.task, unit.length) for unit in missing):
-                for prompt in _prompts_of(run.config, tokenizer, task, length):
-                    require_positions(prompt, positions, model.name)
+        """Decide the number format, and refuse what `check_prompts` does."""
+        settle(run.config.model, run.storage)
+        check_prompts(run.config, run.storage)
         return missing
 
     def client(self, run: Run, groups: Sequence[Sequence[RetrievalUnit]]) -> AbstractContextManager[Any]:
@@ -295,6 +286,23 @@ def _asked_of(config: Config) -> Retrieval:
 
 def _bos_id(config: Config, tokenizer: LoadedTokenizer) -> int | None:
     return tokenizer.bos_id if config.windows.prepend_bos else None
+
+
+def check_prompts(config: Config, storage: Storage) -> None:
+    """Refuse contexts that are too short for their task, or too long for the model; nothing where none are asked for.
+
+    Raises:
+        ConfigError: naming the first that is too short.
+        ModelError: naming the first that is too long with its question and answer.
+    """
+    asked = retention_of(config).retrieval
+    if asked is None:
+        return
+    tokenizer, positions = load_tokenizer(config.model, storage), context_length(config.model, storage)
+    with about(stage="retrieval"):
+        for task, length in product(asked.tasks, asked.lengths):
+            for prompt in _prompts_of(config, tokenizer, task, length):
+                require_positions(prompt, positions, config.model.name)
 
 
 def _prompts_of(config: Config, tokenizer: LoadedTokenizer, task: str, length: int) -> list[prompts.Prompt]:

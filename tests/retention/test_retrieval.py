@@ -18,6 +18,7 @@ from schemas.retention.tables import SHARD_FILES, TABLES
 from sql import read_sql
 from tasks.engine import checks
 from tasks.engine.run import make
+from tasks.retention.readings import READINGS
 from tasks.retention.retrieval import RETRIEVAL, file_of
 from tasks.retention.setups import check_fit
 
@@ -100,6 +101,9 @@ def test_contexts_that_are_too_short_are_refused_before_work(parts: Path, tmp_pa
     with pytest.raises(ConfigError, match="a context of 20 tokens has no room for the task passkey"):
         finished(asked, None, RETRIEVAL)
     assert not (tmp_path / "retrieval").exists()
+    with pytest.raises(ConfigError, match="a context of 20 tokens has no room for the task passkey"):
+        finished(asked, None, READINGS)
+    assert not (tmp_path / "retention").exists()
 
 
 def test_contexts_without_room_for_a_choice_or_a_question_are_refused_before_work(
