@@ -2,7 +2,8 @@
 
 Where a file can be entered in its middle, a part is a range of it that its worker reads itself: bytes of lines,
 row groups of Parquet. Of other files (compressed, an array of JSON, rows that run over line ends, members of
-archives) one reader makes parts that hold what is to be tokenized, which takes far longer than reading. Which parts
+archives) one reader makes parts that hold what is to be tokenized: it reads 200 to 400 MB of text a second out of gzip,
+zstd or CSV, and a core tokenizes 2 (BPE of 49,152 tokens), so frames of zstd are not entered one by one. Which parts
 there are changes no shard: those are cut from the records of all parts, one after another.
 """
 

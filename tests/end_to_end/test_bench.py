@@ -66,6 +66,16 @@ def test_tokenization(data: Path, run_bench: RunBench) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
+def test_sharing(data: Path, run_bench: RunBench) -> None:
+    given = ("--model", str(data / "model"), "--corpus", str(data / "corpus.jsonl"))
+    report = run_bench("sharing", *given, "--rounds", "1", "--megabytes", "5")
+    assert report["input"]["bytes"] > 5 << 20
+    assert set(report["seconds"]) == set(report["cpu_seconds"])
+    assert len(report["figures"]) == 8
+
+
+@pytest.mark.slow
 def test_extraction(data: Path, run_bench: RunBench) -> None:
     report = run_bench(
         "extraction",
