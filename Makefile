@@ -84,13 +84,14 @@ bench: assets
 	$(BIN)/python -m bench.run_all
 
 # What goes to which process, and what is left out of the fast ones: tests/suite.py
-PYTEST = $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+# A third process works while the others wait for servers, which the fast tests have none of.
+PYTEST = $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder --numprocesses
 
 test: $(TEST_STAMP) $(SYSTEM_STAMP)
-	$(PYTEST) $(PYTEST_OPTIONS)
+	$(PYTEST) $(TEST_PROCESSES) $(PYTEST_OPTIONS)
 
 test-fast: $(TEST_STAMP)
-	$(PYTEST) -m 'not (server or cluster or s3 or chromium or process or slow)' $(PYTEST_OPTIONS)
+	$(PYTEST) 2 -m 'not (server or cluster or s3 or chromium or process or slow)' $(PYTEST_OPTIONS)
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff format --check .

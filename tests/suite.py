@@ -71,7 +71,13 @@ LONGEST = (
     "graph/test_features.py",
     "end_to_end/test_contributing.py",
     "pretraining/test_consolidation_validation.py",
+    "corpus/test_sharing.py",
     "corpus/test_tokenization.py",
+    "retention/test_retention_cache.py",
+    "engine/test_validation.py",
+    "retention/test_measures.py",
+    "retention/test_retention_stages.py",
+    "steering/test_report_steering.py",
 )
 """Groups that begin first, the longest before the others, so that all processes end together."""
 

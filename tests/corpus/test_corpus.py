@@ -84,6 +84,7 @@ def test_skipping_records_gives_the_rest(tmp_path: Path, skip: int) -> None:
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 @pytest.mark.parametrize("share", [0.3, 0.7, 0.99])
+@pytest.mark.slow
 def test_a_truncated_archive_keeps_what_was_read_and_says_so(
     tmp_path: Path, suffix: str, share: float
 ) -> None:

@@ -499,6 +499,7 @@ def test_a_file_of_a_thousand_that_cannot_be_read_is_named(tmp_path: Path, run: 
     assert run()[0].n_rejects == 1
 
 
+@pytest.mark.slow
 def test_a_file_whose_end_is_missing_is_named(tmp_path: Path, run: Any) -> None:
     content = gzip.compress(jsonl(*tiny.texts(300, longest=3)))
     (tmp_path / "a.jsonl.gz").write_bytes(content[:-4])

@@ -207,6 +207,7 @@ def lines(draw: st.DrawFn, line: st.SearchStrategy[bytes]) -> bytes:
 @example(content=b'{"text": "a"}\n' * 20, size=14, suffix="jsonl")
 @example(content=b'{"text": "a"}\r\n' * 20, size=14, suffix="jsonl")
 @settings(max_examples=25)
+@pytest.mark.slow
 def test_lines_of_json(place: Path, content: bytes, size: int, suffix: str) -> None:
     fill(place, {f"a.{suffix}": content})
     with small_parts(size):
@@ -218,6 +219,7 @@ def test_lines_of_json(place: Path, content: bytes, size: int, suffix: str) -> N
 
 @given(content=lines(st.one_of(texts_of.map(str.encode), broken)), size=st.integers(1, 100))
 @settings(max_examples=15)
+@pytest.mark.slow
 def test_lines_of_text(place: Path, content: bytes, size: int) -> None:
     fill(place, {"a.txt": content})
     with small_parts(size):
@@ -228,6 +230,7 @@ def test_lines_of_text(place: Path, content: bytes, size: int) -> None:
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("kind", ["jsonl", "txt", "csv", "json"])
+@pytest.mark.slow
 def test_encodings_and_line_ends(place: Path, kind: str, end: str, encoding: str) -> None:
     documents = tiny.texts(12, longest=8)
     if kind == "csv":
@@ -258,6 +261,7 @@ COMPRESSORS = {
     cut=st.sampled_from([0, 0, 1, 9]),
 )
 @settings(max_examples=20)
+@pytest.mark.slow
 def test_a_compressed_stream_goes_through_one_reader(
     place: Path, content: bytes, size: int, kind: str, frames: int, cut: int
 ) -> None:
@@ -308,6 +312,7 @@ def tables(draw: st.DrawFn) -> bytes:
 
 @given(content=tables(), size=st.integers(1, 150))
 @settings(max_examples=40)
+@pytest.mark.slow
 def test_tables(place: Path, content: bytes, size: int) -> None:
     fill(place, {"a.csv": content})
     with small_parts(size):
@@ -315,6 +320,7 @@ def test_tables(place: Path, content: bytes, size: int) -> None:
     assert made == unsplit(place)
 
 
+@pytest.mark.slow
 def test_a_table_is_split_until_a_row_runs_over_the_end_of_a_part(place: Path) -> None:
     rows = [f'{n},"the river {n}"\n' for n in range(40)]
     fill(place, {"a.csv": "".join(["id,text\n", *rows]).encode()})
@@ -335,6 +341,7 @@ def test_a_table_is_split_until_a_row_runs_over_the_end_of_a_part(place: Path) -
     size=st.integers(1, 400),
 )
 @settings(max_examples=15)
+@pytest.mark.slow
 def test_row_groups(
     place: Path, documents: list[str | None], group: int, empty: list[int], size: int
 ) -> None:
@@ -353,6 +360,7 @@ def test_row_groups(
     assert kinds(pool) <= {RowGroups}
 
 
+@pytest.mark.slow
 def test_what_parquet_files_may_be_is_read_alike(place: Path) -> None:
     table = pa.table({"text": tiny.texts(60), "n": range(60)})
     buffer = io.BytesIO()
@@ -403,6 +411,7 @@ def corpus(n: int = 3) -> dict[str, bytes]:
     then=st.one_of(st.none(), st.integers(1, 130)),
 )
 @settings(max_examples=5)
+@pytest.mark.slow
 def test_limits(place: Path, max_documents: int | None, max_tokens: int | None, then: int | None) -> None:
     fill(place, corpus())
     first = {"max_documents": max_documents, "max_tokens": max_tokens, "shard_tokens": 200}
@@ -425,6 +434,7 @@ def test_what_lies_behind_a_limit_is_tokenized_at_most_a_few_parts_ahead(place: 
 
 @given(kill=st.integers(0, 20), limit=st.one_of(st.none(), st.integers(1, 100)))
 @settings(max_examples=5)
+@pytest.mark.slow
 def test_a_killed_run_keeps_its_finished_shards(place: Path, kill: int, limit: int | None) -> None:
     fill(place, corpus())
     fresh = unsplit(place, max_documents=limit, shard_tokens=200)
@@ -439,6 +449,7 @@ def test_a_killed_run_keeps_its_finished_shards(place: Path, kill: int, limit: i
         assert kept.items() <= made.items()
 
 
+@pytest.mark.slow
 def test_a_file_that_one_process_began_is_finished_by_all(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -236,6 +236,7 @@ def test_damage_is_noticed_and_mended(tmp_path: Path, tokenizer_folder: Path) ->
     assert damaged.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_too_many_rejects_fail_with_examples_and_the_way_out(tmp_path: Path, tokenizer_folder: Path) -> None:
     config = make(tmp_path, tokenizer_folder, {"a": [*tiny.texts(20), "", ""]})
     with pytest.raises(CorpusError, match=r"2 of 22 records.*a\.jsonl:21: empty text") as caught:

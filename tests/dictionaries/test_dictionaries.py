@@ -877,6 +877,7 @@ def equal_files(model: Path, root: Path, **sections: Any) -> tuple[Config, Stora
     return config, storage, tokenized(config, storage)
 
 
+@pytest.mark.slow
 def test_residuals_of_a_copy_that_a_limit_cuts_are_its_own(model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

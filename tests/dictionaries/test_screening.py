@@ -158,6 +158,7 @@ def edges(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 @settings(deadline=None, max_examples=80)
 @given(edges(), st.sampled_from([BFloat16Screen, Float32Screen]))
+@pytest.mark.slow
 def test_no_latent_is_missed_by_the_last_bit(
     case: tuple[torch.Tensor, torch.Tensor, torch.Tensor], screen: type[BFloat16Screen | Float32Screen]
 ) -> None:

@@ -82,7 +82,7 @@ def test_extraction(data: Path, run_bench: RunBench) -> None:
         *("--model", str(data / "model"), "--corpus", str(data / "corpus.jsonl"), "--rounds", "1"),
         *("--tokens", "1500", "--context-size", "64", "--layers", "0", "1", "--d-sae", "64", "--l0", "8"),
     )
-    assert [figure.get("target") for figure in report["figures"]] == ["≥ 0.9", "≥ 1.5", None, "≤ 4", "≤ 1.5"]
+    assert [figure.get("target") for figure in report["figures"]] == ["≥ 0.9", "≥ 1.5", None, "≤ 4", "≤ 3"]
     assert 0 < report["input"]["tokens"] <= 1500
     assert 4 < report["sizes"]["mean_l0"] < 16
     assert report["flops"]["encode"] == 2 * 2 * tiny.D_MODEL * 64

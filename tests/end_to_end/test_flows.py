@@ -679,6 +679,7 @@ def test_run_calls_the_flow_on_the_api_that_is_set(
     assert "Traceback" not in shown.err
 
 
+@pytest.mark.slow
 def test_an_api_that_does_not_answer_is_an_error_of_ours(config: Config, stages: StandIns) -> None:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 

@@ -298,6 +298,7 @@ def test_planted_rows_are_caught_and_named(
     assert not raised.value.retryable
 
 
+@pytest.mark.slow
 def test_all_that_fail_are_told_together(storage: Storage) -> None:
     run = small_run()
     planted = ("edges are possible", "coverage ends at 1")

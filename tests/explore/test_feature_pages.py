@@ -168,6 +168,7 @@ def test_a_feature_is_as_in_the_activations(page: Asked, run: SmallRun, feature_
     assert sum(row["n"] for row in page.rows(histogram.query)) == len(own)
 
 
+@pytest.mark.slow
 def test_contexts_are_the_text_around_shaded_by_the_feature(page: Asked, run: SmallRun) -> None:
     feature_id = 3
     own = of_feature(run, 1, feature_id).set_index(["doc_id", "position"]).activation

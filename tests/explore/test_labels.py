@@ -120,6 +120,7 @@ def test_what_cannot_be_labelled_is_said(storage: Storage) -> None:
     assert rows(page) == []
 
 
+@pytest.mark.slow
 def test_labels_are_in_queries_in_python_and_in_a_catalogue_file(
     storage: Storage, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

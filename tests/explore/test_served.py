@@ -99,6 +99,7 @@ def test_a_grid_is_sorted_by_its_headings(client: TestClient, storage: Storage) 
     assert client.get("/every?tokens.sort=nothing").text.count("<td") == text.count("<td")
 
 
+@pytest.mark.slow
 def test_a_grid_is_paged(client: TestClient) -> None:
     second = client.get("/every?tokens.page=2").text
     assert [row[0] for row in rows_of(second)] == ["6", "7", "8", "9"]

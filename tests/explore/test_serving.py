@@ -170,6 +170,7 @@ def test_python_explores_a_root_and_closes_it(roots: Roots) -> None:
         httpx.get(f"http://127.0.0.1:{explorer.port}/")
 
 
+@pytest.mark.slow
 def test_a_taken_port_gives_the_next_one(roots: Roots) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -216,6 +216,7 @@ def test_the_chart_has_the_token_itself(run: SmallRun, connection: Any) -> None:
         assert own["count"] / 10 <= point["count"] <= own["count"] * 10
 
 
+@pytest.mark.slow
 def test_contexts_are_the_text_around_occurrences(run: SmallRun, connection: Any) -> None:
     every = occurrences(run)
     texts = every.groupby("doc_id").token_id.apply(list).to_dict()

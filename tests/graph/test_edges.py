@@ -46,6 +46,7 @@ def columns(rows: list[tuple[int, int, float]]) -> tuple[np.ndarray, np.ndarray,
 
 
 @given(ROWS)
+@pytest.mark.slow
 def test_a_shards_edges_are_what_fractions_give(rows: list[tuple[int, int, float]]) -> None:
     found, scale = sum_edges(*columns(rows))
     values: dict[tuple[int, int], list[float]] = defaultdict(list)
@@ -161,6 +162,7 @@ def storage_names(storage: Storage) -> list[str]:
 
 @settings(max_examples=20, deadline=None)
 @given(shards=st.lists(ROWS, min_size=1, max_size=4), order=st.randoms())
+@pytest.mark.slow
 def test_shards_of_any_size_add_up_in_any_order(
     tmp_path_factory: pytest.TempPathFactory, shards: list[list[tuple[int, int, float]]], order: object
 ) -> None:

@@ -248,6 +248,7 @@ def test_a_tokenizer_without_bos_is_refused_where_bos_is_asked_for(parts: Path, 
         run(config)
 
 
+@pytest.mark.slow
 def test_a_residual_that_is_not_finite_stops_the_run(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -436,6 +437,7 @@ def test_a_fault_of_the_making_is_found_alike_in_the_rows_and_in_the_files(
     assert str(asked.value) == str(told.value)
 
 
+@pytest.mark.slow
 def test_an_activation_that_is_no_number_is_refused(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

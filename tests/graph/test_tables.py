@@ -345,6 +345,7 @@ def test_a_large_graph_is_the_same_on_any_number_of_threads(tmp_path: Path) -> N
     assert made[0] == made[1] == made[2]
 
 
+@pytest.mark.slow
 def test_rarefied_degree_has_full_precision(storage: Storage) -> None:
     cases = [
         (n_total, n, m)
@@ -415,6 +416,7 @@ def test_activations_of_any_size_add_up(storage: Storage) -> None:
     assert (edge["n"], edge["sum_activation"]) == (3, pytest.approx(6e38, rel=1e-7))
 
 
+@pytest.mark.slow
 def test_a_layer_that_activates_nothing_is_in_the_tables(storage: Storage) -> None:
     cuts = [Cut(source="a", documents=[Document(tokens=[3, 4], active={1: [{}, {}]})], in_graph=1)]
     shards = write_corpus(storage, cuts)
@@ -767,6 +769,7 @@ def test_run_info_says_what_was_run_and_no_secret(storage: Storage) -> None:
     assert (info["prepend_bos"], info["rarefaction_m"], info["context_size"]) == ("true", "5", "1024")
 
 
+@pytest.mark.slow
 def test_the_power_law_is_that_of_the_powerlaw_package() -> None:
     import powerlaw
 

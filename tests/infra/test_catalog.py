@@ -137,6 +137,7 @@ def write_shards(storage: Storage, files: list[ShardFile], n: int = 2) -> None:
 
 @settings(max_examples=15)
 @given(files=shard_lists(), documents=st.lists(st.integers(0, 12), min_size=1, max_size=3))
+@pytest.mark.slow
 def test_views_of_stored_shards_have_the_rows_of_given_ones(
     tmp_path_factory: pytest.TempPathFactory, files: list[ShardFile], documents: list[int]
 ) -> None:

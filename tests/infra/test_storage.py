@@ -645,6 +645,7 @@ json_values = st.recursive(
     value=st.dictionaries(st.sampled_from(["a", "b", "checksums", "z"]), json_values, max_size=4),
     data=st.data(),
 )
+@pytest.mark.slow
 def test_stored_json_is_what_was_written_or_refused(value: dict[str, Any], data: st.DataObject) -> None:
     content = json_bytes(value)
     assert unsealed(content, "x.json") == value

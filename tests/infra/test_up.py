@@ -331,6 +331,7 @@ def test_a_version_with_which_no_schedule_fires_is_refused(monkeypatch: pytest.M
         up(port=free_port())
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_is_switched_off_is_refused() -> None:
     from prefect.settings import PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED, temporary_settings
 

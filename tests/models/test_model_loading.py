@@ -208,6 +208,7 @@ TEXT: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_the_decoder_of_a_model_that_sees_is_its_text_decoder(tmp_path: Path) -> None:
     from transformers import AutoModelForImageTextToText, InternVLConfig
 
@@ -229,6 +230,7 @@ def test_the_decoder_of_a_model_that_sees_is_its_text_decoder(tmp_path: Path) ->
     assert type(find_blocks(outline, 3, 32, "x")[0]).__name__ == "Qwen2DecoderLayer"
 
 
+@pytest.mark.slow
 def test_blocks_that_hand_on_several_streams_are_refused(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, Gemma3nTextConfig
 

@@ -68,6 +68,7 @@ def test_the_slider_chooses_a_checkpoint(connection: Any, values: dict[str, str]
     assert len(page.beside) == (1 if at in {1, 5} else 2)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_a_graph_has_its_degrees_beside_the_last_ones(connection: Any) -> None:
     page = built(PAGES, CHECKPOINT, connection, series="small", at="1")
     assert len(of(page, Figure)) == 1

@@ -558,6 +558,7 @@ def test_the_catalogue_file_has_the_tables(made: Made, tmp_path: Path) -> None:
     assert not {"token_losses", "_shards_document_losses"} & copied
 
 
+@pytest.mark.slow
 def test_run_info_names_the_series(storage: Storage) -> None:
     run = consolidation_run(storage, consolidation=PUBLIC)
 

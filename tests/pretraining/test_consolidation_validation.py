@@ -454,6 +454,7 @@ def test_missing_tables_are_named(copied: tuple[Storage, ConsolidationRun, Catal
     assert storage.read_json("validation/tables.json")["results"][0]["observed"] == n
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_not_committed_is_named(storage: Storage) -> None:
     run = consolidation_run(storage)
     run.write(storage)

@@ -150,6 +150,7 @@ def test_a_second_call_generates_nothing_and_a_lost_checkpoint_alone_is_made_aga
     assert prepare(parts, tmp_path, prepend_bos=False).found() is None
 
 
+@pytest.mark.slow
 def test_texts_that_end_elsewhere_are_others(parts: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -175,6 +176,7 @@ def test_another_seed_changes_what_is_sampled_alone(parts: Path, tmp_path: Path)
         assert False in same[1::2]
 
 
+@pytest.mark.slow
 def test_a_text_ends_at_the_tokenizers_end(parts: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

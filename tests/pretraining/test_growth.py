@@ -329,6 +329,7 @@ def plant_sae(storage: Storage) -> Dictionary:
     return Dictionary(layer=1, folder="dictionaries/planted", key="planted", d_sae=D_MODEL, source="test")
 
 
+@pytest.mark.slow
 def test_a_planted_dictionary_counts_as_by_hand(documents: list[str], tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", seed=5)
     n_vocabulary = vocabulary_size(folder)
@@ -375,6 +376,7 @@ def vocabulary_size(folder: Path) -> int:
     return len(AutoTokenizer.from_pretrained(folder))
 
 
+@pytest.mark.slow
 def test_a_model_with_nothing_to_recover_has_no_share_of_it(documents: list[str], tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", seed=5)
     plant(folder, torch.zeros(vocabulary_size(folder), D_MODEL))

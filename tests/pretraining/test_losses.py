@@ -281,6 +281,7 @@ def test_held_out_tokens_are_limited(parts: Path, tmp_path: Path) -> None:
     assert 150 < sum(shard.part.n_tokens for shard in made if shard.checkpoint.step == 0) <= 300
 
 
+@pytest.mark.slow
 def test_equal_files_and_equal_checkpoints_are_read_once(parts: Path, tmp_path: Path) -> None:
     for name in "ab":
         tiny.write_jsonl(tmp_path / "corpus" / f"{name}.jsonl", DOCUMENTS[:6])
@@ -335,6 +336,7 @@ def refused(parts: Path, tmp_path: Path, message: str, **sections: Any) -> None:
         compute(config)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_another_tokenizer_is_refused(parts: Path, tmp_path: Path) -> None:
     folder = in_a_series(parts / "series" / "step-0", tmp_path)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
@@ -363,6 +365,7 @@ def test_what_does_not_fit_the_corpus_is_said_before_any_forward(parts: Path, tm
     assert not Storage(str(tmp_path / "run")).sizes("losses")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_too_small_a_vocabulary_is_refused(parts: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -435,6 +438,7 @@ def test_workers_take_whole_checkpoints(parts: Path, tmp_path: Path, monkeypatch
     assert contents(made, there.storage) == expected
 
 
+@pytest.mark.slow
 def test_function_tokens_are_those_of_the_table(parts: Path, tmp_path: Path) -> None:
     run = prepare(config_for(parts, tmp_path, losses={"keep_tokens": False}))
     ids = run.find(LOSSES).units[0].function_ids

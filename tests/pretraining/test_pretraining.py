@@ -570,6 +570,7 @@ def test_says_how_many_epochs_a_small_corpus_makes(
     assert "repeats teach little" in caplog.text
 
 
+@pytest.mark.slow
 def test_refuses_what_does_not_fit(untrained: Training, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"context_size = 16 is less than windows.context_size = 32"):
         untrained.train(untrained.config(context_size=16))

@@ -347,6 +347,7 @@ def test_charts_have_a_panel_a_series_and_one_scale(tmp_path: Path) -> None:
     assert "columns" in line["encoding"]["strokeDash"]["legend"]
 
 
+@pytest.mark.slow
 def test_step_0_has_its_place_on_the_axis(tmp_path: Path) -> None:
     made = Made(curves={"small": SMALL}, steps={"small": (0, 1, 8, 64, 512)}, learned=None)
     with closing(connect(catalogue.publish(Storage(str(tmp_path)), made))) as connection:

@@ -45,6 +45,7 @@ def test_fits_equal_numpy_on_the_same_tokens(published: report_catalogue.Publish
         assert fit["n"] < fit["token_n"] == len(pairs)
 
 
+@pytest.mark.slow
 def test_rarefaction_equals_scipy(published: report_catalogue.Published) -> None:
     from scipy.stats import spearmanr
 

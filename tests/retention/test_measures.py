@@ -190,6 +190,7 @@ def test_keys_that_are_kept_and_their_kinds() -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
 @pytest.mark.parametrize("name", ["window", "streaming", "h2o", "snapkv", "function", "str", "cmp", "full"])
+@pytest.mark.slow
 def test_following_the_full_run_is_reading_alone(
     architecture: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -307,6 +307,7 @@ def test_a_key_drawn_once_is_a_reservoir_and_one_drawn_each_time_kills() -> None
     assert redrawn[0] < 0.2 * reservoir[0]
 
 
+@pytest.mark.slow
 def test_str_is_the_sum_of_three_signals_and_forgets_by_query_not_by_chunk() -> None:
     weights = forgetful.attentions()
     decay = 0.9

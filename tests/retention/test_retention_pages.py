@@ -75,6 +75,7 @@ def test_survival_is_the_product_of_what_was_left(connection: Any) -> None:
         assert (row["at_risk"], row["survival"]) == (at_risk, pytest.approx(left))
 
 
+@pytest.mark.slow
 def test_what_is_chosen_first_says_what_can_be_chosen_then(connection: Any) -> None:
     found = retention_catalogue.connection(Made(sequences={1024: 12, 2048: 12}))
     found.execute("DELETE FROM retention_layers WHERE length = 1024 AND budget <> ?", [BUDGETS[0]])

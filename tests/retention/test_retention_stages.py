@@ -440,6 +440,7 @@ def test_doctored_readings_are_found(
         ("retention_layers", "if(error > 0, 9.0, carried) AS carried", "layers are possible"),
     ],
 )
+@pytest.mark.slow
 def test_doctored_tables_are_found(parts: Path, root: Path, table: str, sql: str, expectation: str) -> None:
     run = finished(small.config(parts, root, **LEAN))
     group = RETENTION_GROUP.build(run)

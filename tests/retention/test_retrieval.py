@@ -118,6 +118,7 @@ def test_contexts_without_room_for_a_choice_or_a_question_are_refused_before_wor
         finished(asked, None, RETRIEVAL)
 
 
+@pytest.mark.slow
 def test_missing_answers_are_told(parts: Path, tmp_path: Path) -> None:
     asked = config(parts, tmp_path, retrieval={**ASKED, "policies": ["streaming"]})
     run = finished(asked, None, RETRIEVAL)

@@ -140,6 +140,7 @@ def test_merging_off_equals_eviction(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("chunk", [1, 8])
 @pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.slow
 def test_tokens_move_down_only_and_are_quantized_once(
     bits: int, chunk: int, masked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -370,6 +370,7 @@ def test_cases_of_the_same_prompts_share_what_is_active(parts: Path, tmp_path: P
     assert one.folder != two.folder
 
 
+@pytest.mark.slow
 def test_a_case_is_the_same_whatever_stands_beside_it(parts: Path, tmp_path: Path) -> None:
     whole = prepare(parts, tmp_path / "whole")
     alone = prepare(parts, tmp_path / "alone", cases=CASES[2:])

@@ -554,6 +554,7 @@ def test_random_features_are_a_function_of_seed_prompt_and_draw() -> None:
         random_features(0, "a", 1, [0, 1, 2], 5)
 
 
+@pytest.mark.slow
 def test_a_prompt_without_a_content_token_has_no_such_control(world: World, tmp_path: Path) -> None:
     steer = [{"traits": ["given"], "prompt": " the of the", "target": " London"}]
     here = prepare(world, tmp_path, steer=steer, strengths=[1.0], random_controls=0, modes=["add"])
@@ -578,6 +579,7 @@ def test_a_feature_of_two_traits_is_moved_once() -> None:
     assert moved.values == {"add": (1.0, 2.5, 4.0), "clamp": (4.0, 9.0, 1.0)}
 
 
+@pytest.mark.slow
 def test_a_text_that_ends_at_once_has_no_perplexity(world: World, tmp_path: Path) -> None:
     twin = Twin(world.folder / "llama", PLANTED_LAYER)
     steer = [{"traits": ["planted"], "prompt": PROMPT, "target": " London"}]
@@ -671,6 +673,7 @@ def test_a_killed_sweep_goes_on_with_what_it_lacks(
     assert here.find() is None
 
 
+@pytest.mark.slow
 def test_the_model_without_its_head_is_gone_before_the_one_with_it_is_loaded(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -474,6 +474,7 @@ def unmet(connection: Any, table: str = "") -> set[str]:
     return {finding.expectation.name for finding in found if finding.count}
 
 
+@pytest.mark.slow
 def test_tables_as_they_are_meet_all_expectations(made: Tables, connection: Any) -> None:
     assert unmet(connection) == set()
     check_tables(made.run.config, made.storage, read_catalog(made.storage))

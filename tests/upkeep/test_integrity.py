@@ -212,6 +212,7 @@ def test_a_query_names_the_file_and_the_way_out(root: Path, capsys: pytest.Captu
 
 # ---- later work
 @pytest.mark.parametrize("name", ["sae_weights.safetensors", "cfg.json", "edges.parquet", "tokenizer.json"])
+@pytest.mark.slow
 def test_a_file_that_joins_meets_the_damage_by_name(
     finished: Path, root: Path, tmp_path: Path, name: str
 ) -> None:
