@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 TORCH_OPTIONS ?=
 ASSETS ?= assets
 DEMO_OPTIONS ?=
-TEST_PROCESSES ?= 3
+TEST_PROCESSES ?= 4
 PYTEST_OPTIONS ?=
 
 # What the tests can use beside Python packages, installed where apt-get is and we are root.
@@ -84,7 +84,7 @@ bench: assets
 	$(BIN)/python -m bench.run_all
 
 # What goes to which process, and what is left out of the fast ones: tests/suite.py
-# A third process works while the others wait for servers, which the fast tests have none of.
+# More processes than cores: some wait for servers, which the fast tests have none of.
 PYTEST = $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder --numprocesses
 
 test: $(TEST_STAMP) $(SYSTEM_STAMP)

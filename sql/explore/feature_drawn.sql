@@ -6,14 +6,19 @@ WITH placed AS (
         f.density,
         o.token_entropy,
         o.top_n / f.n >= $one_token AS is_of_one,
-        row_number() OVER (ORDER BY f.n, f.feature_id) AS place,
-        count(*) OVER () AS n_features,
-        count(*) FILTER (o.top_n / f.n >= $one_token) OVER () AS n_of_one,
-        count(*) FILTER (o.token_entropy >= $many_tokens) OVER () AS n_of_many,
-        count(*) FILTER (f.density >= $dense) OVER () AS n_dense
+        row_number() OVER (ORDER BY f.n, f.feature_id) AS place
     FROM feature_degree AS f
-    JOIN feature_summary AS o USING (layer, feature_id)
+    JOIN feature_summary AS o ON o.layer = $layer AND o.feature_id = f.feature_id
     WHERE f.layer = $layer
+),
+-- As windows over all rows these would take seconds.
+counted AS (
+    SELECT
+        count(*) AS n_features,
+        count(*) FILTER (is_of_one) AS n_of_one,
+        count(*) FILTER (token_entropy >= $many_tokens) AS n_of_many,
+        count(*) FILTER (density >= $dense) AS n_dense
+    FROM placed
 )
 SELECT
     feature_id,
@@ -25,5 +30,6 @@ SELECT
     n_of_many,
     n_dense
 FROM placed
+CROSS JOIN counted
 WHERE place % ceil(n_features / $most)::BIGINT = 0
 ORDER BY kind, feature_id

@@ -206,7 +206,7 @@ def lines(draw: st.DrawFn, line: st.SearchStrategy[bytes]) -> bytes:
 @given(content=lines(json_line), size=st.integers(1, 150), suffix=st.sampled_from(["jsonl", "json"]))
 @example(content=b'{"text": "a"}\n' * 20, size=14, suffix="jsonl")
 @example(content=b'{"text": "a"}\r\n' * 20, size=14, suffix="jsonl")
-@settings(max_examples=25)
+@settings(max_examples=15)
 @pytest.mark.slow
 def test_lines_of_json(place: Path, content: bytes, size: int, suffix: str) -> None:
     fill(place, {f"a.{suffix}": content})
@@ -260,7 +260,7 @@ COMPRESSORS = {
     frames=st.integers(1, 3),
     cut=st.sampled_from([0, 0, 1, 9]),
 )
-@settings(max_examples=20)
+@settings(max_examples=10)
 @pytest.mark.slow
 def test_a_compressed_stream_goes_through_one_reader(
     place: Path, content: bytes, size: int, kind: str, frames: int, cut: int
@@ -311,7 +311,7 @@ def tables(draw: st.DrawFn) -> bytes:
 
 
 @given(content=tables(), size=st.integers(1, 150))
-@settings(max_examples=40)
+@settings(max_examples=15)
 @pytest.mark.slow
 def test_tables(place: Path, content: bytes, size: int) -> None:
     fill(place, {"a.csv": content})
