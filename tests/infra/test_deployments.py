@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -107,6 +108,15 @@ def test_no_secret_of_the_ui_is_told() -> None:
     assert "hunter" not in line
 
 
+def patch(address: str, body: dict[str, Any]) -> None:
+    """Change what is at an address of the server, once its SQLite is not locked: until then it answers 503."""
+    deadline = time.monotonic() + 120
+    while (answer := httpx.patch(address, json=body, timeout=60)).status_code == 503:
+        assert time.monotonic() < deadline, answer.text
+        time.sleep(0.5)
+    answer.raise_for_status()
+
+
 def test_parameters_that_no_longer_fit_are_told_and_can_be_mended(
     prefect_api: str, deploy: Callable[[Wanted], Callable[[Sequence[str]], None]]
 ) -> None:
@@ -117,10 +127,10 @@ def test_parameters_that_no_longer_fit_are_told_and_can_be_mended(
     address = f"{prefect_api}/deployments/{deployment['id']}"
     # as a form of an older version would have taken it
     old = tokenizing(function_tokens={"share": 4})
-    httpx.patch(
+    patch(
         address,
-        json={"parameters": old.parameters, "enforce_parameter_schema": False, "entrypoint": "old.flow"},
-    ).raise_for_status()
+        {"parameters": old.parameters, "enforce_parameter_schema": False, "entrypoint": "old.flow"},
+    )
 
     [line] = fill(prefect_api, [tokenizing()], PROJECT, deploy(tokenizing()), told)
 
@@ -133,7 +143,7 @@ def test_parameters_that_no_longer_fit_are_told_and_can_be_mended(
     assert refreshed["parameter_openapi_schema"]["definitions"]["Config"]
 
     mended = tokenizing(function_tokens={"share": 0.4})
-    httpx.patch(address, json={"parameters": mended.parameters}).raise_for_status()
+    patch(address, {"parameters": mended.parameters})
     assert fill(prefect_api, [tokenizing()], PROJECT, deploy(tokenizing()), told) == []
     assert found_by(prefect_api, "tokenize")["enforce_parameter_schema"] is True
 
