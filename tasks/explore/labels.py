@@ -25,10 +25,10 @@ from infra.storage import Storage
 from schemas.errors import DamagedError
 from tasks.dictionaries.published import published_dictionaries
 from tasks.explore.vocabulary import (
+    FEATURE,
     Action,
     Asked,
     Grid,
-    Link,
     Missing,
     NotThere,
     Page,
@@ -202,10 +202,7 @@ def labels(asked: Asked) -> Page:
                 query=query,
                 columns=[
                     Column("layer", "plain"),
-                    Link(
-                        column=Column("feature_id", "plain", "feature"),
-                        to=lambda row: address("feature", row["layer"], row["feature_id"]),
-                    ),
+                    FEATURE,
                     Column("label"),
                     Column("note"),
                     Column("written", "text", "written, UTC"),

@@ -10,6 +10,7 @@ from tasks.explore.encoding import Encode, Encoded
 from tasks.explore.examples import in_text
 from tasks.explore.features import NO_GRAPH
 from tasks.explore.vocabulary import (
+    FEATURE,
     Asked,
     Box,
     Choice,
@@ -18,7 +19,6 @@ from tasks.explore.vocabulary import (
     Control,
     Controls,
     Grid,
-    Link,
     Missing,
     Page,
     PageAt,
@@ -151,10 +151,7 @@ def _features(rows: list[tuple[int, int, int, float]], encoded: Encoded, at: str
         ),
         columns=[
             Column("layer", "plain"),
-            Link(
-                column=Column("feature_id", "plain", "feature"),
-                to=lambda row: address("feature", row["layer"], row["feature_id"]),
-            ),
+            FEATURE,
             Column("label"),
             Column("activation", "number", "strongest", digits=4),
             Column("token", "token", "at"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from tasks.explore.vocabulary import (
+    FEATURE,
     Asked,
     Box,
     Controls,
@@ -112,10 +113,7 @@ def _labelled(asked: Asked, typed: str) -> list[Panel]:
             query=query,
             columns=[
                 Column("layer", "plain"),
-                Link(
-                    column=Column("feature_id", "plain", "feature"),
-                    to=lambda row: address("feature", row["layer"], row["feature_id"]),
-                ),
+                FEATURE,
                 Column("label"),
                 Column("note"),
                 Column("degree", "integer", "tokens that open it"),

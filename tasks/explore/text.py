@@ -9,6 +9,7 @@ from typing import Literal
 from tasks.explore.examples import NO_OCCURRENCES, in_text
 from tasks.explore.features import NO_GRAPH, layers_of
 from tasks.explore.vocabulary import (
+    FEATURE,
     Asked,
     Box,
     Choice,
@@ -348,10 +349,7 @@ def _at(asked: Asked, window: _Window) -> list[Panel]:
             ),
             columns=[
                 Column("layer", "plain"),
-                Link(
-                    column=Column("feature_id", "plain", "feature"),
-                    to=lambda row: address("feature", row["layer"], row["feature_id"]),
-                ),
+                FEATURE,
                 Column("label"),
                 Column("activation", "number", digits=4),
                 Column("degree", "integer", "tokens that open it"),

@@ -100,6 +100,13 @@ class Link:
     to: Callable[[Row], str | None]
 
 
+FEATURE = Link(
+    column=Column("feature_id", "plain", "feature"),
+    to=lambda row: address("feature", row["layer"], row["feature_id"]),
+)
+"""Of rows that name a layer and a feature of it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Grid:
     """A table that can be sorted, filtered, paged and downloaded; all of it is in the page's address.

@@ -176,8 +176,26 @@ def errors(connection: Any, at: Place | None = None) -> Section:
         f"{row['policy']} {decimal(row['error'], 3)} ({decimal(row['local_error'], 3)} local)" for row in last
     ]
     carried = [f"{row['policy']} {decimal(row['carried'])}" for row in last]
+    drawn = list[Chart]()
     # Where a budget is as large as the cache nothing is lost: a logarithmic axis has no place for errors of 0.
-    known = [row for row in mine if row["carried"] is not None]
+    if any(row["error"] for row in mine):
+        drawn.append(
+            Chart(
+                spec=errors_chart(mine),
+                alt="Two panels on a logarithmic scale, error and local error against layer, a line a policy; "
+                f"at the last layer: {'; '.join(told)}.",
+                caption="Error.",
+            )
+        )
+    if known := [row for row in mine if row["carried"] is not None]:
+        drawn.append(
+            Chart(
+                spec=carried_chart(known),
+                alt=f"Carried error against layer, a line a policy; at the last layer {'; '.join(carried)}.",
+                caption="Carried: error ÷ local error, 95 % intervals by sequence. The local error of cmp "
+                "leaves out what it quantizes and merges, so that its line lies too high.",
+            )
+        )
     return Section(
         key="retention-layers",
         title="Error by layer",
@@ -185,32 +203,7 @@ def errors(connection: Any, at: Place | None = None) -> Section:
         "do to that layer alone, fed the full run’s inputs and keys (local). Medians over tokens that were read after "
         "something first had to leave: before, a reading is the full run. "
         f"What is carried is the one over the other. {setting_told(setting)}, a budget of {percent(budget, 1)}.",
-        charts=[
-            *(
-                []
-                if not any(row["error"] for row in mine)
-                else [
-                    Chart(
-                        spec=errors_chart(mine),
-                        alt="Two panels on a logarithmic scale, error and local error against layer, a line a policy; "
-                        f"at the last layer: {'; '.join(told)}.",
-                        caption="Error.",
-                    )
-                ]
-            ),
-            *(
-                []
-                if not known
-                else [
-                    Chart(
-                        spec=carried_chart(known),
-                        alt=f"Carried error against layer, a line a policy; at the last layer {'; '.join(carried)}.",
-                        caption="Carried: error ÷ local error, 95 % intervals by sequence. The local error of cmp "
-                        "leaves out what it quantizes and merges, so that its line lies too high.",
-                    )
-                ]
-            ),
-        ],
+        charts=drawn,
         tables=[layers_table(found)],
     )
 

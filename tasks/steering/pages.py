@@ -8,6 +8,7 @@ from typing import Any
 
 from tasks.explore.not_run import not_run
 from tasks.explore.vocabulary import (
+    FEATURE,
     Asked,
     Change,
     Choice,
@@ -222,10 +223,7 @@ def case(asked: Asked) -> Page:
                 columns=[
                     Column("prompt_number", "plain", "prompt"),
                     Column("layer", "plain"),
-                    Link(
-                        column=Column("feature_id", "plain", "feature"),
-                        to=lambda row: address("feature", row["layer"], row["feature_id"]),
-                    ),
+                    FEATURE,
                     Column("is_own", "mark", "own"),
                     Column("in_place", "number", "at the place"),
                     Column("largest", "number"),
