@@ -18,6 +18,7 @@ import tempfile
 import venv
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ class Worker:
         self._read()
 
     def ask(self, what: str) -> Any:
-        """The answer to `support`, `run` or `end`.
+        """The answer to `support`, `prepare`, `run` or `end`.
 
         Raises:
             SystemExit: if the process ends before it answers.
@@ -169,7 +170,7 @@ def compare(arguments: argparse.Namespace, root: str, d_sae: int) -> dict[str, A
         differing = _differing({side: worker.ask("support") for side, worker in workers.items()})
         seconds = alternate(
             [
-                Side(name=side, run=lambda worker=worker: worker.ask("run"))  # type: ignore[misc]
+                Side(name=side, run=partial(worker.ask, "run"), prepare=partial(worker.ask, "prepare"))
                 for side, worker in workers.items()
             ],
             arguments.rounds,

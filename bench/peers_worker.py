@@ -1,14 +1,14 @@
 """One side of `bench.peers`, in a process of its own: asked by a word a line, answering by JSON.
 
 Arguments: the side, and a file that says where the model, the windows and the dictionaries are. As `delphi` it imports
-nothing of functok. `support` tells the active (row, latent) entries of the smallest batch at the first layer, `run`
-reads all batches, `end` tells the peak memory, the bytes on disk and the number of non-zeros of the last run.
+nothing of functok. `support` tells the active (row, latent) entries of the smallest batch at the first layer, `prepare`
+loads what a run needs, `run` reads all batches, `end` tells the peak memory, the bytes on disk and the number of
+non-zeros of the last run.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import sys
 from pathlib import Path
@@ -51,18 +51,21 @@ class Functok:
         self._run, self._stage, self._make = Run(self._config, self._storage), FEATURES, make
         self._dictionaries = make(self._run, DICTIONARIES)
         self._windows, self._made = Windows(given["windows"]), []
-        # What a run loads for its first part, and keeps for all others.
+        self._model: Any = None
         self._load()
 
     def _load(self) -> None:
+        # What a run loads for its first part, and keeps for all others.
         from dataclasses import replace
 
         from tasks.graph import extraction
         from tasks.models.devices import choose_device
+        from tasks.models.model import model_key
 
         device = choose_device(self._config.model.device)
-        self._model = extraction.loaded_model(self._config.model, self._storage)
-        extraction.keep_for(self._model.key)
+        # One model at a time: the last run's is freed first.
+        self._model = None
+        extraction.keep_for(model_key(self._config.model, self._storage))
         self._model = extraction.loaded_model(self._config.model, self._storage)
         extraction.loaded_tokenizer(self._config.model, self._storage)
         self._encoders = {
@@ -82,11 +85,14 @@ class Functok:
         self._model.forward(self._windows.ids[place], [layer], receive)
         return found
 
-    def run(self) -> None:
-        """Read all batches."""
+    def prepare(self) -> None:
+        """Forget what the last run made, and load again what its end has freed."""
         self._storage.delete("features")
         self._run.forget(self._stage)
         self._load()
+
+    def run(self) -> None:
+        """Read all batches."""
         self._made = self._make(self._run, self._stage)
 
     def written(self) -> tuple[int, int]:
@@ -101,6 +107,9 @@ class Others:
     def __init__(self, given: dict[str, Any]) -> None:
         self._windows = Windows(given["windows"])
         self._layers = sorted(int(layer) for layer in given["saes"])
+
+    def prepare(self) -> None:
+        """Nothing is kept between runs but what is loaded."""
 
     def written(self) -> tuple[int, int]:
         """Bytes on disk, and non-zeros, of the last run."""
@@ -215,6 +224,12 @@ class Delphi(Others):
         return sum(file.stat().st_size for file in self._scratch.rglob("*.safetensors")), self._nonzeros
 
 
+def peak_mib() -> int:
+    """Peak resident memory of this process; `getrusage` would pass on what the parent had before it."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) // 1024
+
+
 def main() -> None:
     """Load, say so, and answer until the other side closes."""
     side, given = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
@@ -230,10 +245,14 @@ def main() -> None:
     print(json.dumps("loaded"), file=answers, flush=True)
     for line in sys.stdin:
         asked = line.strip()
-        if asked == "end":
+        if asked == "prepare":
+            made.prepare()
+            # What lay idle while the others ran may have been paged out.
+            made.support()
+            answer: Any = "prepared"
+        elif asked == "end":
             size, nonzeros = made.written()
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            answer: Any = {"bytes": size, "nonzeros": nonzeros, "peak_mib": round(peak)}
+            answer = {"bytes": size, "nonzeros": nonzeros, "peak_mib": peak_mib()}
         else:
             answer = getattr(made, asked)()
         print(json.dumps(answer), file=answers, flush=True)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 from uuid import uuid4
 
+from infra.allocator import freed_memory_kept
 from infra.cluster import one_at_a_time
 from infra.index import distrusted
 from infra.manifest import Manifest, commit
@@ -276,7 +277,7 @@ class _Watch:
 def _here(
     run: Run, stage: Stage[U, Any], groups: Sequence[Sequence[U]], watch: _Watch
 ) -> Iterator[dict[str, Manifest]]:
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="functok-write") as writer:
+    with freed_memory_kept(), ThreadPoolExecutor(max_workers=1, thread_name_prefix="functok-write") as writer:
         waiting: tuple[int, int, Future[dict[str, Manifest]]] | None = None
         for index, group in enumerate(groups):
             for made in stage.make(run, group):
