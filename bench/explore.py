@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import emit, figure, parser, say, spread
-from bench.tables import LAYERS, make_shards
+from bench.synthetic import LAYERS
+from bench.tables import make_shards
 from infra.duck import connect
 from infra.storage import Storage
 from schemas.config import Config
