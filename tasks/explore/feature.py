@@ -83,7 +83,9 @@ def feature(asked: Asked) -> Page:
     return Page(
         title=f"{title}: {label}" if label else title,
         panels=panels,
-        lead="What activates it, and what is known of it.",
+        lead="What activates it, and what is known of it. One that a single token opens (0 bits) is about that token; "
+        "one that many tokens open is about what stands around them, if about anything: see where it is "
+        "strongest, and whether the sample of all its activations below says the same.",
         trail=trail,
         beside=_beside(asked, layer, feature_id),
     )

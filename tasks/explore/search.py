@@ -98,7 +98,8 @@ def found(typed: str) -> Panel:
         ],
         order="place",
         filters=["match", "kind"],
-        empty="No token of this corpus has that in its text. A word may be several tokens: try its beginning.",
+        empty="No token of this corpus has that in its text. A word may be several tokens: try its beginning. A "
+        "feature is found by its number, with its layer or without: 1201, or 15/1201.",
     )
 
 

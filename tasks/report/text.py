@@ -57,7 +57,7 @@ def number(value: float | None, digits: int = 3, *, is_even: bool = False) -> st
     # What rounds to one digit more would be told with an exponent.
     if abs(value) >= 10**digits - 0.5:
         return f"{value:,.0f}"
-    return f"{value:#.{digits}g}".removesuffix(".") if is_even and value else f"{value:.{digits}g}"
+    return f"{value:#,.{digits}g}".removesuffix(".") if is_even and value else f"{value:,.{digits}g}"
 
 
 def decimal(value: float | None, digits: int = 2) -> str:
