@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import platform
+import re
 import statistics
 import sys
 import time
@@ -130,6 +131,15 @@ def times(
         "cpu_seconds": {name: spread(values) for name, values in cpu.items()},
         "tokens_per_second": {name: round(tokens / found["median"]) for name, found in spreads.items()},
     }
+
+
+def memory_gb(which: str = "VmHWM") -> float:
+    """Resident memory of this process, in GB: its peak, or what it is now (`VmRSS`).
+
+    Read from the process' own address space: `getrusage` would pass on what the parent had before it.
+    """
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{which}:\s*(\d+) kB", status)[1]) * 1024 / 1e9  # type: ignore[index]  # always there
 
 
 def machine() -> dict[str, Any]:

@@ -7,7 +7,6 @@ in a fresh process: `python -m bench.tables`.
 from __future__ import annotations
 
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from bench.common import emit, figure, parser, ratio, say, spread
+from bench.common import emit, figure, memory_gb, parser, ratio, say, spread
 from bench.synthetic import (
     DICTIONARY_SIZE,
     DOCUMENT,
@@ -134,7 +133,7 @@ def group(storage: Storage, nonzeros: int, limits: DuckDb, side: str) -> dict[st
             started = time.perf_counter()
             connection.execute(f"COPY ({GROUPED[side]}) TO '{file.name}' (FORMAT parquet, COMPRESSION zstd)")
             seconds += time.perf_counter() - started
-    return {"seconds": round(seconds, 1), "peak_memory_gb": round(peak_gb(), 2)}
+    return {"seconds": round(seconds, 1), "peak_memory_gb": round(memory_gb(), 2)}
 
 
 def build(storage: Storage, nonzeros: int, limits: DuckDb) -> dict[str, object]:
@@ -184,7 +183,7 @@ def build(storage: Storage, nonzeros: int, limits: DuckDb) -> dict[str, object]:
         "graph_seconds": round(between - started, 3),
         "feature_seconds": round(ended - between, 3),
         "read_seconds": round(read_features(storage, shown), 4),
-        "peak_memory_gb": round(peak_gb(), 2),
+        "peak_memory_gb": round(memory_gb(), 2),
         "seconds_of": steps,
     }
 
@@ -202,15 +201,6 @@ def read_features(storage: Storage, shown: Tables) -> float:
                 ).fetchall()
             seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[len(seconds) // 2 :])
-
-
-def peak_gb() -> float:
-    """Peak resident memory of this process, in GB.
-
-    Read from the process' own address space: `getrusage` would pass on what the parent had before it.
-    """
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024 / 1e9  # type: ignore[index]  # always there
 
 
 def count_rows(storage: Storage, names: list[str]) -> int:
