@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import emit, figure, parser, say, spread
-from bench.tables import LAYERS, make_shards
+from bench.synthetic import LAYERS
+from bench.tables import make_shards
 from infra.duck import connect
 from infra.storage import Storage
 from schemas.config import Config
@@ -81,6 +82,7 @@ def addresses(connection: Any) -> dict[str, str]:
     layer = first("SELECT min(layer) FROM graph_summary")
     most, middling = (first(f"SELECT token_id FROM tokens WHERE rank = {rank}") for rank in (1, 50))
     document = first("SELECT max(doc_id) // 2 FROM documents")
+    ranks = min(1000, first("SELECT max(rank) FROM token_degree"))
     dense, usual = (
         first(f"SELECT feature_id FROM feature_degree WHERE layer = {layer} ORDER BY {order} LIMIT 1")
         for order in ("n DESC, feature_id", "abs(degree - 100), feature_id")
@@ -93,7 +95,7 @@ def addresses(connection: Any) -> dict[str, str]:
         "the most frequent token": f"/token/{most}?layer={layer}",
         "a token of rank 50": f"/token/{middling}?layer={layer}",
         "coverage by one token": f"/cover?layer={layer}&tokens={middling}",
-        "coverage by 1,000 tokens": f"/cover?layer={layer}&rank=1000",
+        "coverage by 1,000 tokens": f"/cover?layer={layer}&rank={ranks}",
         "features": f"/features?layer={layer}",
         "the densest feature": f"/feature/{layer}/{dense}",
         "a feature of 100 tokens": f"/feature/{layer}/{usual}",

@@ -23,7 +23,6 @@ import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,63 +30,37 @@ import torch
 from bench.common import (
     Side,
     alternate,
-    config_with_data,
+    batched_corpus,
     emit,
     figure,
     parser_with_data,
     ratio,
+    save_random_dictionaries,
     say,
     spread,
     times,
 )
 from infra.storage import Storage
 from schemas.config import Config
-from schemas.sections import Sae
 from schemas.work import FeatureShard
 from tasks.corpus.windows import Batch
 
 
 def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
     """Compare on the first `arguments.tokens` tokens of a corpus; everything is written under `root`."""
-    from tasks.corpus.graph_documents import graph_shards
-    from tasks.corpus.tokenization import TOKENIZE
-    from tasks.corpus.windows import read_shard_tokens
     from tasks.dictionaries.dictionaries import DICTIONARIES, load_dictionary
-    from tasks.dictionaries.residuals import shard_batches
     from tasks.engine.run import Run, make
     from tasks.graph.extraction import _encoder, keep_for, loaded_model, loaded_tokenizer
     from tasks.graph.features import FEATURES
     from tasks.models.devices import choose_device
 
-    storage = Storage(root)
-    config = config_with_data(
-        arguments,
-        root,
-        {"max_tokens": arguments.tokens},
-        model={"name": arguments.model},
-        windows={"context_size": arguments.context_size},
-    )
-    say("tokenizing, and converting the model where needed")
-    shards = make(Run(config, storage), TOKENIZE)
-    model = loaded_model(config.model, storage)
-    tokenizer = loaded_tokenizer(config.model, storage)
-    (part,) = graph_shards(config, shards, storage)
-    plan = shard_batches(config, read_shard_tokens(storage, part), tokenizer)
+    batched = batched_corpus(arguments, root)
+    storage, model, plan = batched.storage, batched.model, batched.plan
     given = {int(layer): path for layer, _, path in (entry.partition("=") for entry in arguments.sae)}
     layers = sorted(given) or sorted(arguments.layers)
     random = [layer for layer in layers if layer not in given]
-    for layer, residuals in _calibration(model, plan, random).items():
-        say(f"layer {layer}: calibrating a random dictionary on {len(residuals)} residuals")
-        given[layer] = str(
-            save_random_dictionary(
-                Path(root, "given", str(layer)),
-                residuals,
-                d_sae=arguments.d_sae,
-                l0=arguments.l0,
-                seed=layer,
-            )
-        )
-    config = config.model_copy(update={"sae": [Sae(layer=layer, path=given[layer]) for layer in layers]})
+    given |= save_random_dictionaries(batched, random, d_sae=arguments.d_sae, l0=arguments.l0)
+    config = batched.with_dictionaries(given)
     run = Run(config, storage)
     dictionaries = make(run, DICTIONARIES)
     device = choose_device(config.model.device)
@@ -135,7 +108,7 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
     seconds = alternate(sides, arguments.rounds, cpu)
     sizes = _sizes(storage, made[-1])
     flops = _flops(model, saes, layers, plan)
-    n_tokens = part.n_tokens
+    n_tokens = batched.part.n_tokens
     return {
         "figures": [
             figure(
@@ -185,66 +158,6 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
             "the rate in achieved_gflop_per_second, against sgemm_gflop_per_second of a large product alone"
         ),
     }
-
-
-def _calibration(model: Any, plan: Sequence[Batch], layers: list[int]) -> dict[int, torch.Tensor]:
-    """(n, d_model) residuals of the middle batch, whose windows are of middling length."""
-    found: dict[int, torch.Tensor] = {}
-    if layers:
-        batch = plan[len(plan) // 2]
-        real = torch.from_numpy(batch.token >= 0)
-        model.forward(
-            torch.from_numpy(batch.input_ids),
-            layers,
-            lambda layer, hidden: found.__setitem__(layer, hidden[real].clone()),
-        )
-    return found
-
-
-def save_random_dictionary(
-    folder: Path, residuals: torch.Tensor, *, d_sae: int, l0: float, seed: int
-) -> Path:
-    """Save a random JumpReLU dictionary in SAELens' format, whose every latent fires as often as asked.
-
-    Directions are uniform on the sphere, `b_dec` is the mean residual, and each latent's threshold is its own
-    (1 - l0 / d_sae) quantile over the residuals given: as dense as a trained dictionary's features are on
-    average, and as costly to encode with; but no more uneven than the text is.
-
-    Args:
-        folder: Where.
-        residuals: (n, d_model), n at least 2, of the layer that it reads, to calibrate the thresholds.
-        d_sae: Number of latents.
-        l0: Mean number of active latents a token.
-        seed: Of the directions.
-    """
-    from sae_lens import SAE
-
-    x = residuals.to(torch.float32)
-    sae: Any = SAE.from_dict(
-        {
-            "architecture": "jumprelu",
-            "d_in": x.shape[1],
-            "d_sae": d_sae,
-            "dtype": "float32",
-            "device": "cpu",
-            "apply_b_dec_to_input": True,
-            "metadata": {},
-        }
-    )
-    directions = torch.randn(d_sae, x.shape[1], generator=torch.Generator().manual_seed(seed))
-    directions /= directions.norm(dim=1, keepdim=True)
-    with torch.no_grad():
-        sae.b_dec.copy_(x.mean(0))
-        sae.b_enc.zero_()
-        sae.W_dec.copy_(directions)
-        sae.W_enc.copy_(directions.T)
-        before = (x - sae.b_dec) @ sae.W_enc
-        # Half-way to the next value: a threshold that is a value itself flips with the last bit of a sum.
-        rank = min(len(x) - 1, max(1, round(len(x) * (1 - l0 / d_sae))))
-        below, above = (before.kthvalue(k, dim=0).values for k in (rank, rank + 1))
-        sae.threshold.copy_(((below + above) / 2).clamp(min=1e-3))
-    sae.save_model(str(folder))
-    return folder
 
 
 def _folded(sae: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -26,10 +26,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.common import Side, alternate, config_with_data, emit, figure, parser_with_data, ratio, say, spread
-from bench.extraction import _calibration, save_random_dictionary
-from infra.storage import Storage
-from schemas.sections import Sae
+from bench.common import (
+    Side,
+    alternate,
+    batched_corpus,
+    emit,
+    figure,
+    parser_with_data,
+    ratio,
+    save_random_dictionaries,
+    say,
+    spread,
+)
 
 DELPHI = "0.1.3"
 NEEDS = (
@@ -109,32 +117,14 @@ def environment(folder: Path) -> str:
 
 def prepare(arguments: argparse.Namespace, root: str, d_sae: int) -> tuple[dict[str, Any], int]:
     """Tokens, model, windows and dictionaries in files; what workers are told, and the number of tokens."""
-    from tasks.corpus.graph_documents import graph_shards
-    from tasks.corpus.tokenization import TOKENIZE
-    from tasks.corpus.windows import read_shard_tokens
     from tasks.dictionaries.dictionaries import DICTIONARIES
-    from tasks.dictionaries.residuals import shard_batches
     from tasks.engine.run import Run, make
-    from tasks.graph.extraction import loaded_model, loaded_tokenizer
     from tasks.models.files import converted_gguf, is_gguf
 
-    storage = Storage(root)
-    config = config_with_data(
-        arguments,
-        root,
-        {"max_tokens": arguments.tokens},
-        model={"name": arguments.model, "threads": arguments.threads},
-        windows={"context_size": arguments.context_size},
-    )
-    shards = make(Run(config, storage), TOKENIZE)
-    model = loaded_model(config.model, storage)
-    (part,) = graph_shards(config, shards, storage)
-    plan = shard_batches(config, read_shard_tokens(storage, part), loaded_tokenizer(config.model, storage))
-    saes = {}
-    for layer, residuals in _calibration(model, plan, list(arguments.layers)).items():
-        folder = Path(root, "given", str(layer))
-        saes[layer] = str(save_random_dictionary(folder, residuals, d_sae=d_sae, l0=arguments.l0, seed=layer))
-    config = config.model_copy(update={"sae": [Sae(layer=layer, path=saes[layer]) for layer in sorted(saes)]})
+    batched = batched_corpus(arguments, root, threads=arguments.threads)
+    storage, model, plan = batched.storage, batched.model, batched.plan
+    saes = save_random_dictionaries(batched, arguments.layers, d_sae=d_sae, l0=arguments.l0)
+    config = batched.with_dictionaries(saes)
     make(Run(config, storage), DICTIONARIES)
     inner = next(name for name, module in model.module.named_modules() if module is model.blocks)
     given = {
@@ -152,7 +142,7 @@ def prepare(arguments: argparse.Namespace, root: str, d_sae: int) -> tuple[dict[
         **{f"ids_{place}": batch.input_ids for place, batch in enumerate(plan)},
         **{f"real_{place}": batch.token >= 0 for place, batch in enumerate(plan)},
     )
-    return given, part.n_tokens
+    return given, batched.part.n_tokens
 
 
 def compare(arguments: argparse.Namespace, root: str, d_sae: int) -> dict[str, Any]:

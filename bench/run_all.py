@@ -30,6 +30,7 @@ BENCHES = (
     "tables",
     "explore",
     "readers",
+    "scale",
     "shards",
     "s3",
     "retention_peer",

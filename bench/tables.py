@@ -7,7 +7,6 @@ in a fresh process: `python -m bench.tables`.
 from __future__ import annotations
 
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -18,7 +17,20 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from bench.common import emit, figure, parser, ratio, say, spread
+from bench.common import emit, figure, memory_gb, parser, ratio, say, spread
+from bench.synthetic import (
+    DICTIONARY_SIZE,
+    DOCUMENT,
+    L0,
+    LAYERS,
+    TOKENS_PER_SHARD,
+    VOCABULARY_SIZE,
+    dictionary_of,
+    draw_features,
+    draw_tokens,
+    places,
+    whole_shard,
+)
 from infra.catalog import Catalog
 from infra.duck import create_views, open_duckdb
 from infra.manifest import Manifest, commit, content_key, load
@@ -26,17 +38,10 @@ from infra.storage import Storage
 from schemas.config import Config, DuckDb
 from schemas.corpus.tables import VOCABULARY
 from schemas.tables import SHARD_FILES
-from schemas.work import CorpusShards, Dictionary, FeatureShard, GraphShard, TokenShard
+from schemas.work import CorpusShards, Dictionary, FeatureShard
 from tasks.engine.tables import Tables, opened
-from tasks.graph.features import VERSION, round_mantissa, sum_edges, write_rows
+from tasks.graph.features import VERSION, sum_edges, write_rows
 from tasks.graph.tables import graph_inputs
-
-LAYERS = (7, 15, 22)
-VOCABULARY_SIZE = 49_152
-DICTIONARY_SIZE = 1 << 17
-TOKENS_PER_SHARD = 131_072
-DOCUMENT = 500
-L0 = 40
 
 SIDES = ("build", "bare", "activations")
 """What is timed, in processes of their own."""
@@ -128,7 +133,7 @@ def group(storage: Storage, nonzeros: int, limits: DuckDb, side: str) -> dict[st
             started = time.perf_counter()
             connection.execute(f"COPY ({GROUPED[side]}) TO '{file.name}' (FORMAT parquet, COMPRESSION zstd)")
             seconds += time.perf_counter() - started
-    return {"seconds": round(seconds, 1), "peak_memory_gb": round(peak_gb(), 2)}
+    return {"seconds": round(seconds, 1), "peak_memory_gb": round(memory_gb(), 2)}
 
 
 def build(storage: Storage, nonzeros: int, limits: DuckDb) -> dict[str, object]:
@@ -178,7 +183,7 @@ def build(storage: Storage, nonzeros: int, limits: DuckDb) -> dict[str, object]:
         "graph_seconds": round(between - started, 3),
         "feature_seconds": round(ended - between, 3),
         "read_seconds": round(read_features(storage, shown), 4),
-        "peak_memory_gb": round(peak_gb(), 2),
+        "peak_memory_gb": round(memory_gb(), 2),
         "seconds_of": steps,
     }
 
@@ -198,15 +203,6 @@ def read_features(storage: Storage, shown: Tables) -> float:
     return statistics.median(seconds[len(seconds) // 2 :])
 
 
-def peak_gb() -> float:
-    """Peak resident memory of this process, in GB.
-
-    Read from the process' own address space: `getrusage` would pass on what the parent had before it.
-    """
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024 / 1e9  # type: ignore[index]  # always there
-
-
 def count_rows(storage: Storage, names: list[str]) -> int:
     """Rows of Parquet files, from their footers."""
     import pyarrow.parquet as pq
@@ -219,23 +215,14 @@ def make_shards(storage: Storage, nonzeros: int) -> tuple[CorpusShards, list[Fea
     n_tokens = min(TOKENS_PER_SHARD, max(1, nonzeros // (L0 * len(LAYERS))))
     per_shard = n_tokens * L0 * len(LAYERS)
     shards, features = [], []
-    n_documents = -(-n_tokens // DOCUMENT)
     for index in range(-(-nonzeros // per_shard)):
         rng = np.random.default_rng(index)
-        token = (VOCABULARY_SIZE ** rng.random(n_tokens)).astype(np.int32) - 1
+        token = draw_tokens(n_tokens, rng)
         folder = f"tokens/{content_key(bench='tables', shard=index, tokens=n_tokens)}"
-        shard = TokenShard(
-            folder=folder,
-            source="synthetic",
-            doc_offset=index * n_documents,
-            n_documents=n_documents,
-            n_tokens=n_tokens,
-            n_rejects=0,
-        )
+        part = whole_shard(folder, n_tokens, index)
         if load(storage, folder) is None:
             write_token_shard(storage, folder, token)
-        shards.append(shard)
-        part = GraphShard(shard=shard, n_documents=n_documents, n_tokens=n_tokens)
+        shards.append(part.shard)
         for layer in LAYERS:
             parts = {"version": VERSION, "shard": index, "tokens": n_tokens, "layer": layer}
             folder = f"features/{content_key(bench='tables', **parts)}"
@@ -247,17 +234,12 @@ def make_shards(storage: Storage, nonzeros: int) -> tuple[CorpusShards, list[Fea
     ids = np.arange(VOCABULARY_SIZE)
     storage.write_parquet(vocabulary, pa.table([ids, ids.astype(str)], schema=VOCABULARY))
     corpus = CorpusShards(shards=tuple(shards), tokenizer_key="synthetic", vocabulary=vocabulary)
-    dictionaries = [
-        Dictionary(layer=n, folder=f"dictionaries/{n}", key=str(n), d_sae=DICTIONARY_SIZE, source="synthetic")
-        for n in LAYERS
-    ]
-    return corpus, features, dictionaries
+    return corpus, features, [dictionary_of(layer) for layer in LAYERS]
 
 
 def write_token_shard(storage: Storage, folder: str, token: np.ndarray) -> None:
     """One shard of documents of equal length."""
-    row = np.arange(len(token))
-    doc, position = row // DOCUMENT, row % DOCUMENT
+    doc, position = places(len(token))
     lengths = np.bincount(doc)
     seen, counts = np.unique(token, return_counts=True)
     pairs = np.unique(doc * VOCABULARY_SIZE + token)
@@ -274,17 +256,6 @@ def write_token_shard(storage: Storage, folder: str, token: np.ndarray) -> None:
         for name, columns in files.items()
     ]
     commit(storage, folder, Manifest(stage="bench", inputs={}), written)
-
-
-def draw_features(token: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Row, feature and value of about L0 features a token, half its own, half of the context; both power laws."""
-    row = np.repeat(np.arange(len(token), dtype=np.int64), L0 + L0 // 8)
-    drawn = (DICTIONARY_SIZE ** rng.random(len(row))).astype(np.int64) - 1
-    own = token[row].astype(np.int64) * 7919 + drawn * 31
-    feature = np.where(rng.random(len(row)) < 0.5, own, drawn * 17) % DICTIONARY_SIZE
-    pairs = np.unique(row * DICTIONARY_SIZE + feature)
-    row, feature = pairs // DICTIONARY_SIZE, (pairs % DICTIONARY_SIZE).astype(np.int32)
-    return row, feature, round_mantissa(rng.lognormal(1, 1, len(row)).astype(np.float32), 15)
 
 
 def write_feature_shard(storage: Storage, folder: str, token: np.ndarray, rng: np.random.Generator) -> None:

@@ -1,6 +1,6 @@
 """Writing what was found in a part: edges, checks, Parquet, manifests left out; in turns with how it was once done.
 
-Features of power-law tokens and features, as `bench.tables` draws them, for three layers of one part.
+Features of power-law tokens and features, as `bench.tables` has them, for three layers of one part.
 
 - `ours`: `write_layers`, as the stage `features` calls it: layers at once, as many as there are cores.
 - `one_core`: the same, one layer after another.
@@ -18,13 +18,15 @@ import numpy as np
 import pyarrow as pa
 
 from bench.common import Side, alternate, emit, figure, parser, ratio, spread
-from bench.tables import (
+from bench.synthetic import (
     DICTIONARY_SIZE,
-    DOCUMENT,
     LAYERS,
     TOKENS_PER_SHARD,
-    VOCABULARY_SIZE,
+    dictionary_of,
     draw_features,
+    draw_tokens,
+    places,
+    whole_shard,
 )
 from infra.duck import open_duckdb
 from infra.storage import Storage
@@ -32,7 +34,6 @@ from schemas.config import Config, DuckDb
 from schemas.expectation import Query, differ
 from schemas.expectations import SUITES
 from schemas.tables import SHARD_FILES
-from schemas.work import Dictionary, GraphShard, TokenShard
 from tasks.corpus.windows import ShardTokens, count_tokens
 from tasks.engine.offenders import find_in_units
 from tasks.engine.run import Run
@@ -57,31 +58,27 @@ def main() -> None:
 
 def measure(n_tokens: int, rounds: int, root: str) -> dict[str, Any]:
     """Write the same features in turns; everything is written under `root`."""
-    rng, row, storage = np.random.default_rng(0), np.arange(n_tokens), Storage(root)
+    rng, storage = np.random.default_rng(0), Storage(root)
+    doc, position = places(n_tokens)
     tokens = ShardTokens(
-        doc=(row // DOCUMENT).astype(np.int32),
-        position=(row % DOCUMENT).astype(np.int32),
-        token_id=(VOCABULARY_SIZE ** rng.random(n_tokens)).astype(np.int32) - 1,
+        doc=doc.astype(np.int32),
+        position=position.astype(np.int32),
+        token_id=draw_tokens(n_tokens, rng),
         is_special=np.zeros(n_tokens, bool),
     )
     tokens = replace(tokens, whole_counts=count_tokens(tokens.token_id))
-    n_documents = -(-n_tokens // DOCUMENT)
-    shard = TokenShard(
-        folder="t", source="s", doc_offset=0, n_documents=n_documents, n_tokens=n_tokens, n_rejects=0
-    )
-    part = GraphShard(shard=shard, n_documents=n_documents, n_tokens=n_tokens)
+    part = whole_shard("t", n_tokens)
     found, group = {}, []
     for layer in LAYERS:
         of, feature, value = draw_features(tokens.token_id, rng)
         found[layer] = LayerFeatures(token=of, feature=feature, value=value, way="float32")
-        dictionary = Dictionary(layer=layer, folder="d", key="k", d_sae=DICTIONARY_SIZE, source="s")
         group.append(
             FeatureUnit(
                 top="features",
                 inputs={"layer": layer},
                 about=f"layer {layer}",
                 part=part,
-                dictionary=dictionary,
+                dictionary=dictionary_of(layer),
                 model_key="m",
             )
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ def write_jsonl(path: Path, documents: list[str]) -> Path:
     return path
 
 
-def save_tokenizer(folder: Path) -> Any:
-    """A byte-level BPE tokenizer with BOS, EOS and padding, trained on `texts`."""
+def save_tokenizer(folder: Path, documents: Iterable[str] | None = None, size: int = 400) -> Any:
+    """A byte-level BPE tokenizer of `size` tokens with BOS, EOS and padding, trained on documents; default: `texts`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -47,12 +48,12 @@ def save_tokenizer(folder: Path) -> Any:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400,
+        vocab_size=size,
         special_tokens=["<bos>", "<eos>", "<pad>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(texts(200), trainer)
+    backend.train_from_iterator(texts(200) if documents is None else documents, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
     )
@@ -60,8 +61,10 @@ def save_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def save_model(folder: Path, architecture: str = "llama", seed: int = 0) -> Path:
-    """A random three-block model of an architecture, with its tokenizer."""
+def save_model(
+    folder: Path, architecture: str = "llama", seed: int = 0, tokenizer: Any | None = None
+) -> Path:
+    """A random three-block model of an architecture, with its tokenizer, or for one that is in the folder."""
     from transformers import (
         AutoModelForCausalLM,
         Gemma2Config,
@@ -69,7 +72,7 @@ def save_model(folder: Path, architecture: str = "llama", seed: int = 0) -> Path
         LlamaConfig,
     )
 
-    tokenizer = save_tokenizer(folder)
+    tokenizer = tokenizer or save_tokenizer(folder)
     shape: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": D_MODEL,

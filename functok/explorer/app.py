@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from typing import Any
 from urllib.parse import parse_qsl
@@ -33,7 +33,7 @@ from functok.explorer import console, drawing, grids
 from functok.explorer.drawing import Frame
 from functok.explorer.grids import Address
 from functok.explorer.guard import Guard, is_from_elsewhere
-from functok.explorer.tables import Reader, Stopped, Tables
+from functok.explorer.tables import LESS, Reader, Stopped, Tables
 from functok.formats import WRITERS
 from infra.storage import LOCAL_CACHE, Storage, put_aside
 from schemas.errors import FunctokError, whole_message
@@ -67,6 +67,10 @@ STATUS: Mapping[type[FunctokError], int] = {NotThere: 404, Refused: 400, Stopped
 LONGEST_FORM = 1 << 20
 """Bytes of what a form sends, at most."""
 
+LATE = 1.0
+"""Seconds that what is ended has for its end, until its reader is told without it: DuckDB ends a query between two
+pieces of work, and one text of gigabytes is one piece."""
+
 LEFT = "nobody waits for this any more"
 """Why work ends whose reader has gone."""
 
@@ -98,24 +102,39 @@ class Explorer:
     pool: ThreadPoolExecutor = field(
         init=False, default_factory=lambda: ThreadPoolExecutor(AT_ONCE, "explorer")
     )
+    ending: set[asyncio.Future[None]] = field(init=False, default_factory=set)
 
     async def answered(
-        self, request: Request, answer: Callable[[Reader], Response], seconds: float | None = None
+        self,
+        request: Request,
+        answer: Callable[[Reader], Response],
+        seconds: float | None = None,
+        late: Callable[[Stopped, Reader], Response] | None = None,
     ) -> Response:
-        """What a thread with a reader answers; ended when time is up or nobody waits for it any more."""
+        """What a thread with a reader answers; ended when time is up or nobody waits for it any more.
+
+        Args:
+            request: What it is the answer to.
+            answer: Makes it.
+            seconds: How long that may take; `page_seconds` if not given.
+            late: Makes another one where the thread has not ended `LATE` seconds after it should have.
+        """
         work = _Work(self.tables, answer)
         loop = asyncio.get_running_loop()
         working = loop.run_in_executor(self.pool, work)
         limit = self.page_seconds if seconds is None else seconds
         why = ""
         try:
-            while not (await asyncio.wait([working], timeout=0.1))[0]:
-                if not why and await request.is_disconnected():
+            while not why and not (await asyncio.wait([working], timeout=0.1))[0]:
+                if await request.is_disconnected():
                     why = LEFT
-                if not why and work.seconds > limit:
+                elif work.seconds > limit:
                     why = f"this took longer than {limit:g} s, and was ended"
-                if why:
-                    work.stop(why)
+            if why and not await self._ended(work, working, why):
+                error = Stopped(why, hint=LESS)
+                if late is None or why == LEFT:
+                    raise error
+                return await self.answered(request, partial(late, error))
             return working.result()
         except asyncio.CancelledError:
             work.stop(LEFT)
@@ -128,6 +147,21 @@ class Explorer:
         except Exception as error:
             _log.exception("a page failed: %s", request.url.path)
             return self.said(request, FunctokError(f"unexpected {whole_message(error, with_type=True)}"))
+
+    async def _ended(self, work: _Work, working: asyncio.Future[Response], why: str) -> bool:
+        """End work; whether it has ended within `LATE` seconds. It is ended then too, as soon as it can be."""
+
+        async def end() -> None:
+            while not working.done():
+                work.stop(why)
+                await asyncio.wait([working], timeout=0.1)
+            if not working.cancelled():
+                working.exception()
+
+        ending = asyncio.ensure_future(end())
+        self.ending.add(ending)
+        ending.add_done_callback(self.ending.discard)
+        return ending in (await asyncio.wait([ending], timeout=LATE))[0]
 
     def frame(self, request: Request, generation: str = "") -> Frame:
         """What stands around a page."""
@@ -489,13 +523,19 @@ def _console(explorer: Explorer) -> Callable[..., Any]:
             way = "open the address that functok explore printed: it brings the token that SQL needs"
             return explorer.said(request, Refused("this browser was not let in to the console", hint=way))
         at = _at(request)
-        typed = console.Typed.of(dict(at.pairs))
+        try:
+            typed = console.Typed.of(dict(at.pairs))
+        except Refused as error:
+            return explorer.said(request, error)
         # A page of another server may lead here, but what it asks is not run before somebody has looked at it.
         runs = bool(typed.sql) and not is_from_elsewhere(request.headers)
         if runs and "download" in request.query_params:
             return await _download(explorer, request, lambda reader, at: _result_grid(reader, typed, at))
         return await explorer.answered(
-            request, lambda reader: _console_page(explorer, request, reader, typed, runs), typed.seconds
+            request,
+            lambda reader: _console_page(explorer, request, reader, typed, runs=runs),
+            typed.seconds,
+            late=lambda error, reader: _console_page(explorer, request, reader, typed, said=error),
         )
 
     return sql
@@ -508,9 +548,15 @@ def _result_grid(reader: Reader, typed: console.Typed, at: Address) -> tuple[Gri
 
 
 def _console_page(
-    explorer: Explorer, request: Request, reader: Reader, typed: console.Typed, runs: bool
+    explorer: Explorer,
+    request: Request,
+    reader: Reader,
+    typed: console.Typed,
+    *,
+    runs: bool = False,
+    said: FunctokError | None = None,
 ) -> Response:
-    at, said, result = _at(request), None, None
+    at, result = _at(request), None
     # Before the query: one that takes too long leaves its reader stopped.
     tables = console.columns_at_hand(reader)
     panels: Sequence[Any] = []

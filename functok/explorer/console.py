@@ -3,6 +3,10 @@
 What a reader types runs in the same database as pages, which reads the root's folders and nothing else
 (`functok.explorer.tables`). It must be one SELECT, as DuckDB itself parses it, and call no table function that does
 more than read: COPY and ATTACH would write, and `pandas_scan(1)` reads memory.
+
+DuckDB ends a query between two pieces of work, and a call of one function is a piece: `repeat('x', 2000000000)` goes on
+for as long as it takes, and neither `max_execution_time` nor `memory_limit` reaches into it. Its reader is answered in
+time all the same (`functok.explorer.app.LATE`).
 """
 
 from __future__ import annotations
@@ -113,12 +117,21 @@ class Typed:
 
     @classmethod
     def of(cls, values: Mapping[str, str]) -> Typed:
-        """From the values of an address; numbers are kept within their bounds."""
+        """From the values of an address.
+
+        Raises:
+            Refused: if a limit is no number or beyond what there is, or there is no such mark.
+        """
 
         def number(key: str, default: int, most: int) -> int:
-            text = values.get(key, "")
-            return max(1, min(most, int(text))) if text.isascii() and text.isdigit() else default
+            text = values.get(key) or str(default)
+            if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= most):
+                raise Refused(f"{key} cannot be {visible_text(text, 60)}", hint=f"it may be 1 to {most:,}")
+            return int(text)
 
+        mark = values.get("mark") or "points"
+        if mark not in MARKS:
+            raise Refused(f"there is no mark {visible_text(mark, 60)}", hint=f"it may be {', '.join(MARKS)}")
         return cls(
             sql=values.get("q", "").strip(),
             rows=number("rows", DEFAULT_ROWS, MOST_ROWS),
@@ -126,7 +139,7 @@ class Typed:
             explains="explain" in values,
             x=values.get("x", ""),
             y=values.get("y", ""),
-            mark=values.get("mark", "points"),
+            mark=mark,
         )
 
 
@@ -274,7 +287,7 @@ def _figure(reader: Reader, sql: str, typed: Typed, kinds: Mapping[str, str]) ->
         "point": lambda: base.mark_point(filled=True, size=26, opacity=0.7, color=charts.BLUE),
         "line": lambda: base.mark_line(color=charts.BLUE, strokeWidth=1.6),
         "bar": lambda: base.mark_bar(color=charts.BLUE),
-    }[MARKS.get(typed.mark, "point")]()
+    }[MARKS[typed.mark]]()
     return Figure(
         title=f"{typed.y} against {typed.x}",
         chart=Chart(spec=charts.single(mark), alt=f"{typed.y} against {typed.x}, {len(rows):,} rows"),

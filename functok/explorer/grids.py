@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from tasks.explore.vocabulary import Grid, Link, Query, Refused
-from tasks.models.token_texts import NAMED
+from tasks.models.token_texts import NAMED, visible
 from tasks.report.queries import rows
 from tasks.report.vocabulary import Column, Row
 
@@ -100,6 +100,7 @@ class ShownGrid:
         first: Number of the first row on this page, from 1.
         pages: (text, address or "") of the pages near this one.
         is_filtered: Whether any filter is in use.
+        ignored: What of the address asks for what the grid does not have, each as a sentence.
         sql: As sorted and filtered.
     """
 
@@ -110,6 +111,7 @@ class ShownGrid:
     first: int
     pages: Sequence[tuple[str, str]]
     is_filtered: bool
+    ignored: Sequence[str]
     sql: Query
 
 
@@ -120,6 +122,7 @@ class _Asked:
     query: Query
     filters: Mapping[str, Filter]
     order: str
+    ignored: Sequence[str]
 
 
 def asked(connection: Any, grid: Grid, address: Address) -> _Asked:
@@ -140,8 +143,12 @@ def asked(connection: Any, grid: Grid, address: Address) -> _Asked:
             except Refused as error:
                 wrong = error.message
         filters[column] = Filter(column=column, kind=kinds[column], typed=typed, wrong=wrong)
+    own = {key.removeprefix(f"{grid.key}.") for key in given if key.startswith(f"{grid.key}.")}
+    unknown = sorted(own - {*grid.filters, "sort", "page"})
+    ignored = [f"This table cannot be filtered by {visible(column)}." for column in unknown]
     order = given.get(f"{grid.key}.sort", grid.order)
-    if order.removeprefix("-") not in kinds:
+    if (by := order.removeprefix("-")) not in kinds:
+        ignored += [f"It has no {visible(by)} to be sorted by."] if by else []
         order = grid.order
     sql = f"SELECT * FROM (\n{grid.query.sql}\n)"
     if conditions:
@@ -150,7 +157,7 @@ def asked(connection: Any, grid: Grid, address: Address) -> _Asked:
         by = order.removeprefix("-")
         first = f"{_name(by)} {'DESC' if order[0] == '-' else 'ASC'} NULLS LAST"
         sql += f"\nORDER BY {', '.join([first, *(_name(column) for column in kinds if column != by)])}"
-    return _Asked(query=Query(sql=sql, values=values), filters=filters, order=order)
+    return _Asked(query=Query(sql=sql, values=values), filters=filters, order=order, ignored=ignored)
 
 
 def shown(connection: Any, grid: Grid, address: Address) -> ShownGrid:
@@ -159,7 +166,8 @@ def shown(connection: Any, grid: Grid, address: Address) -> ShownGrid:
     given = dict(address.pairs)
     size = max(1, min(MOST_ROWS, grid.page_size))
     values = dict(query.query.values)
-    page = _page(given.get(f"{grid.key}.page", "1"))
+    typed = given.get(f"{grid.key}.page") or "1"
+    page = _page(typed)
     found = rows(connection, f"{query.query.sql}\nLIMIT {size} OFFSET {(page - 1) * size}", values or None)
     if 0 < len(found) < size or (page == 1 and not found):
         n_rows = (page - 1) * size + len(found)
@@ -178,6 +186,7 @@ def shown(connection: Any, grid: Grid, address: Address) -> ShownGrid:
     }
     shown_keys = {column.key for column, _ in columns}
     is_filtered = any(one.typed for one in query.filters.values())
+    ignored = [*query.ignored, *([] if typed == str(page) else [f"It has no page {visible(typed)}."])]
     return ShownGrid(
         headings=[_heading(grid, column, query, address) for column, _ in columns],
         cells=[[_cell(row, column, to, largest) for column, to in columns] for row in found],
@@ -186,6 +195,7 @@ def shown(connection: Any, grid: Grid, address: Address) -> ShownGrid:
         first=(page - 1) * size + 1,
         pages=_pages(grid, address, page, max(1, -(-n_rows // size))),
         is_filtered=is_filtered,
+        ignored=ignored,
         sql=query.query,
     )
 

@@ -34,6 +34,9 @@ from tasks.explore.vocabulary import Query
 ASKED_EVERY = 2.0
 """Seconds for which `catalog.json` is not asked for again."""
 
+LESS = "ask for less: fewer rows, a filter, one layer"
+"""The way out where something took too long."""
+
 _BATCH = 10_000
 
 _LISTS_ALL = re.compile(r"information_schema|duckdb_|pg_catalog|sqlite_master|\bshow\b", re.IGNORECASE)
@@ -92,7 +95,7 @@ class Reader:
 
     def _require_going(self) -> None:
         if self._why:
-            raise Stopped(self._why, hint="ask for less: fewer rows, a filter, one layer")
+            raise Stopped(self._why, hint=LESS)
 
     def stop(self, why: str) -> None:
         """End what is going on, from another thread, and whatever would follow.

@@ -6,6 +6,7 @@ They lie in a TOML file of their own, so that other cases are another file.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt, field_validator, model_validator
@@ -230,14 +231,14 @@ class Cases(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Cases:
         for kind, names in (("case", [c.name for c in self.case]), ("trait", [t.name for t in self.trait])):
-            twice = sorted({name for name in names if names.count(name) > 1})
+            twice = sorted(name for name, n in Counter(names).items() if n > 1)
             if twice:
                 raise ValueError(f"two [[{kind}]] entries have the name {twice[0]!r}")
-        experiments = [(steer.title, steer.prompt, steer.target) for steer in self.steer]
-        for experiment in experiments:
-            if experiments.count(experiment) > 1:
+        experiments = Counter((steer.title, steer.prompt, steer.target) for steer in self.steer)
+        for experiment, n in experiments.items():
+            if n > 1:
                 raise ValueError(f"two [[steer]] entries are the same: {experiment[0]!r}, {experiment[1]!r}")
-        known = [trait.name for trait in self.trait]
+        known = dict.fromkeys(trait.name for trait in self.trait)
         for steer in self.steer:
             for name in steer.traits:
                 if name not in known:

@@ -1,2 +1,2 @@
 -- The rank of the last token in the graph.
-SELECT max(rank) FROM token_degree WHERE layer = $layer
+SELECT max(rank) FROM token_degree

@@ -262,15 +262,16 @@ def _left(budget: Budget, entries: Iterable[ShardEntry]) -> Budget:
 def finished_shards(job: FileJob) -> tuple[dict[str, ShardEntry], bool]:
     """Shards that are there already, in order by folder, and whether the file ends with them."""
     entries: dict[str, ShardEntry] = {}
+    left = job.budget
     while job.has_begun:
         folder = f"{job.folder}/{len(entries):05d}"
         manifest = load(job.storage, folder)
         if manifest is None:
             break
         entry = _entry(folder, manifest)
-        if not _left(job.budget, entries.values()).allows(entry.n_documents, entry.n_tokens):
+        if not left.allows(entry.n_documents, entry.n_tokens):
             break
-        entries[folder] = entry
+        entries[folder], left = entry, left.without(entry.n_documents, entry.n_tokens)
         if manifest.stats["ends_file"]:
             return entries, True
     return entries, False

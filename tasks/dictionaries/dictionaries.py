@@ -311,10 +311,12 @@ def training_parts(
 ) -> tuple[GraphShard, ...]:
     """The graph's first parts that reach `train.max_tokens`, whole: the features stage reads them too."""
     taken: list[GraphShard] = []
+    n_tokens = 0
     for part in graph_shards(config, shards, storage):
-        if sum(before.n_tokens for before in taken) >= train.max_tokens:
+        if n_tokens >= train.max_tokens:
             break
         taken.append(part)
+        n_tokens += part.n_tokens
     return tuple(taken)
 
 

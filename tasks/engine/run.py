@@ -253,6 +253,7 @@ class _Watch:
     def __init__(self, stage: Stage[Any, Any], groups: Sequence[Sequence[Unit]], progress: Progress) -> None:
         self._sizes = [sum(unit.size for unit in group) for group in groups]
         self._done = [0] * len(groups)
+        self._total_size, self._total_done = sum(self._sizes), 0
         self._measure, self._progress = stage.measure, progress
         self._lock = threading.Lock()
         self._tell()
@@ -267,11 +268,12 @@ class _Watch:
             whole, before = self._sizes[group], self._done[group]
             self._done[group] = whole if size is None else max(before, min(size, whole))
             if self._done[group] > before:
+                self._total_done += self._done[group] - before
                 self._tell()
 
     def _tell(self) -> None:
         if self._measure and self._sizes:
-            self._progress(sum(self._done), sum(self._sizes), self._measure)
+            self._progress(self._total_done, self._total_size, self._measure)
 
 
 def _here(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tasks.explore.features import NO_GRAPH, layers_of
-from tasks.explore.search import search
+from tasks.explore.search import TO_SEARCH, search
 from tasks.explore.vocabulary import (
     Asked,
     Box,
@@ -16,13 +16,16 @@ from tasks.explore.vocabulary import (
     Figure,
     Grid,
     Link,
+    NotThere,
     Page,
     PageAt,
     Panel,
     Query,
+    Refused,
     Slider,
     address,
 )
+from tasks.models.token_texts import visible
 from tasks.report import charts
 from tasks.report.text import integer, percent, plural
 from tasks.report.vocabulary import Chart, Column, Row
@@ -61,13 +64,13 @@ def coverage(asked: Asked, *, is_choosing: bool = False) -> list[Panel]:
     if not asked.has("coverage", "edges", "token_degree", "graph_summary"):
         return [NO_GRAPH]
     layers = layers_of(asked)
-    layer = int(asked.layer(layers))
+    layer = int(asked.chosen("layer", layers))
     tokens = _tokens(asked) if is_choosing else []
     typed = asked.values.get("add", "") if is_choosing else ""
     candidates = _candidates(asked, typed) if typed else []
     if len(candidates) == 1:
         tokens = list(dict.fromkeys([*tokens, candidates[0]["token_id"]]))
-    last = asked.value(Query.of("explore/last_rank", layer=layer)) or 0
+    last = asked.value(Query.of("explore/last_rank")) or 0
     rank = asked.number("rank", 0 if is_choosing else min(FIRST_RANKS, last), 0, last)
     reached = Query.of("explore/chosen_coverage", layer=layer, rank=rank, tokens=tokens)
     total = asked.rows(reached)[-1]
@@ -109,16 +112,28 @@ def coverage(asked: Asked, *, is_choosing: bool = False) -> list[Panel]:
 
 
 def _tokens(asked: Asked) -> list[int]:
-    """The tokens that an address names (`tokens=5,17`), each once; what is no token of the corpus is left out."""
-    parts = asked.values.get("tokens", "").split(",")
-    ids = list(
-        dict.fromkeys(int(part) for part in parts if part.isascii() and part.isdigit() and len(part) < 10)
-    )
+    """The tokens that an address names (`tokens=5,17`), each once.
+
+    Raises:
+        Refused: if something in it is no id, or there are more than `MOST_CHOSEN`.
+        NotThere: if the corpus does not have one of them.
+    """
+    parts = list(filter(None, map(str.strip, asked.values.get("tokens", "").split(","))))
+    for part in parts:
+        if not (part.isascii() and part.isdigit() and len(part) < 10):
+            what = f"the tokens of this address cannot have {visible(part)} among them"
+            raise Refused(what, hint="tokens=5,17: ids with commas between them; /search finds a token’s id")
+    ids = list(dict.fromkeys(map(int, parts)))
+    if len(ids) > MOST_CHOSEN:
+        raise Refused(f"these are {len(ids):,} tokens", hint=f"{MOST_CHOSEN} can be chosen at once")
     known = Query(
         sql="SELECT token_id FROM tokens WHERE list_contains($ids::INTEGER[], token_id)", values={"ids": ids}
     )
     there = {row["token_id"] for row in asked.rows(known)} if ids else set()
-    return [token for token in ids if token in there][:MOST_CHOSEN]
+    for token in ids:
+        if token not in there:
+            raise NotThere(f"the token {token} does not occur in this corpus", hint=TO_SEARCH)
+    return ids
 
 
 def _candidates(asked: Asked, typed: str) -> list[Row]:

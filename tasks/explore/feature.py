@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from schemas.errors import FunctokError
 from tasks.dictionaries.published import cosines, neuronpedia_address
 from tasks.explore.examples import contexts, examples_of, places_of
-from tasks.explore.features import NO_FEATURE_TABLES, NO_GRAPH, density_bounds, layers_of, opened_by
+from tasks.explore.features import NO_FEATURE_TABLES, NO_GRAPH, density_bounds, opened_by, require_feature
 from tasks.explore.labels import LABEL, dictionary_of, labels_of
 from tasks.explore.vocabulary import (
     Asked,
@@ -21,7 +21,6 @@ from tasks.explore.vocabulary import (
     Link,
     Missing,
     Note,
-    NotThere,
     Page,
     PageAt,
     Panel,
@@ -51,14 +50,7 @@ def feature(asked: Asked) -> Page:
     title, trail = f"Feature {feature_id} of layer {layer}", [("Features", address("features", layer=layer))]
     if not asked.has("feature_degree", "graph_summary"):
         return Page(title=title, panels=[NO_GRAPH], trail=trail)
-    size = asked.value(
-        Query(sql="SELECT dictionary_size FROM graph_summary WHERE layer = $layer", values={"layer": layer})
-    )
-    if size is None:
-        layers = ", ".join(map(str, layers_of(asked)))
-        raise NotThere(f"this run has no features of layer {layer}", hint=f"it has those of {layers}")
-    if not 0 <= feature_id < size:
-        raise NotThere(f"layer {layer} has no feature {feature_id}", hint=f"it has {size:,}, from 0")
+    require_feature(asked, layer, feature_id)
     if not asked.has("feature_tokens"):
         return Page(title=title, panels=[NO_FEATURE_TABLES], trail=trail)
     query = Query.of("explore/feature", layer=layer, feature_id=feature_id)
@@ -91,7 +83,9 @@ def feature(asked: Asked) -> Page:
     return Page(
         title=f"{title}: {label}" if label else title,
         panels=panels,
-        lead="What activates it, and what is known of it.",
+        lead="What activates it, and what is known of it. One that a single token opens (0 bits) is about that token; "
+        "one that many tokens open is about what stands around them, if about anything: see where it is "
+        "strongest, and whether the sample of all its activations below says the same.",
         trail=trail,
         beside=_beside(asked, layer, feature_id),
     )

@@ -15,6 +15,7 @@ from tasks.explore.vocabulary import (
     Grid,
     Link,
     Missing,
+    NotThere,
     Page,
     PageAt,
     Panel,
@@ -57,7 +58,7 @@ def features(asked: Asked) -> Page:
     if not asked.has("feature_degree", "graph_summary"):
         return Page(title="Features", panels=[NO_GRAPH], lead=lead)
     layers = layers_of(asked)
-    layer = int(asked.layer(layers))
+    layer = int(asked.chosen("layer", layers))
     panels: list[Panel] = [
         Controls(
             controls=[
@@ -86,6 +87,22 @@ def layers_of(asked: Asked) -> list[int]:
         return []
     found = asked.rows(Query(sql="SELECT layer FROM graph_summary ORDER BY layer"))
     return [row["layer"] for row in found]
+
+
+def require_feature(asked: Asked, layer: int, feature_id: int) -> None:
+    """See that a layer of the graph has a feature.
+
+    Raises:
+        NotThere: if it does not, or there is no such layer.
+    """
+    size = asked.value(
+        Query(sql="SELECT dictionary_size FROM graph_summary WHERE layer = $layer", values={"layer": layer})
+    )
+    if size is None:
+        layers = ", ".join(map(str, layers_of(asked)))
+        raise NotThere(f"this run has no features of layer {layer}", hint=f"it has those of {layers}")
+    if not 0 <= feature_id < size:
+        raise NotThere(f"layer {layer} has no feature {feature_id}", hint=f"it has {size:,}, from 0")
 
 
 def density_bounds(asked: Asked) -> tuple[str, float, float] | None:

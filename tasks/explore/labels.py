@@ -8,6 +8,8 @@ back when it returns.
 
 from __future__ import annotations
 
+import threading
+import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,13 +26,13 @@ from infra.duck import connect
 from infra.storage import Storage
 from schemas.errors import DamagedError
 from tasks.dictionaries.published import published_dictionaries
+from tasks.explore.features import require_feature
 from tasks.explore.vocabulary import (
     FEATURE,
     Action,
     Asked,
     Grid,
     Missing,
-    NotThere,
     Page,
     PageAt,
     Query,
@@ -41,6 +43,8 @@ from tasks.report.vocabulary import Column
 
 FOLDER = "labels"
 LONGEST_LABEL, LONGEST_NOTE = 200, 10_000
+LISTED_EVERY = 2.0
+"""Seconds for which labels are not listed again: a page names features at several places, and S3 is asked each time."""
 _AT_ONCE = 16
 
 COLUMNS = {
@@ -94,6 +98,8 @@ def write_label(storage: Storage, dictionary: str, feature_id: int, label: str, 
     )
     name = f"{FOLDER}/{dictionary}/{feature_id}-{now:%Y%m%dT%H%M%S%f}-{uuid.uuid4().hex[:8]}.json"
     storage.write_json(name, vars(kept))
+    with _listing:
+        _listed.pop(storage, None)
     return kept
 
 
@@ -103,14 +109,14 @@ def labels_of(storage: Storage, dictionary: str, feature_id: int | None = None) 
     A file that is not what was written is left out: a label is no result, and the others are still wanted.
     """
     start = f"{FOLDER}/{dictionary}/" + ("" if feature_id is None else f"{feature_id}-")
-    names = [name for name in storage.sizes(f"{FOLDER}/{dictionary}") if name.startswith(start)]
+    names = [name for name in _files(storage) if name.startswith(start)]
     return _last_first(_read(storage, names).values())
 
 
 def feature_labels(storage: Storage, dictionaries: Mapping[int, str]) -> list[dict[str, Any]]:
     """The rows of `feature_labels`: the last label of each feature, where it was not taken back."""
     rows: list[dict[str, Any]] = []
-    found = _read(storage, list(storage.sizes(FOLDER)))
+    found = _read(storage, _files(storage))
     for layer, dictionary in dictionaries.items():
         last: dict[int, Label] = {}
         start = f"{FOLDER}/{dictionary}/"
@@ -124,7 +130,7 @@ def feature_labels(storage: Storage, dictionaries: Mapping[int, str]) -> list[di
 
 
 def add_feature_labels(connection: Any, storage: Storage, catalog: Catalog) -> None:
-    """Give a connection the view `feature_labels`, which reads what is there whenever it is asked.
+    """Give a connection the view `feature_labels`, which reads what is there (`LISTED_EVERY`) whenever it is asked.
 
     Nothing is done where no features are published. A connection that has it already gets it anew.
     """
@@ -176,11 +182,7 @@ def _label(asked: Asked) -> str:
             f"layer {layer} has no dictionary here, so there is nothing to label",
             hint="labels are kept by dictionary: run the stages `dictionaries` and `features`",
         )
-    size = asked.value(
-        Query(sql="SELECT dictionary_size FROM graph_summary WHERE layer = $layer", values={"layer": layer})
-    )
-    if not 0 <= feature_id < (size or 0):
-        raise NotThere(f"layer {layer} has no feature {feature_id}", hint=f"it has {size:,}, from 0")
+    require_feature(asked, layer, feature_id)
     text, note = asked.values.get("label", ""), asked.values.get("note", "")
     write_label(asked.context["storage"], dictionary, feature_id, text, note)
     return address("feature", layer, feature_id)
@@ -225,6 +227,23 @@ LABEL = Action(path="/label/{layer}/{feature_id}", act=_label)
 
 _known: dict[tuple[Storage, str], Label | None] = {}
 """Labels that were read, by file: none is ever replaced."""
+
+
+_listed: dict[Storage, tuple[float, list[str]]] = {}
+"""The files of labels of a root, and when they were listed."""
+
+_listing = threading.Lock()
+"""Held while labels are listed, so that one written meanwhile is in the next listing."""
+
+
+def _files(storage: Storage) -> list[str]:
+    """All labels of a root, as known for at most `LISTED_EVERY` seconds; those of this process at once."""
+    with _listing:
+        listed_at, names = _listed.get(storage, (float("-inf"), []))
+        if time.monotonic() - listed_at >= LISTED_EVERY:
+            names = list(storage.sizes(FOLDER))
+            _listed[storage] = time.monotonic(), names
+        return names
 
 
 def _read(storage: Storage, names: Sequence[str]) -> dict[str, Label]:

@@ -24,6 +24,7 @@ from tasks.explore.vocabulary import (
     PageAt,
     Panel,
     Query,
+    Refused,
     Shade,
     address,
 )
@@ -44,7 +45,11 @@ _BY = {"strongest": "the strongest activation", "active": "how many features are
 
 
 def pasted(asked: Asked) -> Page:
-    """A form for a text, and what is active in it."""
+    """A form for a text, and what is active in it.
+
+    Raises:
+        Refused: if the text is too long, or is asked for a token that it does not have.
+    """
     lead = "Your own text, through the model and the dictionaries of this run."
     encode: Encode | None = asked.context.get("encode")
     if encode is None:
@@ -59,12 +64,14 @@ def pasted(asked: Asked) -> Page:
             ],
             trail=[("Texts", "/texts")],
         )
-    text = asked.values.get("text", "")[:LONGEST]
+    text = asked.values.get("text", "")
+    if len(text) > LONGEST:
+        raise Refused(f"this text has {len(text):,} characters", hint=f"{LONGEST:,} are read at most")
     catalog: Catalog = asked.context["catalog"]
     layers = list(published_dictionaries(asked.context["storage"], catalog))
     if not layers:
         return Page(title="Your text", lead=lead, panels=[NO_GRAPH], trail=[("Texts", "/texts")])
-    chosen = asked.layer([*layers, "all"])
+    chosen = asked.chosen("layer", [*layers, "all"])
     by = asked.chosen("by", list(_BY))
     options = [(str(layer), str(layer)) for layer in layers]
     controls: list[Control] = [
@@ -83,13 +90,13 @@ PAGES = (PageAt(path="/paste", title="Your text", build=pasted, menu=True),)
 
 
 def _shown(asked: Asked, encoded: Encoded, by: str, text: str, chosen: str) -> list[Panel]:
-    at = asked.values.get("at", "")
+    at = asked.whole("at", 0, len(encoded.tokens) - 1)
     contexts, rows = [], []
     for layer, found in encoded.active.items():
         by_token: dict[int, list[tuple[float, int]]] = defaultdict(list)
         for place, feature_id, activation in found:
             by_token[place].append((activation, feature_id))
-            if not at or at == str(place):
+            if at in (None, place):
                 rows.append((layer, feature_id, place, activation))
         values = {
             place: max(of)[0] if by == "strongest" else float(len(of)) for place, of in by_token.items()
@@ -104,7 +111,7 @@ def _shown(asked: Asked, encoded: Encoded, by: str, text: str, chosen: str) -> l
                         strength=values.get(place, 0.0) / largest if largest else 0.0,
                         value=_told(token, by_token.get(place, [])),
                         to=address("paste", text=text, layer=chosen, by=by, at=place),
-                        mark=at == str(place),
+                        mark=at == place,
                     )
                     for place, (_, token) in enumerate(encoded.tokens)
                 ],
@@ -128,7 +135,7 @@ def _told(token: str, active: list[tuple[float, int]]) -> str:
     return f"{visible(token)} · {len(active)} active{'; ' if told else ''}{told}"
 
 
-def _features(rows: list[tuple[int, int, int, float]], encoded: Encoded, at: str) -> Grid:
+def _features(rows: list[tuple[int, int, int, float]], encoded: Encoded, at: int | None) -> Grid:
     strongest: dict[tuple[int, int], tuple[float, int, int]] = {}
     for layer, feature_id, place, activation in rows:
         before = strongest.get((layer, feature_id), (0.0, 0, 0))
@@ -136,8 +143,7 @@ def _features(rows: list[tuple[int, int, int, float]], encoded: Encoded, at: str
             max(before[0], activation), place if activation > before[0] else before[1], before[2] + 1
         )  # fmt: skip
     listed = sorted(strongest.items(), key=lambda one: (-one[1][0], one[0]))[:LISTED]
-    here = at.isdigit() and int(at) < len(encoded.tokens)
-    where = f"at {visible(encoded.tokens[int(at)][1])}" if here else "anywhere in it"
+    where = "anywhere in it" if at is None else f"at {visible(encoded.tokens[at][1])}"
     return Grid(
         key="active",
         caption=f"The features that are active {where}",

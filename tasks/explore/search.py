@@ -33,6 +33,9 @@ _FEATURE = (
 )
 """How a feature is written: `1201`, `15/1201`, `layer 15, feature 1201`, `feature 1201 of layer 15`."""
 
+TO_SEARCH = "look for it by its text: /search"
+"""Where to go from an id that is no token of the corpus."""
+
 PLACEHOLDER = r"␣the  \n  <0xE2>  1201"
 _SHOWN = {shown: character for character, shown in NAMED.items()}
 _ESCAPE = re.compile("|".join([*map(re.escape, _SHOWN), r"\\u\{([0-9a-f]{1,6})\}"]))
@@ -95,7 +98,8 @@ def found(typed: str) -> Panel:
         ],
         order="place",
         filters=["match", "kind"],
-        empty="No token of this corpus has that in its text. A word may be several tokens: try its beginning.",
+        empty="No token of this corpus has that in its text. A word may be several tokens: try its beginning. A "
+        "feature is found by its number, with its layer or without: 1201, or 15/1201.",
     )
 
 

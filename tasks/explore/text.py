@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tasks.explore.examples import NO_OCCURRENCES, in_text
-from tasks.explore.features import NO_GRAPH, layers_of
+from tasks.explore.features import NO_GRAPH, layers_of, require_feature
 from tasks.explore.vocabulary import (
     FEATURE,
     Asked,
@@ -135,7 +135,8 @@ def text(asked: Asked) -> Page:
     """A window of a document.
 
     Raises:
-        NotThere: if there is no such document.
+        NotThere: if there is no such document, or what it is asked with.
+        Refused: if it is asked for a token that it does not have.
     """
     doc_id = asked.part("doc_id")
     document = asked.row(
@@ -147,19 +148,19 @@ def text(asked: Asked) -> Page:
     if not asked.has("occurrences"):
         return Page(title=title, panels=[NO_OCCURRENCES], trail=trail)
     layers = layers_of(asked) if asked.has("activations") else []
-    chosen = asked.layer([*layers, "all"]) if layers else ""
+    chosen = asked.chosen("layer", [*layers, "all"]) if layers else ""
     size = STACKED if chosen == "all" else WINDOW
     n_tokens = document["n_tokens"]
-    first = asked.number("from", 0, 0, max(0, n_tokens - 1))
-    feature_id = _digits(asked, "feature")
+    last = max(0, n_tokens - 1)
+    first = asked.number("from", 0, 0, last)
     window = _Window(
         doc_id=doc_id,
         first=first,
         last=first + size - 1,
         layers=layers if chosen == "all" else [int(chosen)] if chosen else [],
-        feature_id=feature_id if chosen != "all" else None,
+        feature_id=_feature(asked, int(chosen)) if chosen not in ("", "all") else None,
         measured=_measured(asked),
-        at=_digits(asked, "at"),
+        at=asked.whole("at", 0, last),
     )
     here = {
         "from": first or None,
@@ -187,21 +188,30 @@ PAGES = (
 )
 
 
-def _digits(asked: Asked, key: str) -> int | None:
-    """A whole number of the address, from 0; None where there is none."""
-    value = asked.values.get(key, "")
-    return int(value) if value.isascii() and value.isdigit() and len(value) < 10 else None
+def _feature(asked: Asked, layer: int) -> int | None:
+    """The feature that is looked for."""
+    feature_id = asked.whole("feature", 0, 2**31 - 1)
+    if feature_id is not None:
+        require_feature(asked, layer, feature_id)
+    return feature_id
 
 
 def _measured(asked: Asked) -> dict[str, _Measured]:
-    found = {}
+    found = []
     for one in asked.brought:
         if isinstance(one, TokenValues) and asked.has(*one.needs):
             told_of = {one.told(row): row for row in asked.rows(one.series)}
             if told_of:
-                chosen = asked.chosen("of", list(told_of), default=next(reversed(told_of)))
-                found[one.name] = _Measured(what=one, told=told_of, chosen=chosen)
-    return found
+                found.append((one, told_of))
+    every = [told for _, told_of in found for told in told_of]
+    return {
+        one.name: _Measured(
+            what=one,
+            told=told_of,
+            chosen=asked.chosen("of", list(told_of), default=next(reversed(told_of)), elsewhere=every),
+        )
+        for one, told_of in found
+    }
 
 
 def _shown(asked: Asked, window: _Window, here: Mapping[str, object]) -> tuple[list[Panel], str]:
@@ -227,7 +237,8 @@ def _shown(asked: Asked, window: _Window, here: Mapping[str, object]) -> tuple[l
         *(["feature"] if window.feature_id is not None and window.layers else []),
         *(name for name, of in values.items() if of),
     ]
-    by = asked.chosen("by", choices, default="feature" if "feature" in choices else None)
+    default = "feature" if "feature" in choices else None
+    by = asked.chosen("by", choices, default, elsewhere=_kinds(window))
     contexts = []
     for layer in window.layers if by not in values else []:
         shades = _shades(tokens, _values(active[layer], by), active[layer], values, window, here)
@@ -252,6 +263,7 @@ def _shown(asked: Asked, window: _Window, here: Mapping[str, object]) -> tuple[l
             note=note, wraps=True,
         )
     ]  # fmt: skip
+    nowhere = not any(row["own"] for row in nearest.values())
     if not window.layers:
         panels.append(NO_GRAPH)
     elif tokens and not any(active.values()):
@@ -261,6 +273,14 @@ def _shown(asked: Asked, window: _Window, here: Mapping[str, object]) -> tuple[l
                 what="No feature is active here"
                 + (f": features were read in the first {int(read):,} documents." if read else "."),
                 way="[activations]\nmax_documents = …  # or max_tokens: more of the corpus",
+            )
+        )
+    elif tokens and window.feature_id is not None and nowhere:
+        where = address("feature", window.layers[0], window.feature_id)
+        panels.append(
+            Missing(
+                what=f"Feature {window.feature_id} is active at none of these tokens.",
+                way=f"{where} shows where it is",
             )
         )
     return panels, by

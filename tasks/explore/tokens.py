@@ -5,7 +5,7 @@ from __future__ import annotations
 from tasks.explore.contexts import compared, contexts, sampled
 from tasks.explore.cover import cover_address
 from tasks.explore.features import NO_GRAPH, layers_of
-from tasks.explore.search import PLACEHOLDER, found
+from tasks.explore.search import PLACEHOLDER, TO_SEARCH, found
 from tasks.explore.vocabulary import (
     Asked,
     Box,
@@ -110,11 +110,9 @@ def token(asked: Asked) -> Page:
     query = Query.of("explore/one_token", token_id=token_id)
     row = asked.row(query)
     if row is None:
-        raise NotThere(
-            f"the token {token_id} does not occur in this corpus", hint="look for it by its text: /search"
-        )
+        raise NotThere(f"the token {token_id} does not occur in this corpus", hint=TO_SEARCH)
     layers = layers_of(asked)
-    layer = int(asked.layer(layers)) if layers else None
+    layer = int(asked.chosen("layer", layers)) if layers else None
     places = sampled(asked, token_id, layer)
     return Page(
         title=f"Token {visible(row['token'])}",
@@ -190,7 +188,7 @@ def _in_the_graph(asked: Asked, row: Row, layer: int) -> list[Panel]:
             Column("degree", "integer"),
             Column("share", "percent", "of the active features"),
             Column("alike", "integer", "tokens of similar count"),
-            Column("alike_median", "number", "their median degree", digits=6),
+            Column("alike_median", "decimal", "their median degree", digits=1),
             Column("percentile", "percent", "has more than so many", digits=0),
             Column("rarefied_degree", "number", "rarefied degree", digits=4),
             Column("rarefied_percentile", "percent", "more than so many of all", digits=0),

@@ -10,7 +10,7 @@ run. An experiment brings pages as it brings sections of the report (`tasks.expe
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from pathlib import Path
@@ -19,9 +19,13 @@ from urllib.parse import quote, urlencode
 
 from schemas.errors import FunctokError
 from tasks.report import queries
+from tasks.report.text import visible_text
 from tasks.report.vocabulary import Chart, Column, Finding, Row
 
 SQL = Path(__file__).parents[2] / "sql"
+
+LONGEST_ASKED, OPTIONS_TOLD = 60, 12
+"""Characters of what an address asks for, and options in its place, that are told where it cannot be."""
 
 
 class NotThere(FunctokError):
@@ -422,12 +426,34 @@ class Asked:
             raise NotThere(f"{number} is larger than any number here", hint="look at the address")
         return number
 
-    def chosen(self, key: str, options: Sequence[object], default: object | None = None) -> str:
-        """The option that the address chooses; one that is none of them counts as the default, or the first."""
-        names = [str(option) for option in options]
-        asked = self.values.get(key)
-        if asked in names:
+    def chosen(
+        self,
+        key: str,
+        options: Sequence[object],
+        default: object | None = None,
+        *,
+        elsewhere: Iterable[object] = (),
+    ) -> str:
+        """The option that the address chooses; where it chooses none, the default, or the first.
+
+        Args:
+            key: In the address.
+            options: What can be chosen.
+            default: Where nothing is.
+            elsewhere: What can be chosen where the page's other controls stand otherwise: a form sends it along, and
+                it counts as nothing.
+
+        Raises:
+            NotThere: if the address names what is none of all these.
+        """
+        names, asked = [str(option) for option in options], self.values.get(key)
+        if asked is not None and asked in names:
             return asked
+        if asked and asked not in map(str, elsewhere):
+            told = [visible_text(name, LONGEST_ASKED) for name in names if name]
+            known = ", ".join([*told[:OPTIONS_TOLD], *(["…"] if len(told) > OPTIONS_TOLD else [])])
+            what = f"there is no {key} {visible_text(asked, LONGEST_ASKED)} here"
+            raise NotThere(what, hint=f"it may be {known}" if known else "")
         return str(options[0] if default is None else default) if names else ""
 
     def kept(self, name: object, make: Callable[[], Any]) -> Any:
@@ -437,32 +463,38 @@ class Asked:
             kept[name] = make()
         return kept[name]
 
-    def layer(self, options: Sequence[object]) -> str:
-        """The layer that the address chooses, or the first of these.
-
-        Raises:
-            NotThere: if it names one that is none of them.
-        """
-        asked = self.values.get("layer", "")
-        if asked and asked not in map(str, options):
-            known = ", ".join(map(str, options))
-            raise NotThere(f"there is no layer {asked} here", hint=f"it may be {known}" if known else "")
-        return self.chosen("layer", options)
-
     def choice(
-        self, key: str, label: str, options: Sequence[tuple[str, str]], default: object | None = None
+        self,
+        key: str,
+        label: str,
+        options: Sequence[tuple[str, str]],
+        default: object | None = None,
+        *,
+        elsewhere: Iterable[object] = (),
     ) -> Choice:
-        """A control of these options, at the one that is chosen (`chosen`)."""
-        value = self.chosen(key, [option for option, _ in options], default)
+        """A control of these options, at the one that is chosen (`chosen`, with its error)."""
+        value = self.chosen(key, [option for option, _ in options], default, elsewhere=elsewhere)
         return Choice(key=key, label=label, options=options, value=value)
 
+    def whole(self, key: str, low: int, high: int) -> int | None:
+        """A whole number of the address; None where it has none under this name.
+
+        Raises:
+            Refused: if it is none, or not between these two, both included.
+        """
+        asked = self.values.get(key, "").strip()
+        if not asked:
+            return None
+        is_whole = asked.removeprefix("-").isdecimal() and asked.isascii() and len(asked) < LONGEST_ASKED
+        if not is_whole or not low <= int(asked) <= high:
+            what = f"{key} cannot be {visible_text(asked, LONGEST_ASKED)} here"
+            raise Refused(what, hint=f"it may be a whole number, {low:,} to {high:,}")
+        return int(asked)
+
     def number(self, key: str, default: int, low: int, high: int) -> int:
-        """A whole number of the address, kept between two ends."""
-        try:
-            asked = int(self.values.get(key, default))
-        except ValueError:
-            asked = default
-        return max(low, min(high, asked))
+        """A whole number of the address, or the default; raises as `whole`."""
+        asked = self.whole(key, low, high)
+        return max(low, min(high, default)) if asked is None else asked
 
 
 @dataclass(frozen=True, kw_only=True)

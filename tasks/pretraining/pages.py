@@ -98,8 +98,10 @@ def checkpoint(asked: Asked) -> Page:
     chosen = asked.choice("series", "Series", [(name, visible_text(name, LONGEST_NAME)) for name in found])
     series = found[chosen.value]
     n = len(series.steps)
-    step_of = {str(step): place for place, step in enumerate(series.steps, start=1)}
-    at = asked.number("at", step_of.get(asked.values.get("step", ""), n), 1, n)
+    steps = [str(step) for step in series.steps]
+    place = steps.index(asked.chosen("step", steps, default=steps[-1])) + 1
+    # As far as the slider of any series goes: the form sends it along to another series.
+    at = min(n, asked.number("at", place, 1, max(len(one.steps) for one in found.values())))
     step = series.steps[at - 1]
     one = {"model": series.name, "step": step}
     panels: list[Panel] = [
@@ -144,15 +146,20 @@ def generations(asked: Asked) -> Page:
         [(str(n), visible_text(text, LONGEST_NAME)) for n, text in enumerate(prompts, start=1)],
     )
     mine = [row for row in texts if row["prompt"] == prompts[int(prompt.value) - 1]]
-    modes = sorted({mode for row in mine for mode in row} - {"prompt", "model", "step"})
-    mode = asked.choice("mode", "Decoded", [(name, name) for name in modes])
+
+    def modes(of: list[Row]) -> list[str]:
+        return sorted({mode for row in of for mode in row} - {"prompt", "model", "step"})
+
+    named = [(name, name) for name in modes(mine)]
+    mode = asked.choice("mode", "Decoded", named, elsewhere=modes(texts))
     places = [
         (str(n), f"{visible_text(row['model'], LONGEST_NAME)}, step {row['step']:,}")
         for n, row in enumerate(mine, start=1)
     ]
+    anywhere = range(1, len(texts) + 1)
     pair = [
-        asked.choice("first", "First", places, 1),
-        asked.choice("second", "Second", places, len(places)),
+        asked.choice("first", "First", places, 1, elsewhere=anywhere),
+        asked.choice("second", "Second", places, len(places), elsewhere=anywhere),
     ]
     before, after = (mine[int(one.value) - 1] for one in pair)
     told = dict(places)

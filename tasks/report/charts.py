@@ -57,6 +57,9 @@ _SHORT = (
 )
 """Labels such as 1, 10, 100, 1k, on the ticks that Vega labels."""
 
+_NINE = "abs(datum.value / pow(10, floor(log(datum.value) / LN10 + 1e-9)) - 9) < 1e-6"
+"""Ticks at 9, 90, 900, whose label would leave no room for that of the decade after it."""
+
 CONFIG: dict[str, Any] = {
     # The page has a text for every image; labels of every mark would double it.
     "aria": False,
@@ -146,7 +149,7 @@ def log(field: str, title: str) -> Axis:
         field=field,
         title=title,
         scale={"type": "log", "nice": False, "padding": 6},
-        axis={"labelExpr": _SHORT, "gridOpacity": grid, "tickSize": 4},
+        axis={"labelExpr": f"{_NINE} ? '' : {_SHORT}", "gridOpacity": grid, "tickSize": 4},
     )
 
 

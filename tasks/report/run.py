@@ -41,7 +41,7 @@ def dictionaries(connection: Any) -> Table:
             Column("explained_variance", "number"),
             Column("explained_variance_all", "number", "with outliers"),
             Column("l0", "number", "L0"),
-            Column("k", "number"),
+            Column("k", "plain"),
             Column("alive_share", "percent", "alive", digits=1),
             Column("heldout_tokens", "integer", "held-out tokens"),
         ],

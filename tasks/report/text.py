@@ -44,11 +44,20 @@ def integer(value: float | None) -> str:
     return DASH if value is None else f"{round(value):,}"
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """So many significant digits; a dash for what is not there."""
+def number(value: float | None, digits: int = 3, *, is_even: bool = False) -> str:
+    """So many significant digits; a dash for what is not there.
+
+    Args:
+        value: The number.
+        digits: How many.
+        is_even: Whether zeros at the end are kept, so that numbers below each other have as many digits.
+    """
     if value is None or not math.isfinite(value):
         return DASH
-    return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:.{digits}g}"
+    # What rounds to one digit more would be told with an exponent.
+    if abs(value) >= 10**digits - 0.5:
+        return f"{value:,.0f}"
+    return f"{value:#,.{digits}g}".removesuffix(".") if is_even and value else f"{value:,.{digits}g}"
 
 
 def decimal(value: float | None, digits: int = 2) -> str:

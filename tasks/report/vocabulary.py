@@ -114,7 +114,8 @@ _FORMATS: dict[Kind, Callable[..., str]] = {
     "passage": passage,
     "plain": plain,
     "integer": integer,
-    "number": number,
+    # What is counted has no zeros after it.
+    "number": lambda value, digits=3: number(value, digits, is_even=not isinstance(value, int)),
     "decimal": decimal,
     "signed": signed,
     "change": change,

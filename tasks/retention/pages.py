@@ -251,7 +251,7 @@ def _there(view: View) -> Query:
 
 def _chosen(asked: Asked, view: View, found: list[Row]) -> tuple[list[Choice], Row]:
     """A control each of what can be chosen, and what is; at first what most policies have, as in the report."""
-    choices, at = list[Choice](), Row()
+    choices, at, everywhere = list[Choice](), Row(), found
     for key in view.of:
         options = {plain(row[key]): row[key] for row in sorted(found, key=lambda row: row[key])}
         default: Any = middle_budget(found)
@@ -259,7 +259,8 @@ def _chosen(asked: Asked, view: View, found: list[Row]) -> tuple[list[Choice], R
             (protocol, length), budget = place_of(found)
             default = {"protocol": protocol, "length": length, "budget": budget}[key]
         shown = [(option, SHOWN[key](value)) for option, value in options.items()]
-        choices.append(asked.choice(key, key.capitalize(), shown, plain(default)))
+        elsewhere = [plain(row[key]) for row in everywhere]
+        choices.append(asked.choice(key, key.capitalize(), shown, plain(default), elsewhere=elsewhere))
         at[key] = options[choices[-1].value]
         found = [row for row in found if row[key] == at[key]]
     return choices, at

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -49,7 +49,7 @@ class ReadingUnit(Unit):
     Attributes:
         setup: The setup.
         sequence: The sequence.
-        shards: The tokenized corpus, of which its pieces are.
+        shards: Those of the tokenized corpus that its pieces are of.
         model_key: Key of the model that the work was planned for.
         function_ids: (n,) function tokens.
         gate: Folder of the learned gate, where the policy has one.
@@ -102,11 +102,15 @@ class Readings(Stage[ReadingUnit, list[ReadSequence]]):
         ids = function_token_ids(config, storage, shards)
         common = reading_key(config, storage, shards)
         function_key = content_key(ids=ids.tolist())
+        by_folder = {shard.folder: shard for shard in shards.shards}
         units = []
         for entry in section.sequences:
             with about(stage=self.name):
                 found = heldout_sequences(config, storage, shards, entry.length, entry.documents)
             for place, sequence in enumerate(found):
+                folders = dict.fromkeys(piece.folder for piece in sequence.pieces)
+                # A worker gets them with each unit: not all of a corpus.
+                own_shards = replace(shards, shards=tuple(by_folder[folder] for folder in folders))
                 for setup in setups(section):
                     if setup.length == entry.length:
                         own_gate = gate if has_gate(section, setup.policy) else None
@@ -127,7 +131,7 @@ class Readings(Stage[ReadingUnit, list[ReadSequence]]):
                                 together=sequence,
                                 setup=setup,
                                 sequence=sequence,
-                                shards=shards,
+                                shards=own_shards,
                                 model_key=common["model"],
                                 function_ids=ids,
                                 gate=own_gate,

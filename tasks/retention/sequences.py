@@ -13,6 +13,7 @@ so.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
@@ -94,17 +95,14 @@ def training_sequences(
     Raises:
         CorpusError: if they do not fill one.
     """
-    found: list[Sequence] = []
-    documents: list[tuple[str, int, int]] = []
-    for shard in shards.shards:
-        ((_, lengths),) = document_hashes(storage, [shard])
-        seen = np.flatnonzero(~heldout_documents(config, storage, shard) & (lengths > 0))
-        documents += [(shard.folder, int(doc), int(lengths[doc])) for doc in seen]
-        found = join(
-            documents, length, most, begins=config.windows.prepend_bos, ends=shards.eos_id is not None
-        )
-        if len(found) == most:
-            break
+
+    def seen() -> Iterator[tuple[str, int, int]]:
+        for shard in shards.shards:
+            ((_, lengths),) = document_hashes(storage, [shard])
+            for doc in np.flatnonzero(~heldout_documents(config, storage, shard) & (lengths > 0)):
+                yield shard.folder, int(doc), int(lengths[doc])
+
+    found = join(seen(), length, most, begins=config.windows.prepend_bos, ends=shards.eos_id is not None)
     if not found:
         raise CorpusError(
             f"documents that are not held out do not fill a sequence of {length:,} tokens to train a gate on",
@@ -114,12 +112,12 @@ def training_sequences(
 
 
 def join(
-    documents: Many[tuple[str, int, int]], length: int, most: int, *, begins: bool, ends: bool
+    documents: Iterable[tuple[str, int, int]], length: int, most: int, *, begins: bool, ends: bool
 ) -> list[Sequence]:
     """Cut long documents and join short ones.
 
     Args:
-        documents: Folder of the shard, number in it, and ordinary tokens of each, in order.
+        documents: Folder of the shard, number in it, and ordinary tokens of each, in order; taken as far as needed.
         length: Tokens of a sequence.
         most: How many sequences at most.
         begins: Whether a sequence begins with BOS.

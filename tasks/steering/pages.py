@@ -304,6 +304,7 @@ def texts(asked: Asked) -> Page:
     of = asked.choice("case", "Case", [("", "all"), *names])
     one = {key: asked.values[key] for key in ("prompt", "target") if key in asked.values}
     setting = {"mode": mode.value, "place": place.value, "strength": strengths[strength.value]}
+    here = {**setting, "strength": strength.value}
     query = Query.of(
         "steering/explore_texts",
         **setting,
@@ -317,7 +318,7 @@ def texts(asked: Asked) -> Page:
         lead="Greedy continuations without and with steering, beside those with random features that were moved by as "
         "much. Line ends are shown as \\n, spaces that could be missed as ␣; changes are in nats.",
         trail=TRAIL,
-        beside=[("All experiments", address("steering", "texts", **setting))] if one else [],
+        beside=[("All experiments", address("steering", "texts", **here))] if one else [],
         panels=[
             Controls(controls=[of, layer, mode, place, strength], keep=one),
             Columns(panels=_means(asked, setting)),
@@ -333,7 +334,7 @@ def texts(asked: Asked) -> Page:
                         to=lambda row: address(
                             "steering",
                             "texts",
-                            **setting,
+                            **here,
                             **{k: row[k] for k in ("case", "prompt", "target")},
                         ),
                     ),

@@ -151,11 +151,14 @@ class Reactivation(Stage[CaseUnit, list[CaseFeatures]]):
 
     def result(self, run: Run, units: Sequence[CaseUnit], done: Mapping[str, Manifest]) -> list[CaseFeatures]:
         """One for each `[[case]]`, in the order of their file."""
+        of_case: dict[str, list[CaseUnit]] = {}
+        for unit in units:
+            of_case.setdefault(unit.case.name, []).append(unit)
         return [
             CaseFeatures(
                 case=tokens.case.name,
                 folder=tokens.folder,
-                layers=layer_folders(unit for unit in units if unit.together == tokens.together),
+                layers=layer_folders(of_case[tokens.case.name]),
                 n_tokens=tokens.size,
             )
             for tokens in units

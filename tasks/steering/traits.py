@@ -106,11 +106,10 @@ def trait_units(run: Run, cases: Cases, function_ids: Collection[int]) -> list[T
 
 def found_traits(units: Sequence[TraitUnit]) -> list[TraitFeatures]:
     """The traits of these layers."""
-    names = dict.fromkeys(unit.trait.name for unit in units)
-    return [
-        TraitFeatures(trait=name, layers=layer_folders(unit for unit in units if unit.trait.name == name))
-        for name in names
-    ]
+    by_name: dict[str, list[TraitUnit]] = {}
+    for unit in units:
+        by_name.setdefault(unit.trait.name, []).append(unit)
+    return [TraitFeatures(trait=name, layers=layer_folders(of)) for name, of in by_name.items()]
 
 
 def find_trait(run: Run, group: Sequence[TraitUnit], readers: Readers) -> Made:

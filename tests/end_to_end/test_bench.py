@@ -15,6 +15,8 @@ import tiny
 
 from bench import run_all
 from bench.overhead import Program
+from bench.scale import TIMES, WORK, exponent
+from schemas.work import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 RunBench = Callable[..., dict[str, Any]]
@@ -48,7 +50,9 @@ def checked(bench: str, said: str) -> dict[str, Any]:
     assert {"cpu", "cores", "versions", "date"} <= set(report["machine"])
     assert report["limits"]
     for figure in report["figures"]:
-        assert 0 < figure["min"] <= figure["median"] <= figure["max"]
+        assert figure["min"] <= figure["median"] <= figure["max"]
+        # What does not grow has an exponent of 0.
+        assert figure["min"] > 0 or (bench == "scale" and figure["min"] == 0)
     return report
 
 
@@ -141,6 +145,33 @@ def test_explore(tmp_path: Path, run_bench: RunBench) -> None:
         f"explore: seconds of {page}" for page in report["input"]["addresses"]
     ]
     assert all(figure["target"] == "≤ 2" for figure in report["figures"])
+
+
+@pytest.mark.parametrize("power", [0.5, 1, 1.5, 2])
+@pytest.mark.parametrize("constant", [0, 7])
+def test_an_exponent_is_found_whatever_the_constant(power: float, constant: float) -> None:
+    assert exponent([constant + 3 * work**power for work in TIMES], 0.01) == pytest.approx(power, abs=1e-3)
+
+
+def test_an_exponent_of_what_has_a_floor_or_does_not_grow() -> None:
+    assert exponent([5, 5.0001, 20], 0.01) == 1
+    assert exponent([5, 5, 5.005], 0.01) == 0
+    assert exponent([5, 6, 5], 0.01) == 0
+
+
+@pytest.mark.process
+def test_scale(run_bench: RunBench) -> None:
+    steps = ["tokenize", "tables of corpus", "status"]
+    report = run_bench("scale", "--share", "0.05", "--steps", *steps)
+    assert list(report["grown"]) == steps
+    for of in report["grown"].values():
+        assert all(len(entry["at"]) == 3 and min(entry["at"]) > 0 for entry in of.values())
+    assert [figure["target"] for figure in report["figures"]] == ["≤ 1.1"] * 3
+
+
+def test_scale_has_every_stage() -> None:
+    """But for dictionaries, of which it trains one, and speeds, which are a measurement themselves."""
+    assert {*STAGES} - {"tables", "dictionaries", "retention_speed"} <= {*WORK}
 
 
 @pytest.mark.process

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.csv
 import pytest
@@ -17,13 +18,18 @@ from republished import Roots
 from small_run import small_run
 
 from functok.explorer import app as explorer_app
+from functok.explorer import drawing
+from functok.explorer.app import LEFT
 from functok.explorer.server import Served
+from functok.explorer.tables import Stopped
 from infra.storage import Storage
 
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext, Page
 
 pytestmark = [pytest.mark.chromium]
+
+SLOW = "SELECT count(*) FROM range(100000000) a, range(1000) b WHERE a.range * b.range % 7 = 1"
 
 
 @dataclass
@@ -160,6 +166,50 @@ def test_a_journey(served: Served, tmp_path: Path) -> None:
         assert all(url.startswith("data:") for url in asked)
     assert {url.split("/")[2] for url in seen.asked if url.startswith("http")} == {f"127.0.0.1:{served.port}"}
     assert asked_in(net_log) <= {f"127.0.0.1:{served.port}"}
+
+
+@pytest.mark.slow
+def test_cancel_ends_the_query_and_keeps_what_was_typed(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, ended = threading.Event(), threading.Event()
+    told: list[str] = []
+
+    def watched(*asked: Any, run: Any = drawing.drawn, **how: Any) -> Any:
+        begun.set()
+        try:
+            return run(*asked, **how)
+        except Stopped as error:
+            told.append(error.message)
+            raise
+        finally:
+            ended.set()
+
+    with chromium() as browser:
+        page, seen = opened(browser.new_context(), served)
+        page.goto(f"http://127.0.0.1:{served.port}/sql?seconds=60")
+        monkeypatch.setattr(drawing, "drawn", watched)
+        page.locator("#sql").fill(SLOW)
+        # Neither Playwright nor the browser's protocol reaches a page that waits for the next one: it clicks itself.
+        page.evaluate(
+            """() => document.querySelector("#console").addEventListener("submit", () => {
+                const cancel = document.querySelector("#cancel");
+                setTimeout(() => { if (cancel.checkVisibility()) cancel.click(); }, 3000);
+            }, {once: true})"""
+        )
+        page.get_by_role("button", name="Run").click(no_wait_after=True)
+        assert begun.wait(20)
+        assert not ended.wait(1)
+        assert ended.wait(15)
+        assert told == [LEFT]
+        # The page is as it was, and asks the next query.
+        assert page.locator("#sql").input_value() == SLOW
+        assert page.locator("#cancel").is_hidden()
+        page.locator("#sql").fill("SELECT 41 + 1 AS answer")
+        page.locator("#sql").press("Control+Enter")
+        page.locator("#result tbody tr").wait_for()
+        assert page.locator("#result tbody td").inner_text() == "42"
+        assert not seen.wrong, "\n".join(seen.wrong)
 
 
 def test_it_works_without_a_script_and_on_a_narrow_window(served: Served) -> None:

@@ -16,6 +16,7 @@ from functok.query import run_query
 from infra.storage import Storage
 from schemas.config import DuckDb
 from tasks.engine.catalog_file import write_catalog_file
+from tasks.explore.feature import feature
 from tasks.explore.labels import LABEL, LONGEST_LABEL, labels, labels_of, labels_table, write_label
 from tasks.explore.search import search_page
 from tasks.explore.vocabulary import Asked, Grid, Missing, NotThere, Query, Refused
@@ -100,6 +101,23 @@ def test_labels_go_with_their_dictionary(tmp_path: Path) -> None:
     write_label(storage, "another", 1, "of another dictionary", "")
     write_label(storage, "d1", 1, "of this one", "")
     assert rows(asked(storage)) == [(1, 1, "of this one", "")]
+
+
+def test_a_page_lists_labels_once(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever on it features are named; one that is written here is there at once."""
+    monkeypatch.setattr("tasks.explore.labels.LISTED_EVERY", 60)
+    write_label(storage, "d1", 3, "first", "")
+    page, asked_for, sizes = asked(storage), list[str](), Storage.sizes
+    monkeypatch.setattr(
+        Storage, "sizes", lambda self, folder: asked_for.append(folder) or sizes(self, folder)
+    )
+    for label in ("first", "second"):
+        write_label(storage, "d1", 3, label, "")
+        asked_for.clear()
+        shown = feature(again(page, {"layer": 1, "feature_id": 3}))
+        assert shown.title.endswith(f": {label}")
+        assert rows(page) == [(1, 3, label, "")]
+        assert asked_for.count("labels") == 1
 
 
 def test_a_damaged_label_hides_no_other(storage: Storage) -> None:

@@ -26,7 +26,9 @@ from tasks.explore.vocabulary import (
     Grid,
     Link,
     Missing,
+    NotThere,
     Query,
+    Refused,
     Slider,
 )
 from tasks.report import corpus, graph
@@ -65,7 +67,7 @@ def features(run: SmallRun, layer: int) -> dict[int, set[int]]:
 
 
 @pytest.mark.parametrize(
-    ("rank", "chosen"), [(0, []), (1, []), (3, []), (0, [4]), (0, [4, 0, 2]), (2, [3, 1]), (99, [])]
+    ("rank", "chosen"), [(0, []), (1, []), (3, []), (0, [4]), (0, [4, 0, 2]), (2, [3, 1])]
 )
 @pytest.mark.parametrize("layer", list(D_SAE))
 def test_chosen_tokens_reach_what_they_open_together(
@@ -134,11 +136,27 @@ def test_a_token_is_added_by_its_text_or_asked_about(run: SmallRun, connection: 
     )
 
 
-@pytest.mark.parametrize("named", ["x", "1,,x", "99999999999999999999", "77", "²", "-1", "0,0,0"])
-def test_what_is_no_token_is_left_out(connection: Any, named: str) -> None:
-    made = built(cover.PAGES, "/cover", connection, tokens=named, rank="-5")
-    kept = [one for one in dict.fromkeys(named.split(",")) if one in {"0", "1"}]
+@pytest.mark.parametrize("named", ["0,0,0", "", "0,,1,", " 1 , 0"])
+def test_tokens_are_named_by_their_ids(connection: Any, named: str) -> None:
+    made = built(cover.PAGES, "/cover", connection, tokens=named)
+    kept = list(dict.fromkeys(one.strip() for one in named.split(",") if one.strip()))
     assert of(made, Controls)[0].keep == ({"tokens": ",".join(kept)} if kept else {})
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        *(({"tokens": named}, "cannot have") for named in ("x", "1,,x", "9" * 20, "²", "-1")),
+        ({"tokens": "0,77"}, "token 77 does not occur"),
+        ({"tokens": ",".join(map(str, range(201)))}, "201 tokens"),
+        *(({"rank": rank}, f"rank cannot be {rank}") for rank in ("-5", "99", "x", "9" * 20)),
+        ({"layer": "9"}, "no layer 9"),
+    ],
+)
+def test_what_cannot_be_chosen_is_said(connection: Any, values: dict[str, str], said: str) -> None:
+    with pytest.raises((NotThere, Refused), match=said) as told:
+        built(cover.PAGES, "/cover", connection, **values)
+    assert told.value.hint
 
 
 def test_the_first_page_says_what_the_run_is(run: SmallRun, connection: Any) -> None:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,7 +97,25 @@ def test_a_grid_is_sorted_by_its_headings(client: TestClient, storage: Storage) 
     ascending = client.get("/every?tokens.sort=count").text
     assert [int(row[2]) for row in rows_of(ascending)] == sorted(by_count)[:5]
     assert 'aria-sort="ascending"' in ascending
-    assert client.get("/every?tokens.sort=nothing").text.count("<td") == text.count("<td")
+    unknown = client.get("/every?tokens.sort=nothing").text
+    assert rows_of(unknown) == rows_of(text)
+    assert "It has no nothing to be sorted by." in unknown
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("tokens.colour=red", "This table cannot be filtered by colour."),
+        ("tokens.page=99", "It has no page 99."),
+        ("tokens.page=x", "It has no page x."),
+        ("tokens.sort=-", ""),
+        ("tokens.page=2&tokens.sort=-count&others.page=7", ""),
+    ],
+)
+def test_what_a_grid_does_not_have_is_said(client: TestClient, typed: str, said: str) -> None:
+    assert re.findall(r'class="wrong" role="alert">([^<]*)<', client.get(f"/every?{typed}").text) == [
+        said
+    ] * bool(said)
 
 
 @pytest.mark.slow
@@ -356,6 +375,47 @@ def test_a_query_ends_with_its_time(client: TestClient) -> None:
     assert answer.status_code == 503
     assert "longer than 1 s" in answer.text
     assert f">{SLOW}</textarea>" in answer.text
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"rows": "0"}, "rows cannot be 0"),
+        ({"rows": "100001"}, "1 to 100,000"),
+        ({"seconds": "soon"}, "seconds cannot be soon"),
+        ({"mark": "pie"}, "points, line, bars"),
+    ],
+)
+def test_limits_that_cannot_be_are_said(client: TestClient, values: dict[str, str], said: str) -> None:
+    answer = client.get("/sql", params={"q": "SELECT 1", **values})
+    assert answer.status_code == 400
+    assert said in answer.text
+
+
+def test_a_reader_does_not_wait_for_what_cannot_be_ended(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DuckDB is interrupted between two pieces of work, and one function's call on gigabytes is one piece."""
+    monkeypatch.setattr(explorer_app, "LATE", 0.2)
+    is_asked, may_end, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def deaf(*_: object) -> None:
+        is_asked.set()
+        may_end.wait(30)
+        ended.set()
+
+    monkeypatch.setattr("functok.explorer.console.result", deaf)
+    with TestClient(build_app(storage, PAGES, (), token=TOKEN), base_url=HERE) as client:
+        client.get(f"/every?token={TOKEN}")
+        answer = client.get("/sql", params={"q": "SELECT 'deaf'", "seconds": "1"})
+        assert is_asked.is_set()
+        assert not ended.is_set()
+        assert answer.status_code == 503
+        assert "longer than 1 s" in answer.text
+        assert ">SELECT &#39;deaf&#39;</textarea>" in answer.text
+        may_end.set()
+        assert ended.wait(10)
+        assert client.get("/every").status_code == 200
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from explored import activations, again, asked, occurrences, publish, publish_losses
 from plain import run_plain
-from small_run import SmallRun, small_run
+from small_run import D_SAE, SmallRun, small_run
 from test_feature_pages import HOSTILE, every, grid
 from tiny import save_model, save_sae, texts, write_jsonl
 
@@ -23,7 +23,7 @@ from tasks.explore.encoding import MOST_TOKENS, Encode
 from tasks.explore.pasted import pasted
 from tasks.explore.text import text
 from tasks.explore.text import texts as documents
-from tasks.explore.vocabulary import Asked, Contexts, Controls, Grid, Missing, NotThere
+from tasks.explore.vocabulary import Asked, Contexts, Controls, Grid, Missing, NotThere, Refused
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,6 @@ def test_a_token_lists_its_features(page: Asked, run: SmallRun, layer: str) -> N
     expected = set(zip(own.layer, own.feature_id, own.activation, strict=True))
     rows = page.rows(grid(shown, "at").query)
     assert {(row["layer"], row["feature_id"], row["activation"]) for row in rows} == expected
-    assert not [one for one in every(text(again(page, {"doc_id": 3}, at="400")), Grid) if one.key == "at"]
 
 
 def test_windows_and_documents_lead_to_one_another(page: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +144,32 @@ def test_losses_are_shown_where_they_were_measured(run: SmallRun, tmp_path: Path
         for choice in form.controls
     ]
     assert next(one for one in choices if one.key == "of").value == "m at step 20"
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"layer": "1", "feature": "99999"}, "layer 1 has no feature 99999"),
+        ({"layer": "1", "feature": "x"}, "feature cannot be x"),
+        ({"at": "400"}, "at cannot be 400"),
+        ({"from": "-1"}, "from cannot be -1"),
+        ({"by": "loudness"}, "no by loudness"),
+        ({"layer": "some"}, "no layer some"),
+    ],
+)
+def test_what_a_text_cannot_be_asked_is_said(page: Asked, values: dict[str, str], said: str) -> None:
+    with pytest.raises((NotThere, Refused), match=said) as told:
+        text(again(page, {"doc_id": 3}, **values))
+    assert told.value.hint
+
+
+def test_a_feature_that_is_not_in_a_text_leads_to_its_own_page(page: Asked, run: SmallRun) -> None:
+    own = activations(run)[lambda rows: rows.layer == 1]
+    for feature_id in range(D_SAE[1]):
+        shown = text(again(page, {"doc_id": 3}, layer="1", feature=str(feature_id)))
+        is_here = ((own.doc_id == 3) & (own.feature_id == feature_id)).any()
+        told = [one for one in every(shown, Missing) if f"/feature/1/{feature_id}" in one.way]
+        assert bool(told) is not is_here
 
 
 @pytest.mark.slow

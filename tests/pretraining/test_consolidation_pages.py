@@ -15,7 +15,18 @@ from page_reading import built, cells, grid, of, rows
 
 from infra.duck import connect
 from infra.storage import Storage
-from tasks.explore.vocabulary import Change, Controls, Facts, Figure, Findings, Grid, Missing, Slider
+from tasks.explore.vocabulary import (
+    Change,
+    Controls,
+    Facts,
+    Figure,
+    Findings,
+    Grid,
+    Missing,
+    NotThere,
+    Refused,
+    Slider,
+)
 from tasks.pretraining.pages import PAGES
 from tasks.pretraining.report import findings
 from tasks.report.text import passage
@@ -52,7 +63,7 @@ def test_the_overview_has_the_report_s_findings_charts_and_numbers(connection: A
 
 
 @pytest.mark.parametrize(
-    ("values", "at"), [({}, 5), ({"at": "2"}, 2), ({"step": "16"}, 3), ({"at": "77"}, 5)]
+    ("values", "at"), [({}, 5), ({"at": "2"}, 2), ({"step": "16"}, 3), ({"at": "2", "step": "16"}, 2)]
 )
 def test_the_slider_chooses_a_checkpoint(connection: Any, values: dict[str, str], at: int) -> None:
     page = built(PAGES, CHECKPOINT, connection, series="large", **values)
@@ -66,6 +77,22 @@ def test_the_slider_chooses_a_checkpoint(connection: Any, values: dict[str, str]
     ).fetchall()
     assert [row["mean_loss"] for row in found] == [loss for (loss,) in expected]
     assert len(page.beside) == (1 if at in {1, 5} else 2)
+
+
+@pytest.mark.parametrize(
+    ("path", "values"),
+    [
+        (CHECKPOINT, {"series": "none"}),
+        (CHECKPOINT, {"step": "17"}),
+        (CHECKPOINT, {"at": "77"}),
+        (GENERATIONS, {"prompt": "9"}),
+        (GENERATIONS, {"mode": "none"}),
+        (GENERATIONS, {"first": "x"}),
+    ],
+)
+def test_what_cannot_be_chosen_is_said(connection: Any, path: str, values: dict[str, str]) -> None:
+    with pytest.raises((NotThere, Refused), match=next(iter(values))):
+        built(PAGES, path, connection, **values)
 
 
 @pytest.mark.slow
@@ -117,4 +144,5 @@ def test_a_checkpoint_is_kept_where_a_series_ends_earlier(tmp_path: Path) -> Non
     )
     with closing(connect(catalogue.publish(Storage(str(tmp_path)), made))) as connection:
         assert built(PAGES, CHECKPOINT, connection, series="large", step="8").title == "large, step 8"
-        assert built(PAGES, CHECKPOINT, connection, series="large", step="4").title == "large, step 512"
+        with pytest.raises(NotThere, match="no step 4"):
+            built(PAGES, CHECKPOINT, connection, series="large", step="4")

@@ -20,7 +20,7 @@ from infra.duck import connect
 from infra.storage import Storage
 from tasks.models.token_texts import visible
 from tasks.report import charts, corpus, graph
-from tasks.report.text import listed, quoted
+from tasks.report.text import listed, number, quoted
 from tasks.report.vocabulary import Column, Estimate, beyond, every
 
 
@@ -316,3 +316,36 @@ def test_lists_read_as_sentences() -> None:
         "a and b",
         "a, b and c",
     ]
+
+
+@pytest.mark.parametrize(
+    ("value", "alone", "in_a_column"),
+    [
+        (18.0, "18", "18.0"),
+        (0.5, "0.5", "0.500"),
+        (9.314, "9.31", "9.31"),
+        (999.7, "1,000", "1,000"),
+        (250.0, "250", "250"),
+        (0.0, "0", "0"),
+        (0.00002, "2e-05", "2.00e-05"),
+        (18, "18", "18"),
+        (None, "–", "–"),
+    ],
+)
+def test_numbers_of_a_column_have_as_many_digits(value: float | None, alone: str, in_a_column: str) -> None:
+    assert number(value) == alone
+    assert Column("x", "number").cell({"x": value}) == in_a_column
+
+
+def test_a_logarithmic_axis_has_its_decades() -> None:
+    """A label at 900 would leave no room for that at 1k."""
+    rows = [{"x": x, "y": y, "kind": "k"} for x, y in ((450, 390), (900, 1500), (4400, 3100))]
+    key = charts.Key.cycled("kind", ["k"])
+    spec = charts.single(charts.series(rows, charts.log("x", "x"), charts.log("y", "y"), key, lines=False))
+    shown = [
+        text.text
+        for text in ElementTree.fromstring(charts.svg(spec)).iter("{http://www.w3.org/2000/svg}text")
+        if text.get("opacity") != "0"
+    ]
+    assert shown.count("1k") == 2
+    assert "900" not in shown

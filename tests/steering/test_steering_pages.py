@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import duckdb
 import pytest
@@ -105,12 +106,26 @@ def test_all_layers_stand_below_each_other(connection: Any) -> None:
     assert not of(page, Figure)
 
 
-@pytest.mark.parametrize("layer", ["4", "1", "nonsense"])
-def test_a_layer_that_is_not_there_is_the_first(connection: Any, layer: str) -> None:
+@pytest.mark.parametrize("layer", ["4", "1"])
+def test_a_layer_is_chosen(connection: Any, layer: str) -> None:
     (controls,) = of(built(PAGES, "/steering/case", connection, case=NAME, layer=layer), Controls)
-    assert getattr(controls.controls[0], "value", None) in {"4", "1"}
-    if layer.isdigit():
-        assert getattr(controls.controls[0], "value", None) == layer
+    assert getattr(controls.controls[0], "value", None) == layer
+
+
+@pytest.mark.parametrize(
+    ("path", "values"),
+    [
+        ("/steering/case", {"layer": "nonsense"}),
+        ("/steering/cases", {"layer": "9"}),
+        ("/steering/texts", {"strength": "77"}),
+        ("/steering/texts", {"mode": "none"}),
+        ("/steering/texts", {"case": "none"}),
+    ],
+)
+def test_what_cannot_be_chosen_is_said(connection: Any, path: str, values: dict[str, str]) -> None:
+    ((key, value),) = values.items()
+    with pytest.raises(NotThere, match=f"no {key} {value}"):
+        built(PAGES, path, connection, **values)
 
 
 def test_a_case_that_is_not_there_says_so(connection: Any) -> None:
@@ -153,6 +168,11 @@ def test_texts_are_sorted_by_effect_and_stand_beside_random_ones(connection: Any
 def test_one_experiment_has_all_draws_and_its_sweep(connection: Any) -> None:
     whole = grid(built(PAGES, "/steering/texts", connection), "texts")
     row = rows(whole.query, connection)[0]
+    strongest = grid(built(PAGES, "/steering/texts", connection, strength="4"), "texts")
+    (link,) = [column for column in strongest.columns if hasattr(column, "to")]
+    at = dict(parse_qsl(urlsplit(link.to(row)).query))
+    assert at["strength"] == "4"
+    assert len(cells(grid(built(PAGES, "/steering/texts", connection, **at), "texts"), connection)) == 1
     one = {key: row[key] for key in ("case", "prompt", "target")}
     page = built(PAGES, "/steering/texts", connection, **one)
     assert len(cells(grid(page, "texts"), connection)) == 1
