@@ -1,7 +1,8 @@
 """All tables from 100 million synthetic non-zeros, the memory that takes, and what those of single features add.
 
 Makes shards of power-law tokens and features for three layers (kept for the next run), then builds the tables
-in a fresh process: `python -m bench.tables`.
+in a fresh process: `python -m bench.tables`. Beside that, in processes of their own: a bare GROUP BY of the same rows,
+the edges as they were once made, and the edges made by one Dask worker and by two.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from infra.catalog import Catalog
 from infra.duck import create_views, open_duckdb
 from infra.manifest import Manifest, commit, content_key, load
 from infra.storage import Storage
-from schemas.config import Config, DuckDb
+from schemas.config import Config, Dask, DuckDb
 from schemas.corpus.tables import VOCABULARY
 from schemas.tables import SHARD_FILES
 from schemas.work import CorpusShards, Dictionary, FeatureShard
@@ -43,8 +44,10 @@ from tasks.engine.tables import Tables, opened
 from tasks.graph.features import VERSION, sum_edges, write_rows
 from tasks.graph.tables import graph_inputs
 
-SIDES = ("build", "bare", "activations")
+SIDES = ("build", "bare", "activations", "workers")
 """What is timed, in processes of their own."""
+
+GROUPED_SIDES = ("bare", "activations")
 
 GROUPED = {
     "bare": "SELECT token_id, feature_id, sum(n) AS n, max(max_activation) AS largest, sum(sum_units) AS units "
@@ -79,11 +82,15 @@ def main() -> None:
     if chosen.only == "build":
         print(json.dumps(build(storage, int(chosen.nonzeros), limits)))
         return
+    if chosen.only == "workers":
+        print(json.dumps(on_workers(storage, int(chosen.nonzeros), limits)))
+        return
     if chosen.only:
         print(json.dumps(group(storage, int(chosen.nonzeros), limits, chosen.only)))
         return
     make_shards(storage, int(chosen.nonzeros))
-    built, edge_seconds, grouped = [], [], {side: list[float]() for side in SIDES[1:]}
+    built, edge_seconds, grouped = [], [], {side: list[float]() for side in GROUPED_SIDES}
+    workers: dict[str, list[float]] = {}
     for _ in range(chosen.rounds):
         storage.delete("tables")
         found = {}
@@ -97,6 +104,8 @@ def main() -> None:
         edge_seconds.append(sum(of[f"edges of layer {layer}"] for layer in LAYERS))
         for side, seconds in grouped.items():
             seconds.append(found[side]["seconds"])
+        for name, value in found["workers"].items():
+            workers.setdefault(name, []).append(value)
     what = f"all tables from {built[0]['nonzeros'] / 1e6:.0f} M non-zeros"
     memory = spread([entry["peak_memory_gb"] for entry in built])
     seconds = spread([entry["seconds"] for entry in built])
@@ -105,8 +114,22 @@ def main() -> None:
     figures = [
         figure(f"{what}: peak memory, GB", memory, "≤", 4),
         figure(f"{what}: seconds", seconds),
-        figure("edges: speed over adding up every activation", ratio(grouped["activations"], edge_seconds)),
+        figure(
+            "edges: speed over adding up every activation",
+            ratio(grouped["activations"], edge_seconds),
+            "≥",
+            2.5,
+        ),
         figure("edges: speed over a bare GROUP BY", ratio(grouped["bare"], edge_seconds), "≥", 0.7),
+        *(
+            figure(
+                f"edges in passes on two Dask workers of a thread each: speed over one{of}",
+                ratio(workers[f"{measured} of 1"], workers[f"{measured} of 2"]),
+                "≥",
+                1.7,
+            )
+            for measured, of in (("seconds", ""), ("cpu", ", by CPU seconds of the busier"))
+        ),
         figure(f"{what}, of the graph: seconds", spread([entry["graph_seconds"] for entry in built])),
         figure("tables of single features: time over that of the others", added, "≤", 1.5),
         figure("one feature's examples, histogram and tokens: seconds to read", read),
@@ -134,6 +157,34 @@ def group(storage: Storage, nonzeros: int, limits: DuckDb, side: str) -> dict[st
             connection.execute(f"COPY ({GROUPED[side]}) TO '{file.name}' (FORMAT parquet, COMPRESSION zstd)")
             seconds += time.perf_counter() - started
     return {"seconds": round(seconds, 1), "peak_memory_gb": round(memory_gb(), 2)}
+
+
+def on_workers(storage: Storage, nonzeros: int, limits: DuckDb) -> dict[str, float]:
+    """The edges of all layers in passes on one Dask worker and on two, each a process with one thread of DuckDB.
+
+    Returns:
+        Seconds, and CPU seconds of the worker that had most.
+    """
+    from infra.cluster import _local
+    from tasks.graph.edges import edge_folder, ensure_edges
+
+    _, features, _ = make_shards(storage, nonzeros)
+    alone = limits.model_copy(update={"threads": 1})
+    found: dict[str, float] = {}
+    for n in (1, 2):
+        for layer in LAYERS:
+            storage.delete(edge_folder(layer, features)[0])
+        with _local(n, {}) as client:
+            client.run(__import__, "tasks.graph.edges")
+            before, started = client.run(time.process_time), time.perf_counter()
+            for layer in LAYERS:
+                inputs = Catalog(sharded={"shard_edges": graph_inputs(features, layer)["shard_edges"]})
+                scheduler = Dask(scheduler=client.scheduler.address)
+                ensure_edges(alone, storage, layer, features, inputs, scheduler)
+            found[f"seconds of {n}"] = round(time.perf_counter() - started, 2)
+            after = client.run(time.process_time)
+            found[f"cpu of {n}"] = round(max(after[worker] - before[worker] for worker in before), 2)
+    return {**found, "seconds": found["seconds of 2"], "peak_memory_gb": round(memory_gb(), 2)}
 
 
 def build(storage: Storage, nonzeros: int, limits: DuckDb) -> dict[str, object]:
