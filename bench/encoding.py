@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from bench.common import Side, alternate, emit, figure, parser, ratio, say, spread
+from infra.allocator import freed_memory_kept
 from tasks.dictionaries import screening
 from tasks.dictionaries.encoding import Encoder, Way
 from tasks.dictionaries.screening import has_bfloat16_units
@@ -124,9 +125,11 @@ def _at(d_sae: int, arguments: argparse.Namespace) -> dict[str, Any]:
         return all_of_them
 
     cpu: dict[str, list[float]] = {}
-    seconds = alternate(
-        [Side(name=name, run=repeated(run)) for name, run in sides.items()], arguments.rounds, cpu
-    )
+    # As in a stage: else the kernel clears all pages of a dense product each time, as long as the product takes.
+    with freed_memory_kept():
+        seconds = alternate(
+            [Side(name=name, run=repeated(run)) for name, run in sides.items()], arguments.rounds, cpu
+        )
     # With one thread the CPU's seconds are compared: they are nearly the same on a machine that does other work, too.
     clock = cpu if torch.get_num_threads() == 1 else seconds
     per_call = {name: [one / repeats for one in values] for name, values in clock.items()}

@@ -40,6 +40,7 @@ from bench.common import (
     spread,
     times,
 )
+from infra.allocator import freed_memory_kept
 from infra.storage import Storage
 from schemas.config import Config
 from schemas.work import FeatureShard
@@ -85,6 +86,7 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
 
     bare_weights = {layer: _folded(sae) for layer, sae in saes.items()}
 
+    @freed_memory_kept()  # as the stage has it
     def bare() -> None:
         for ids, real in zip(inputs, kept, strict=True):
 

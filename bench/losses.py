@@ -20,6 +20,7 @@ from unittest.mock import patch
 import torch
 
 from bench.common import Side, alternate, config_with_data, emit, figure, parser_with_data, ratio, say, times
+from infra.allocator import freed_memory_kept
 from infra.storage import Storage
 from schemas.pretraining.work import LossShard
 
@@ -74,6 +75,7 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
     def ours() -> None:
         made.append(make(OfOneCheckpoint(config, storage), losses.LOSSES))
 
+    @freed_memory_kept()  # as the stage has it
     @torch.inference_mode()
     def bare() -> None:
         total = 0.0
@@ -85,6 +87,7 @@ def measure(arguments: argparse.Namespace, root: str) -> dict[str, Any]:
             total += float(found.view(real.shape).cpu()[real].double().sum())
         sums.append(total)
 
+    @freed_memory_kept()  # as the stage has it
     @torch.inference_mode()
     def forward() -> None:
         for ids in inputs:
