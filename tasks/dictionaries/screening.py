@@ -63,6 +63,9 @@ _SCORES = 1 << 26
 _CPU_BLOCK, _GPU_BLOCK = (1 << 10, 1 << 9), (1 << 14, 1 << 12)
 """Latents and rows of a bfloat16 product: a CPU's stays in its cache, and a GPU's has work for the weights it loads."""
 
+_MASSIVE = 4
+"""A residual of this many times the others' norm is screened apart from them."""
+
 _GROUPS = 1 << 9
 _PACKED_AT_ONCE = 1 << 12
 _TINY, _UP = 2.0**-40, 1 + 2.0**-7
@@ -122,8 +125,22 @@ class Float32Screen:
 
     def above(self, x: torch.Tensor) -> torch.Tensor:
         """See `Screen`."""
+        norms, n = x.norm(dim=1).clamp(min=_TINY), len(self._bias)
+        massive = norms > _MASSIVE * norms.median()
+        if not massive.any():
+            return self._above(x, norms.max())
+        # What rounding can hide in a massive residual is no reason to name the latents of all others.
+        found = []
+        for row in (places(~massive), places(massive)):
+            pair = self.above(x[row])
+            latent = pair % n
+            found.append(row[pair // n] * n + latent)
+        return torch.sort(torch.cat(found)).values
+
+    def _above(self, x: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+        """`above`, of rows of at most that norm."""
         assert self._threshold is not None
-        norm, n = x.norm(dim=1).max().clamp(min=_TINY), len(self._bias)
+        n = len(self._bias)
         least = self._threshold - (self._norms * norm + self._bias.abs()) * self._error - _TINY
         # One result's memory for all rows: a page of it is first touched once.
         step = max(_CPU_BLOCK[1], _SCORES // 16 // n)

@@ -60,14 +60,15 @@ class ByFeature:
         self._end = np.cumsum(self._n)
         self._most = int(strength.max(initial=0))
 
-    def ranges(self) -> list[tuple[int, int]]:
-        """Ranges of features, by their numbers among the distinct ones, that are a block each."""
+    def ranges(self, most: int | None = None) -> list[tuple[int, int]]:
+        """Ranges of features, by their numbers among the distinct ones, that are a block each: of `most` at most."""
         largest = 1 << min(_BLOCK_BITS, (64 - self._most.bit_length()) // 2)
         bounds = [0]
         while bounds[-1] < len(self._end):
             first = bounds[-1]
             before = self._end[first] - self._n[first]
-            bounds.append(max(first + 1, int(np.searchsorted(self._end, before + largest, side="right"))))
+            end = int(np.searchsorted(self._end, before + largest, side="right"))
+            bounds.append(max(first + 1, end if most is None else min(end, first + most)))
         return list(pairwise(bounds))
 
     def block(self, first: int, end: int) -> Block:

@@ -57,6 +57,12 @@ VERSION = 4
 BYTES_PER_ROW = 60
 """Memory a pass takes for each activation or edge: its columns, its place by feature, and what is read and written."""
 
+READ_BYTES_PER_ROW = 30
+"""Memory that a row of a file takes until it is in a pass's columns; files that wait for that have a quarter of all."""
+
+SHOWN_PER_BLOCK = 1 << 19
+"""Examples of a block at most, unless they are of one feature: seldom features are many of few activations each."""
+
 ROWS_PER_GROUP = 16_384
 """Rows that a reader of one feature reads at least; there are as many entries in a file's footer as groups."""
 
@@ -183,7 +189,8 @@ def ensure_layer(
         return
     threads = config.duckdb.threads or available_cores()
     with freed_memory_kept(), ThreadPoolExecutor(threads, "functok-features") as pool:
-        work = _Layer(config, storage, layer, inputs, folder, pool, threads)
+        largest = max((shard.n_activations for shard in features if shard.layer == layer), default=0)
+        work = _Layer(config, storage, layer, inputs, folder, pool, threads, largest)
         written = [*work.make_tokens(), *work.make_activations()]
     commit(storage, folder, Manifest(stage="tables", inputs=parts), written)
 
@@ -200,10 +207,12 @@ class _Layer:
         folder: str,
         pool: ThreadPoolExecutor,
         threads: int,
+        largest: int,
     ) -> None:
-        self._config, self._storage, self._layer = config, storage, layer
-        self._inputs, self._folder, self._in_order = inputs, folder, partial(_in_order, pool, 2 * threads)
-        self._rows_per_pass = max(1, memory_bytes(config.duckdb.memory_limit) // BYTES_PER_ROW)
+        self._config, self._storage, self._layer, self._largest = config, storage, layer, largest
+        self._inputs, self._folder, self._pool, self._ahead = inputs, folder, pool, 2 * threads
+        self._memory = memory_bytes(config.duckdb.memory_limit)
+        self._rows_per_pass = max(1, self._memory // BYTES_PER_ROW)
         self._feature, self._degree, self._n = self._of_layer("feature_degree", "feature_id", "degree", "n")
 
     def _of_layer(self, table: str, *columns: str) -> list[npt.NDArray[Any]]:
@@ -224,7 +233,7 @@ class _Layer:
                 by_n = ByFeature(edges.pop("feature_id"), edges["n"].astype(np.uint64))
                 with self._file("feature_tokens", written, index, len(ranges)) as add_tokens:
                     make = partial(self._tokens_of, by_n, edges, share)
-                    for rows, summary in self._in_order(make, by_n.ranges()):
+                    for rows, summary in _in_order(self._pool, self._ahead, make, by_n.ranges()):
                         add_tokens(rows)
                         add_summary(summary)
         return written
@@ -260,7 +269,11 @@ class _Layer:
         columns = self._activations(first, last, int(n.sum()))
         # Above 0, the bits of float32 numbers are ordered as the numbers are.
         by_strength = ByFeature(columns.pop("feature_id"), columns["activation"].view(np.uint32))
-        yield from self._in_order(partial(self._shown_of, by_strength, columns), by_strength.ranges())
+        make = partial(self._shown_of, by_strength, columns)
+        shown = self._config.features.top_examples + 10 * self._config.features.decile_examples
+        yield from _in_order(
+            self._pool, self._ahead, make, by_strength.ranges(max(1, SHOWN_PER_BLOCK // shown))
+        )
 
     def _edges(self, first: int, last: int) -> dict[str, npt.NDArray[Any]]:
         n = int(self._degree[slice(*np.searchsorted(self._feature, [first, last + 1]))].sum())
@@ -268,7 +281,9 @@ class _Layer:
             {name: TABLES["feature_tokens"].field(name).type for name in EDGE_COLUMNS}, n, first, last
         )
         files = self._inputs.sharded["edges"]
-        for rows in self._in_order(lambda file: self._read(file, EDGE_COLUMNS), files):
+        # They are passes of about as many rows.
+        largest = int(self._degree.sum()) // max(1, len(files))
+        for rows in self._in_turn(lambda file: found.own(self._read(file, EDGE_COLUMNS)), files, largest):
             found.add(rows)
         return found.whole(f"the edges of layer {self._layer}")
 
@@ -277,9 +292,18 @@ class _Layer:
         kinds = {name: TABLES["feature_examples"].field(name).type for name in wanted if name != "doc"}
         found = _Columns({**kinds, "doc_id": pa.int64()}, n, first, last)
         files = self._inputs.sharded["activations"]
-        for rows in self._in_order(lambda file: self._occurrences(file, wanted), files):
+        for rows in self._in_turn(
+            lambda file: found.own(self._occurrences(file, wanted)), files, self._largest
+        ):
             found.add(rows)
         return found.whole(f"the activations of layer {self._layer}")
+
+    def _in_turn(
+        self, read: Callable[[ShardFile], pa.Table], files: Sequence[ShardFile], largest: int
+    ) -> Iterator[pa.Table]:
+        """What is read of files, of at most so many rows each, as many ahead as memory has room for."""
+        room = self._memory // 4 // (READ_BYTES_PER_ROW * max(1, largest))
+        return _in_order(self._pool, min(self._ahead, room), read, files)
 
     def _occurrences(self, file: ShardFile, columns: Sequence[str]) -> pa.Table:
         """A shard's activations in corpus order, as they are written: of equal ones the first are shown."""
@@ -416,13 +440,17 @@ class _Columns:
         self._columns = {name: np.empty(n, kind.to_pandas_dtype()) for name, kind in kinds.items()}
         self._n, self._first, self._last, self._filled = n, first, last, 0
 
-    def add(self, rows: pa.Table) -> None:
+    def own(self, rows: pa.Table) -> pa.Table:
         """Those of a file's rows that are of these features."""
         feature = rows["feature_id"]
         if len(rows) and not self._first <= pc.min(feature).as_py() <= pc.max(feature).as_py() <= self._last:
             rows = rows.filter(
                 pc.and_(pc.greater_equal(feature, self._first), pc.less_equal(feature, self._last))
             )
+        return rows
+
+    def add(self, rows: pa.Table) -> None:
+        """Rows of these features, after those before."""
         if self._filled + len(rows) <= self._n:
             for name, column in self._columns.items():
                 at = self._filled

@@ -291,3 +291,20 @@ def test_units_are_told_by_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     for capability, expected in (((9, 0), True), ((7, 5), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device, it=capability: it)
         assert screening.has_bfloat16_units(torch.device("cuda")) == expected
+
+
+def test_a_massive_residual_names_no_latents_of_others() -> None:
+    """Rounding in the float32 product of one row is nothing that another's latents may hide in."""
+    generator = torch.Generator().manual_seed(3)
+    x, weight = (torch.randn(n, 512, generator=generator) for n in (200, 300))
+    norms = weight.norm(dim=1)
+    screen = Float32Screen(weight, torch.zeros(300), 2.5 * norms, None)
+    usual = screen.above(x)
+    assert 0.001 < len(usual) / (200 * 300) < 0.03
+    x[[3, 150]] *= torch.tensor([[1e3], [1e9]])
+    found = screen.above(x)
+    assert torch.equal(found, found.unique())
+    others = (found // 300 != 3) & (found // 300 != 150)
+    ordinary = (usual // 300 != 3) & (usual // 300 != 150)
+    assert int(others.sum()) <= 1.1 * int(ordinary.sum())
+    assert set(usual[ordinary].tolist()) == set(found[others].tolist())

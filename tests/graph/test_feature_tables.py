@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter, defaultdict
 from dataclasses import replace
 from fractions import Fraction
@@ -40,6 +41,7 @@ from tasks.dictionaries.dictionaries import DICTIONARIES
 from tasks.engine.checks import check_tables
 from tasks.engine.run import Run
 from tasks.engine.tables import are_published, candidate, publish
+from tasks.graph import by_feature, feature_tables
 from tasks.graph.feature_tables import FEATURE_TABLES, ensure_layer
 from tasks.graph.features import FEATURES
 from tasks.graph.tables import GRAPH, graph_inputs
@@ -226,10 +228,121 @@ def test_a_root_from_before_these_tables_is_read_and_completed(storage: Storage)
     assert set(MADE) <= set(read_catalog(storage).sharded)
 
 
+LAYER = 3
+
+
+def one_layer(
+    storage: Storage, columns: dict[str, Any], copies: int = 1
+) -> tuple[list[FeatureShard], Catalog, pa.Table]:
+    """Feature shards of these activations, each with the same, what the tables are made of, and their edges."""
+    n, n_documents = len(columns["doc"]), int(columns["doc"].max()) + 1
+    storage.write_parquet("f/activations.parquet", pa.table(columns), row_group_size=100_000)
+    shards = [
+        TokenShard(
+            folder="t",
+            source="a",
+            doc_offset=n_documents * at,
+            n_documents=n_documents,
+            n_tokens=n,
+            n_rejects=0,
+        )
+        for at in range(copies)
+    ]
+    rows = pa.table(columns).group_by(["token_id", "feature_id"])
+    edges = rows.aggregate([("activation", "count"), ("activation", "max"), ("activation", "sum")])
+    names = ["token_id", "feature_id", "n", "max_activation", "sum_activation"]
+    edges = edges.rename_columns(names).append_column("layer", pa.array([LAYER] * edges.num_rows, pa.int32()))
+    edges = edges.set_column(2, "n", pc.multiply(edges["n"], copies))
+    features = [
+        FeatureShard(
+            layer=LAYER,
+            folder="f",
+            part=GraphShard(shard=shard, n_documents=n_documents, n_tokens=n),
+            n_activations=n,
+            n_edges=edges.num_rows,
+        )
+        for shard in shards
+    ]
+    storage.write_parquet("e.parquet", edges)
+    seen = np.bincount(columns["token_id"]) * copies
+    tokens = {"token_id": range(len(seen)), "count": seen}
+    feature, n_of = np.unique(columns["feature_id"], return_counts=True)
+    degree = np.bincount(edges["feature_id"].to_numpy())[feature]
+    degrees = {"feature_id": feature, "degree": degree, "n": n_of * copies}
+    for name, table in {"d.parquet": tokens, "n.parquet": degrees}.items():
+        layer = pa.array([LAYER] * len(next(iter(table.values()))), pa.int32())
+        storage.write_parquet(name, pa.table({"layer": layer, **table}))
+    inputs = Catalog(
+        tables={"token_degree": "d.parquet", "feature_degree": "n.parquet"},
+        sharded={
+            "edges": [ShardFile(name="e.parquet", layer=LAYER)],
+            "activations": graph_inputs(features, LAYER)["activations"],
+        },
+    )
+    return features, inputs, edges
+
+
+def few_of_each(n: int) -> dict[str, Any]:
+    """One activation of each of n features."""
+    return {
+        "doc": np.arange(n, dtype=np.int32) // 100,
+        "position": np.arange(n, dtype=np.int32) % 100,
+        "token_id": np.arange(n, dtype=np.int32) % 50,
+        "feature_id": np.arange(n, dtype=np.int32),
+        "activation": np.ones(n, np.float32),
+    }
+
+
+def test_files_that_wait_to_be_sorted_fit_into_memory(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the number of threads: a file has the activations of a shard, which may be large."""
+    features, inputs, _ = one_layer(storage, few_of_each(20_000), copies=12)
+    config = make_config(storage, (LAYER,), duckdb={"memory_limit": "6MB", "threads": 8})
+    begun, waiting = [0], list[int]()
+    read, add = feature_tables._Layer._occurrences, feature_tables._Columns.add
+
+    def reading(*args: Any) -> Any:
+        begun[0] += 1
+        return read(*args)
+
+    def adding(columns: Any, rows: pa.Table) -> None:
+        if "doc_id" in rows.column_names:
+            time.sleep(0.02)
+            waiting.append(begun[0])
+            begun[0] -= 1
+        add(columns, rows)
+
+    monkeypatch.setattr(feature_tables._Layer, "_occurrences", reading)
+    monkeypatch.setattr(feature_tables._Columns, "add", adding)
+    ensure_layer(config, storage, LAYER, features, inputs)
+    assert len(waiting) >= 12
+    # A quarter of memory is 2.5 of them, besides the one that is being added.
+    assert max(waiting) <= 3
+
+
+def test_features_of_few_activations_are_drawn_from_a_few_at_a_time(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features, inputs, _ = one_layer(storage, few_of_each(50_000))
+    shown = {"top_examples": 30, "decile_examples": 4}
+    config = make_config(storage, (LAYER,), features=shown)
+    asked, draw = list[int](), by_feature.example_ranks
+
+    def drawing(feature: Any, n: Any, top: int, of_decile: int) -> Any:
+        asked.append(len(feature))
+        return draw(feature, n, top, of_decile)
+
+    monkeypatch.setattr(feature_tables, "example_ranks", drawing)
+    ensure_layer(config, storage, LAYER, features, inputs)
+    assert sum(asked) == 50_000
+    assert max(asked) * (30 + 10 * 4) <= 1 << 19
+
+
 @pytest.mark.slow
 def test_activations_many_times_larger_than_memory(storage: Storage) -> None:
     """3 million activations, a third of them of one feature, of which DuckDB may hold a few; what numpy sorts."""
-    rng, n, layer = np.random.default_rng(0), 3_000_000, 3
+    rng, n = np.random.default_rng(0), 3_000_000
     feature = np.where(rng.random(n) < 1 / 3, 77, rng.integers(0, 1000, n)).astype(np.int32)
     columns: dict[str, Any] = {
         "doc": np.arange(n, dtype=np.int32) // 100,
@@ -238,30 +351,9 @@ def test_activations_many_times_larger_than_memory(storage: Storage) -> None:
         "feature_id": feature,
         "activation": rng.integers(1, 5000, n).astype(np.float32),
     }
-    storage.write_parquet("f/activations.parquet", pa.table(columns), row_group_size=100_000)
-    shard = TokenShard(folder="t", source="a", doc_offset=0, n_documents=n // 100, n_tokens=n, n_rejects=0)
-    part = GraphShard(shard=shard, n_documents=n // 100, n_tokens=n)
-    rows = pa.table(columns).group_by(["token_id", "feature_id"])
-    edges = rows.aggregate([("activation", "count"), ("activation", "max"), ("activation", "sum")])
-    features = [FeatureShard(layer=layer, folder="f", part=part, n_activations=n, n_edges=edges.num_rows)]
-    names = ["token_id", "feature_id", "n", "max_activation", "sum_activation"]
-    edges = edges.rename_columns(names).append_column("layer", pa.array([layer] * edges.num_rows, pa.int32()))
-    storage.write_parquet("e.parquet", edges)
-    seen = np.bincount(columns["token_id"])
-    tokens = pa.table({"layer": pa.array([layer] * 50, pa.int32()), "token_id": range(50), "count": seen})
-    storage.write_parquet("d.parquet", tokens)
-    n_of, degree_of = np.bincount(feature), np.bincount(edges["feature_id"].to_numpy())
-    degrees = {"feature_id": pa.array(range(1000), pa.int32()), "degree": degree_of, "n": n_of}
-    storage.write_parquet("n.parquet", pa.table({"layer": pa.array([layer] * 1000, pa.int32()), **degrees}))
-    inputs = Catalog(
-        tables={"token_degree": "d.parquet", "feature_degree": "n.parquet"},
-        sharded={
-            "edges": [ShardFile(name="e.parquet", layer=layer)],
-            "activations": graph_inputs(features, layer)["activations"],
-        },
-    )
-    config = make_config(storage, (layer,), duckdb={"memory_limit": "32MB", "threads": 1})
-    ensure_layer(config, storage, layer, features, inputs)
+    features, inputs, edges = one_layer(storage, columns)
+    config = make_config(storage, (LAYER,), duckdb={"memory_limit": "32MB", "threads": 1})
+    ensure_layer(config, storage, LAYER, features, inputs)
     files = sorted(name for name in storage.sizes("tables") if name.endswith(".parquet"))
     assert sum("feature_examples-" in name for name in files) > 4
 
