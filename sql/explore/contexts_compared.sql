@@ -10,6 +10,7 @@ WITH active AS (
 )
 SELECT
     a.feature_id,
+    l.label,
     CASE WHEN a.second IS NULL THEN 'first alone' WHEN a.first IS NULL THEN 'second alone' ELSE 'both' END AS active_in,
     a.first,
     a.second,
@@ -19,6 +20,7 @@ SELECT
     f.density
 FROM active AS a
 JOIN feature_degree AS f ON f.layer = $layer AND f.feature_id = a.feature_id
+LEFT JOIN feature_labels AS l ON l.layer = $layer AND l.feature_id = a.feature_id
 -- The other document's position is no context.
 WHERE a.first IS NOT NULL OR a.second IS NOT NULL
 ORDER BY apart DESC, a.feature_id

@@ -29,7 +29,7 @@ from tasks.explore.vocabulary import (
 )
 from tasks.models.token_texts import visible
 from tasks.report import charts
-from tasks.report.text import DASH, integer, number, percent, plural
+from tasks.report.text import DASH, integer, number, percent, plural, visible_text
 from tasks.report.vocabulary import Chart, Column, Row
 
 NEIGHBOURS = 20
@@ -81,7 +81,7 @@ def feature(asked: Asked) -> Page:
         ]
     label = row["label"] if row is not None else None
     return Page(
-        title=f"{title}: {label}" if label else title,
+        title=f"{title}: {visible_text(label)}" if label else title,
         panels=panels,
         lead="What activates it, and what is known of it. One that a single token opens (0 bits) is about that token; "
         "one that many tokens open is about what stands around them, if about anything: see where it is "
@@ -142,7 +142,7 @@ def _note(asked: Asked, layer: int, feature_id: int) -> Panel:
     said = labels_of(asked.context["storage"], dictionary, feature_id)
     now = said[0] if said else None
     earlier = "; ".join(
-        f"“{old.label or DASH}” ({old.written[:16].replace('T', ' ')} UTC)" for old in said[1:4]
+        f"“{visible_text(old.label) or DASH}” ({old.written[:16].replace('T', ' ')} UTC)" for old in said[1:4]
     )
     return Note(
         to=LABEL.path.format(layer=layer, feature_id=feature_id),

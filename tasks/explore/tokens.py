@@ -208,6 +208,7 @@ def _in_the_graph(asked: Asked, row: Row, layer: int) -> list[Panel]:
                 column=Column("feature_id", "plain", "feature"),
                 to=lambda one: address("feature", layer, one["feature_id"]),
             ),
+            Column("label"),
             Column("n", "integer", "occurrences"),
             Column("share", "percent", "share of its occurrences"),
             Column("lift", "number"),
@@ -217,7 +218,7 @@ def _in_the_graph(asked: Asked, row: Row, layer: int) -> list[Panel]:
             Column("density", "percent", "density", digits=3),
         ],
         order="-n",
-        filters=["feature_id", "n", "share", "lift", "max_activation", "degree", "density"],
+        filters=["feature_id", "label", "n", "share", "lift", "max_activation", "degree", "density"],
         bars=["share"],
         page_size=20,
         note=f"In its {plural(here['count'], 'occurrence')} in the documents whose features were read{whole}. Lift: "

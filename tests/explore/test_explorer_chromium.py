@@ -212,6 +212,20 @@ def test_cancel_ends_the_query_and_keeps_what_was_typed(
         assert not seen.wrong, "\n".join(seen.wrong)
 
 
+def test_windows_share_one_history(served: Served) -> None:
+    with chromium() as browser:
+        first, seen = opened(browser.new_context(), served)
+        second = first.context.new_page()
+        for page in (first, second):
+            page.goto(f"http://127.0.0.1:{served.port}/sql")
+        for page, sql in ((first, "SELECT 1 AS a"), (second, "SELECT 2 AS b")):
+            page.locator("#sql").fill(sql)
+            page.locator("#sql").press("Control+Enter")
+            page.locator("#result tbody tr").wait_for()
+        assert second.locator("#history button").all_text_contents() == ["SELECT 2 AS b", "SELECT 1 AS a"]
+        assert not seen.wrong, "\n".join(seen.wrong)
+
+
 def test_it_works_without_a_script_and_on_a_narrow_window(served: Served) -> None:
     with chromium() as browser:
         context = browser.new_context(java_script_enabled=False, viewport={"width": 380, "height": 800})

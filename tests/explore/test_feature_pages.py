@@ -271,7 +271,7 @@ def test_labels_are_shown_wherever_the_feature_is(run: SmallRun, tmp_path: Path)
     (note,) = every(shown, Note)
     assert [control.value for control in note.controls] == ["articles", "second\nline"]
     assert note.to == "/label/1/3"
-    assert HOSTILE in note.said
+    assert HOSTILE.replace("\u202e", r"\u{202e}") in note.said
     rows = page.rows(grid(features(again(page, {}, layer="1")), "features").query)
     listed = {row["feature_id"]: row["label"] for row in rows}
     assert listed == {n: "articles" if n == 3 else None for n in listed}

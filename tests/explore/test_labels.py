@@ -19,7 +19,7 @@ from tasks.engine.catalog_file import write_catalog_file
 from tasks.explore.feature import feature
 from tasks.explore.labels import LABEL, LONGEST_LABEL, labels, labels_of, labels_table, write_label
 from tasks.explore.search import search_page
-from tasks.explore.vocabulary import Asked, Grid, Missing, NotThere, Query, Refused
+from tasks.explore.vocabulary import Asked, Grid, Missing, Note, NotThere, Query, Refused
 from tasks.report.vocabulary import Column
 
 
@@ -118,6 +118,19 @@ def test_a_page_lists_labels_once(storage: Storage, monkeypatch: pytest.MonkeyPa
         assert shown.title.endswith(f": {label}")
         assert rows(page) == [(1, 3, label, "")]
         assert asked_for.count("labels") == 1
+
+
+def test_a_title_hides_nothing(storage: Storage) -> None:
+    """What turns the order of letters around would turn the title's, and what stands after it."""
+    page = asked(storage)
+    for label in ("good \u202edab", "have"):
+        write_label(storage, "d1", 3, label, "")
+    shown = feature(again(page, {"layer": 1, "feature_id": 3}))
+    assert shown.title == "Feature 3 of layer 1: have"
+    assert [one.said for one in shown.panels if isinstance(one, Note) and "\u202e" in one.said] == []
+    write_label(storage, "d1", 3, "good \u202edab", "")
+    shown = feature(again(page, {"layer": 1, "feature_id": 3}))
+    assert shown.title == r"Feature 3 of layer 1: good \u{202e}dab"
 
 
 def test_a_damaged_label_hides_no_other(storage: Storage) -> None:

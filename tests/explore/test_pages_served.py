@@ -92,10 +92,10 @@ def test_pages_on_s3_are_those_on_disk(moto_root: S3Root, client: TestClient, tm
     [
         ("/", 0),
         ("/tokens", 0),
-        ("/token/3", 0),
         ("/cover?layer=0&tokens=3", 0),
         ("/text/3?layer=all", 0),
         ("/sql?q=SELECT+count(*)+FROM+activations", 0),
+        ("/token/3", 1),
         ("/features", 1),
         ("/feature/1/3", 1),
     ],

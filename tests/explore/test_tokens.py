@@ -20,6 +20,7 @@ from infra.storage import Storage
 from tasks.explore import search, tokens
 from tasks.explore.contexts import WIDTH, Place
 from tasks.explore.examples import in_text
+from tasks.explore.labels import add_feature_labels, connect_labelled, write_label
 from tasks.explore.search import meant
 from tasks.explore.vocabulary import Contexts, Controls, Facts, Figure, Missing, NotThere, Page
 
@@ -38,6 +39,7 @@ TEXTS = [
     " ",
 ]
 TOKEN = "/token/{token_id}"
+LABELLED = 3
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,9 @@ def storage(run: SmallRun, tmp_path_factory: pytest.TempPathFactory) -> Storage:
 
 @pytest.fixture(scope="module")
 def connection(storage: Storage) -> Iterator[Any]:
-    with closing(connect(storage)) as connection:
+    for layer in D_SAE:
+        write_label(storage, f"d{layer}", LABELLED, f"of layer {layer}", "")
+    with closing(connect_labelled(storage)) as connection:
         yield connection
 
 
@@ -197,7 +201,9 @@ def test_the_features_that_a_token_opens(run: SmallRun, connection: Any) -> None
         own = edges[edges.token_id == 1].set_index("feature_id")
         assert {row["feature_id"] for row in found} == set(own.index)
         count = (occurrences(run).token_id == 1).sum()
+        assert LABELLED in own.index
         for row in found:
+            assert row["label"] == (f"of layer {layer}" if row["feature_id"] == LABELLED else None)
             edge, feature = own.loc[row["feature_id"]], edges[edges.feature_id == row["feature_id"]]
             assert (row["n"], row["degree"]) == (edge.n, len(feature))
             assert row["share"] == edge.n / count
@@ -262,6 +268,7 @@ def test_two_contexts_differ_in_their_features(run: SmallRun, connection: Any) -
         found = {row["feature_id"]: row for row in rows(grid(made, "compared").query, connection)}
         assert set(found) == set(a) | set(b)
         for feature, row in found.items():
+            assert row["label"] == ("of layer 1" if feature == LABELLED else None)
             assert (row["first"], row["second"]) == (a.get(feature), b.get(feature))
             assert row["difference"] == pytest.approx(a.get(feature, 0) - b.get(feature, 0))
             assert row["active_in"] == (
@@ -312,6 +319,7 @@ def test_a_token_outside_the_graph_says_so(run: SmallRun, tmp_path: Path) -> Non
     smaller.tables["run_info"] = pd.DataFrame([{"key": "graph_documents", "value": "1"}])
     publish(storage, smaller)
     with closing(connect(storage)) as connection:
+        add_feature_labels(connection, storage, read_catalog(storage))
         said = [panel.what for panel in of(page(connection, 2), Missing)]
         assert any("in none of the documents whose features were read" in text for text in said)
         # Only the first document is in the graph.

@@ -116,15 +116,15 @@ function setUpConsole() {
   const editor = one("#sql");
   if (!editor) return;
   const list = one("#history");
-  const kept = JSON.parse(localStorage.getItem("functok-sql") || "[]");
-  for (const sql of kept) {
+  const kept = () => JSON.parse(localStorage.getItem("functok-sql") || "[]");
+  for (const sql of kept()) {
     const entry = document.createElement("button");
     entry.type = "button";
     entry.textContent = sql;
     entry.addEventListener("click", () => { editor.value = sql; editor.focus(); });
     one("ul", list).append(Object.assign(document.createElement("li")), entry);
   }
-  list.hidden = !kept.length;
+  list.hidden = !kept().length;
   for (const name of all("aside .table code")) {
     name.addEventListener("click", event => {
       if (name.closest("summary") && !event.shiftKey) return;
@@ -136,7 +136,8 @@ function setUpConsole() {
   cancel.addEventListener("click", () => { window.stop(); cancel.hidden = true; });
   addEventListener("pageshow", () => { cancel.hidden = true; });
   editor.form.addEventListener("submit", () => {
-    const texts = [editor.value, ...kept.filter(sql => sql !== editor.value)].slice(0, 50);
+    // As it is now: other windows run queries too.
+    const texts = [editor.value, ...kept().filter(sql => sql !== editor.value)].slice(0, 50);
     localStorage.setItem("functok-sql", JSON.stringify(texts));
     cancel.hidden = false;
   });
