@@ -8,11 +8,14 @@ documents are in the corpus, and how many examples and bins are wanted; of the l
 from __future__ import annotations
 
 import re
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -90,12 +93,20 @@ ENCODINGS: dict[str, dict[str, str]] = {
 }
 """Of columns that seldom repeat a value: a third less bytes than dictionaries, in half of the time."""
 
+FEWEST_APART = 4
+"""Passes from which on it pays to put rows apart first: that takes as long as three times reading a layer."""
+
+OCCURRENCE_COLUMNS = ("feature_id", "activation", "position", "token_id", "doc_id")
 EDGE_COLUMNS = ("feature_id", "token_id", "n", "max_activation", "sum_activation")
 
 KINDS = pa.array(["top", *(f"decile {number}" for number in range(1, 11))])
 
 T = TypeVar("T")
 U = TypeVar("U")
+Own = Callable[[pa.Table], pa.Table]
+"""Gives those of some rows that are of the features of a pass."""
+
+RowsOf = Callable[[Own], Iterable[pa.Table]]
 
 
 class FeatureTables(TableGroup):
@@ -226,10 +237,18 @@ class _Layer:
         share = np.zeros(int(token_id.max(initial=-1)) + 1)
         share[token_id] = count / count.sum()
         written: list[StoredFile] = []
-        ranges = id_ranges(self._feature, self._degree, self._rows_per_pass)
-        with self._file("feature_summary", written) as add_summary:
+        ranges, files = (
+            id_ranges(self._feature, self._degree, self._rows_per_pass),
+            self._inputs.sharded["edges"],
+        )
+        # They are passes of about as many rows.
+        largest = int(self._degree.sum()) // max(1, len(files))
+        with (
+            self._file("feature_summary", written) as add_summary,
+            self._by_range(ranges, self._edges_of, files, largest) as rows_of,
+        ):
             for index, (first, last) in enumerate(ranges):
-                edges = self._edges(first, last)
+                edges = self._edges(partial(rows_of, index), first, last)
                 by_n = ByFeature(edges.pop("feature_id"), edges["n"].astype(np.uint64))
                 with self._file("feature_tokens", written, index, len(ranges)) as add_tokens:
                     make = partial(self._tokens_of, by_n, edges, share)
@@ -242,31 +261,83 @@ class _Layer:
         """`feature_examples` and `feature_histogram`."""
         written: list[StoredFile] = []
         ranges = id_ranges(self._feature, self._n, self._rows_per_pass)
-        for index, (first, last) in enumerate(ranges):
-            with ExitStack() as stack:
-                add_examples, add_bins = (
-                    stack.enter_context(self._file(table, written, index, len(ranges)))
-                    for table in ("feature_examples", "feature_histogram")
-                )
-                for examples, bins in self._shown(first, last):
-                    add_examples(examples)
-                    add_bins(bins)
+        files = self._inputs.sharded["activations"]
+        with self._by_range(ranges, self._occurrences, files, self._largest) as rows_of:
+            for index, (first, last) in enumerate(ranges):
+                with ExitStack() as stack:
+                    add_examples, add_bins = (
+                        stack.enter_context(self._file(table, written, index, len(ranges)))
+                        for table in ("feature_examples", "feature_histogram")
+                    )
+                    for examples, bins in self._shown(partial(rows_of, index), first, last):
+                        add_examples(examples)
+                        add_bins(bins)
         return written
 
-    def _shown(self, first: int, last: int) -> Iterator[tuple[pa.Table, pa.Table]]:
+    @contextmanager
+    def _by_range(
+        self,
+        ranges: Sequence[tuple[int, int]],
+        read: Callable[[ShardFile], pa.Table],
+        files: Sequence[ShardFile],
+        largest: int,
+    ) -> Iterator[Callable[[int, Own], Iterable[pa.Table]]]:
+        """A function that gives a range's own of the rows that are read of files, in order.
+
+        Where there are many ranges, rows are put apart once, a file a range: else each would read the whole layer.
+
+        Args:
+            ranges: Of features.
+            read: Reads a file.
+            files: Of the layer.
+            largest: Rows of a file at most.
+
+        Raises:
+            StorageError: if there is no room for what is put apart.
+        """
+        if len(ranges) < FEWEST_APART:
+            yield lambda index, own: self._in_turn(lambda file: own(read(file)), files, largest)
+            return
+        firsts = np.array([first for first, _ in ranges[1:]])
+
+        def apart(file: ShardFile) -> list[pa.Table]:
+            rows = read(file)
+            place = np.searchsorted(firsts, rows["feature_id"].to_numpy(), side="right")
+            # Numbers as narrow as that are sorted by counting.
+            order = np.argsort(place.astype(np.uint16), kind="stable")
+            ends = np.searchsorted(place[order], np.arange(len(ranges) + 1))
+            rows = pa.Table.from_arrays(rows.columns, names=rows.column_names).take(order)
+            return [rows.slice(start, end - start) for start, end in pairwise(ends)]
+
+        spill = self._config.duckdb.temp_directory
+        if spill is not None:
+            Path(spill).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="functok-features-", dir=spill) as folder:
+            names = [f"{folder}/{index}.arrow" for index in range(len(ranges))]
+            try:
+                # Rows, and these in order.
+                _write_apart(names, self._in_turn(apart, files, 2 * largest))
+            except OSError as error:
+                raise StorageError(
+                    f"the features of layer {self._layer} cannot be put apart in {folder}: {error}",
+                    hint="give duckdb.temp_directory more space, or raise duckdb.memory_limit",
+                ) from error
+            yield lambda index, own: map(own, _read_apart(names[index]))
+
+    def _shown(self, rows_of: RowsOf, first: int, last: int) -> Iterator[tuple[pa.Table, pa.Table]]:
         """The examples and bins of a range of features."""
         inside = slice(*np.searchsorted(self._feature, [first, last + 1]))
         feature, n = self._feature[inside], self._n[inside]
         large = np.flatnonzero(n > self._rows_per_pass)
         if len(large):
             of = int(feature[large[0]])
-            yield from self._shown(first, of - 1)
+            yield from self._shown(rows_of, first, of - 1)
             yield self._of_large_feature(of, int(n[large[0]]))
-            yield from self._shown(of + 1, last)
+            yield from self._shown(rows_of, of + 1, last)
             return
         if not len(feature):
             return
-        columns = self._activations(first, last, int(n.sum()))
+        columns = self._activations(rows_of, first, last, int(n.sum()))
         # Above 0, the bits of float32 numbers are ordered as the numbers are.
         by_strength = ByFeature(columns.pop("feature_id"), columns["activation"].view(np.uint32))
         make = partial(self._shown_of, by_strength, columns)
@@ -275,43 +346,40 @@ class _Layer:
             self._pool, self._ahead, make, by_strength.ranges(max(1, SHOWN_PER_BLOCK // shown))
         )
 
-    def _edges(self, first: int, last: int) -> dict[str, npt.NDArray[Any]]:
+    def _edges(self, rows_of: RowsOf, first: int, last: int) -> dict[str, npt.NDArray[Any]]:
         n = int(self._degree[slice(*np.searchsorted(self._feature, [first, last + 1]))].sum())
         found = _Columns(
             {name: TABLES["feature_tokens"].field(name).type for name in EDGE_COLUMNS}, n, first, last
         )
-        files = self._inputs.sharded["edges"]
-        # They are passes of about as many rows.
-        largest = int(self._degree.sum()) // max(1, len(files))
-        for rows in self._in_turn(lambda file: found.own(self._read(file, EDGE_COLUMNS)), files, largest):
+        for rows in rows_of(found.own):
             found.add(rows)
         return found.whole(f"the edges of layer {self._layer}")
 
-    def _activations(self, first: int, last: int, n: int) -> dict[str, npt.NDArray[Any]]:
-        wanted = ("feature_id", "activation", "doc", "position", "token_id")
-        kinds = {name: TABLES["feature_examples"].field(name).type for name in wanted if name != "doc"}
-        found = _Columns({**kinds, "doc_id": pa.int64()}, n, first, last)
-        files = self._inputs.sharded["activations"]
-        for rows in self._in_turn(
-            lambda file: found.own(self._occurrences(file, wanted)), files, self._largest
-        ):
+    def _activations(self, rows_of: RowsOf, first: int, last: int, n: int) -> dict[str, npt.NDArray[Any]]:
+        kinds = {name: TABLES["feature_examples"].field(name).type for name in OCCURRENCE_COLUMNS}
+        found = _Columns(kinds, n, first, last)
+        for rows in rows_of(found.own):
             found.add(rows)
         return found.whole(f"the activations of layer {self._layer}")
 
     def _in_turn(
-        self, read: Callable[[ShardFile], pa.Table], files: Sequence[ShardFile], largest: int
-    ) -> Iterator[pa.Table]:
+        self, read: Callable[[ShardFile], T], files: Sequence[ShardFile], largest: int
+    ) -> Iterator[T]:
         """What is read of files, of at most so many rows each, as many ahead as memory has room for."""
         room = self._memory // 4 // (READ_BYTES_PER_ROW * max(1, largest))
         return _in_order(self._pool, min(self._ahead, room), read, files)
 
-    def _occurrences(self, file: ShardFile, columns: Sequence[str]) -> pa.Table:
+    def _edges_of(self, file: ShardFile) -> pa.Table:
+        return self._read(file, EDGE_COLUMNS)
+
+    def _occurrences(self, file: ShardFile) -> pa.Table:
         """A shard's activations in corpus order, as they are written: of equal ones the first are shown."""
-        rows = self._read(file, columns)
+        rows = self._read(file, ["doc", *(name for name in OCCURRENCE_COLUMNS if name != "doc_id")])
         doc, position = rows["doc"].to_numpy(), rows["position"].to_numpy()
         if (np.diff((doc.astype(np.int64) << 32) + position) < 0).any():
             rows = rows.sort_by([("doc", "ascending"), ("position", "ascending")])
-        return rows.append_column("doc_id", pc.add(rows["doc"].cast(pa.int64()), file.doc_offset))
+        doc_id = pc.add(rows["doc"].cast(pa.int64()), file.doc_offset)
+        return rows.append_column("doc_id", doc_id).select(OCCURRENCE_COLUMNS)
 
     def _read(self, file: ShardFile, columns: Sequence[str]) -> pa.Table:
         return verified.read_table(self._storage, file.name, columns)
@@ -475,6 +543,26 @@ def _other_rows(what: str, found: int, told: int) -> StorageError:
         f"{what} are {found:,} rows, where the table feature_degree says {told:,}",
         hint="run functok verify --repair, which makes anew what is damaged",
     )
+
+
+def _write_apart(names: Sequence[str], parts: Iterable[Sequence[pa.Table]]) -> None:
+    """Write the n-th of each of the parts under each other into the n-th file."""
+    options = pa.ipc.IpcWriteOptions(compression="lz4")
+    with ExitStack() as stack:
+        writers: list[pa.RecordBatchFileWriter] = []
+        for part in parts:
+            writers = writers or [
+                stack.enter_context(pa.ipc.new_file(name, rows.schema, options=options))
+                for name, rows in zip(names, part, strict=True)
+            ]
+            for writer, rows in zip(writers, part, strict=True):
+                writer.write_table(rows)
+
+
+def _read_apart(name: str) -> Iterator[pa.Table]:
+    with pa.memory_map(name) as source, pa.ipc.open_file(source) as part:
+        for number in range(part.num_record_batches):
+            yield pa.Table.from_batches([part.get_batch(number)])
 
 
 def _in_order(

@@ -10,6 +10,7 @@ from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pyarrow as pa
@@ -30,9 +31,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.catalog import Catalog, ShardFile, read_catalog
-from infra.duck import connect
+from infra.duck import connect, memory_bytes
 from infra.storage import Storage
-from schemas.config import Config
+from schemas.config import Config, DuckDb
 from schemas.graph.feature_tables import TABLES
 from schemas.work import FeatureShard, GraphShard, TokenShard
 from tasks.corpus.tables import CorpusTables
@@ -144,10 +145,17 @@ _BASELINES: dict[int, dict[str, list[Any]]] = {}
     starts=st.lists(st.integers(1, 29), max_size=6),
     order=st.integers(0, 999),
     threads=st.sampled_from([1, 2, 5]),
+    fewest_apart=st.sampled_from([2, 99]),
 )
-def test_sharding_order_and_threads_change_no_bit(
-    tmp_path_factory: pytest.TempPathFactory, seed: int, starts: list[int], order: int, threads: int
+def test_sharding_order_threads_and_passes_change_no_bit(
+    tmp_path_factory: pytest.TempPathFactory,
+    seed: int,
+    starts: list[int],
+    order: int,
+    threads: int,
+    fewest_apart: int,
 ) -> None:
+    """Also where passes hold so few rows that there is one a feature, which reads its own or the whole layer."""
     # Few values, so that many activations are equally strong.
     documents = [
         replace(
@@ -169,6 +177,11 @@ def test_sharding_order_and_threads_change_no_bit(
     if seed not in _BASELINES:
         _BASELINES[seed] = tables([], 0, 1)
     assert tables(starts, order, threads) == _BASELINES[seed]
+    with (
+        patch.object(feature_tables, "BYTES_PER_ROW", memory_bytes(DuckDb().memory_limit) // 120),
+        patch.object(feature_tables, "FEWEST_APART", fewest_apart),
+    ):
+        assert tables(starts, order, threads) == _BASELINES[seed]
 
 
 def test_what_is_drawn_is_spread_over_every_part() -> None:
