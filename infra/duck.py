@@ -48,7 +48,7 @@ def open_duckdb(storage: Storage, resources: DuckDb | None = None, database: str
         # Processes may share it: DuckDB names its files by process, and removes those of dead ones.
         os.makedirs(spill, exist_ok=True)
         connection.execute("SET memory_limit = ?", [resources.memory_limit])
-        connection.execute("SET threads = ?", [resources.threads or _threads(resources.memory_limit)])
+        connection.execute("SET threads = ?", [threads_within(resources)])
         connection.execute("SET temp_directory = ?", [spill])
         connection.execute("SET preserve_insertion_order = false")
         connection.execute("SET enable_progress_bar = false")
@@ -77,8 +77,10 @@ def memory_bytes(limit: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(prefix) + 1))
 
 
-def _threads(memory_limit: str) -> int:
-    return max(1, min(available_cores(), memory_bytes(memory_limit) // BYTES_PER_THREAD))
+def threads_within(resources: DuckDb) -> int:
+    """Threads as `duckdb.threads` says, or one a core as far as the memory limit has room for them."""
+    room = memory_bytes(resources.memory_limit) // BYTES_PER_THREAD
+    return resources.threads or max(1, min(available_cores(), room))
 
 
 def connect(storage: Storage, resources: DuckDb | None = None) -> Any:

@@ -27,8 +27,7 @@ import pyarrow.parquet as pq
 from infra import verified
 from infra.allocator import freed_memory_kept
 from infra.catalog import Catalog, ShardFile
-from infra.cluster import available_cores
-from infra.duck import memory_bytes
+from infra.duck import memory_bytes, threads_within
 from infra.manifest import Manifest, commit, content_key, load, load_all
 from infra.progress import Progress, one_by_one, silent
 from infra.storage import Storage, StoredFile
@@ -198,7 +197,7 @@ def ensure_layer(
     folder, parts = _folder(config, layer, features)
     if load(storage, folder) is not None:
         return
-    threads = config.duckdb.threads or available_cores()
+    threads = threads_within(config.duckdb)
     with freed_memory_kept(), ThreadPoolExecutor(threads, "functok-features") as pool:
         largest = max((shard.n_activations for shard in features if shard.layer == layer), default=0)
         work = _Layer(config, storage, layer, inputs, folder, pool, threads, largest)
