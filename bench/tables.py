@@ -110,6 +110,12 @@ def main() -> None:
     memory = spread([entry["peak_memory_gb"] for entry in built])
     seconds = spread([entry["seconds"] for entry in built])
     added = ratio(*([entry[of] for entry in built] for of in ("feature_seconds", "graph_seconds")))
+    of_stage = ratio(
+        *(
+            [entry[f"{of}_seconds"] + entry[f"{of}_check_seconds"] for entry in built]
+            for of in ("feature", "graph")
+        )
+    )
     read = spread([entry["read_seconds"] for entry in built])
     figures = [
         figure(f"{what}: peak memory, GB", memory, "≤", 4),
@@ -132,6 +138,7 @@ def main() -> None:
         ),
         figure(f"{what}, of the graph: seconds", spread([entry["graph_seconds"] for entry in built])),
         figure("tables of single features: time over that of the others", added, "≤", 1.5),
+        figure("the same, the checks of both before publishing included", of_stage, "≤", 1.5),
         figure("one feature's examples, histogram and tokens: seconds to read", read),
     ]
     emit("tables", {"figures": figures, "built": built})
@@ -147,12 +154,12 @@ def group(storage: Storage, nonzeros: int, limits: DuckDb, side: str) -> dict[st
         side: `bare`: the shards' edges. `activations`: these and every activation, sorted, as edges were once made.
     """
     _, features, _ = make_shards(storage, nonzeros)
+    read_once(storage, features)
     seconds = 0.0
     for layer in LAYERS:
         views = graph_inputs(features, layer)
         catalog = Catalog(sharded={view: views[view] for view in ("shard_edges", "activations")})
         with opened(side, limits, storage, catalog) as connection, tempfile.NamedTemporaryFile() as file:
-            connection.execute("SELECT sum(hash(shard_edges)) FROM shard_edges").fetchall()
             started = time.perf_counter()
             connection.execute(f"COPY ({GROUPED[side]}) TO '{file.name}' (FORMAT parquet, COMPRESSION zstd)")
             seconds += time.perf_counter() - started
@@ -169,6 +176,7 @@ def on_workers(storage: Storage, nonzeros: int, limits: DuckDb) -> dict[str, flo
     from tasks.graph.edges import edge_folder, ensure_edges
 
     _, features, _ = make_shards(storage, nonzeros)
+    read_once(storage, features)
     alone = limits.model_copy(update={"threads": 1})
     found: dict[str, float] = {}
     for n in (1, 2):
@@ -192,13 +200,17 @@ def build(storage: Storage, nonzeros: int, limits: DuckDb) -> dict[str, object]:
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     from builders import run_of
 
+    from tasks.corpus.tables import CorpusTables
     from tasks.corpus.tokenization import TOKENIZE
     from tasks.dictionaries.dictionaries import DICTIONARIES
+    from tasks.engine.checks import check_tables
+    from tasks.engine.tables import merged
     from tasks.graph.feature_tables import FEATURE_TABLES
     from tasks.graph.features import FEATURES
     from tasks.graph.tables import GRAPH
 
     shards, features, dictionaries = make_shards(storage, nonzeros)
+    read_once(storage, features)
     config = Config.model_validate(
         {
             "corpus": {"urls": ["synthetic"]},
@@ -218,10 +230,16 @@ def build(storage: Storage, nonzeros: int, limits: DuckDb) -> dict[str, object]:
         last = now
 
     run = run_of(config, storage, {TOKENIZE: shards, DICTIONARIES: dictionaries, FEATURES: features})
+    corpus = CorpusTables().build(run)
     graph = GRAPH.build(run, progress)
     between = time.perf_counter()
     shown = FEATURE_TABLES.build(run, progress)
     ended = time.perf_counter()
+    checks = {}
+    for what, groups in (("graph", [corpus, graph]), ("features", [corpus, graph, shown])):
+        started_check = time.perf_counter()
+        check_tables(config, storage, merged(Catalog(), *groups))
+        checks[what] = time.perf_counter() - started_check
     edges = [file.name for file in graph.sharded["edges"]]
     return {
         "nonzeros": sum(feature.n_activations for feature in features),
@@ -233,10 +251,19 @@ def build(storage: Storage, nonzeros: int, limits: DuckDb) -> dict[str, object]:
         "seconds": round(ended - started, 1),
         "graph_seconds": round(between - started, 3),
         "feature_seconds": round(ended - between, 3),
+        "graph_check_seconds": round(checks["graph"], 3),
+        "feature_check_seconds": round(checks["features"] - checks["graph"], 3),
         "read_seconds": round(read_features(storage, shown), 4),
         "peak_memory_gb": round(memory_gb(), 2),
         "seconds_of": steps,
     }
+
+
+def read_once(storage: Storage, features: list[FeatureShard]) -> None:
+    """Bring the shards' files into the system's cache: whichever side came first would wait for the disk."""
+    for feature in features:
+        for name in storage.sizes(feature.folder):
+            storage.read_bytes(name)
 
 
 def read_features(storage: Storage, shown: Tables) -> float:

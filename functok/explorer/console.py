@@ -25,7 +25,7 @@ from functok.explorer.tables import Reader
 from schemas.tables import TABLES
 from tasks.explore.vocabulary import Choice, Figure, Grid, Query, Refused, Slider
 from tasks.report import charts
-from tasks.report.text import plain, visible_text
+from tasks.report.text import visible_text
 from tasks.report.vocabulary import Chart, Column, Row
 
 MOST_ROWS, MOST_SECONDS = 100_000, 600
@@ -87,11 +87,7 @@ class Value(Column):
     def cell(self, row: Row) -> str:
         """The text of a row's cell."""
         value = row.get(self.key)
-        if value is None:
-            return "NULL"
-        if isinstance(value, bool):
-            return "true" if value else "false"
-        return plain(value) if isinstance(value, int | float) else visible_text(str(value), 400)
+        return "NULL" if value is None else visible_text(value, 400)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +241,7 @@ def grid(reader: Reader, sql: str, typed: Typed, *, is_whole: bool = False) -> G
         filters=list(kinds),
         note=f"At most {typed.rows:,} rows, as “rows” says; downloads have all.",
         empty="No row.",
+        is_written=True,
     )
 
 

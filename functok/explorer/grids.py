@@ -168,7 +168,14 @@ def shown(connection: Any, grid: Grid, address: Address) -> ShownGrid:
     values = dict(query.query.values)
     typed = given.get(f"{grid.key}.page") or "1"
     page = _page(typed)
-    found = rows(connection, f"{query.query.sql}\nLIMIT {size} OFFSET {(page - 1) * size}", values or None)
+
+    def of_page(number: int) -> list[Row]:
+        sql = f"{query.query.sql}\nLIMIT {size} OFFSET {(number - 1) * size}"
+        if grid.is_written:
+            sql = f"SELECT COLUMNS(*)::VARCHAR FROM (\n{sql}\n)"
+        return rows(connection, sql, values or None)
+
+    found = of_page(page)
     if 0 < len(found) < size or (page == 1 and not found):
         n_rows = (page - 1) * size + len(found)
     else:
@@ -177,9 +184,7 @@ def shown(connection: Any, grid: Grid, address: Address) -> ShownGrid:
         if not found:
             last = max(1, -(-n_rows // size))
             page = last
-            found = rows(
-                connection, f"{query.query.sql}\nLIMIT {size} OFFSET {(page - 1) * size}", values or None
-            )
+            found = of_page(page)
     columns = [(c.column, c.to) if isinstance(c, Link) else (c, None) for c in grid.columns]
     largest = {
         key: max((abs(row[key]) for row in found if row.get(key) is not None), default=0) for key in grid.bars

@@ -128,6 +128,7 @@ class Grid:
         page_size: Rows a page.
         note: What to know when reading it.
         empty: What is said where there is no row, and what to do to get some.
+        is_written: Whether values come as DuckDB writes them, all digits and what is not finite too, instead of as values.
     """
 
     key: str
@@ -140,6 +141,7 @@ class Grid:
     page_size: int = 50
     note: str = ""
     empty: str = "Nothing here."
+    is_written: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

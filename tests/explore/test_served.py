@@ -307,6 +307,11 @@ def test_the_console_runs_a_select(client: TestClient, storage: Storage) -> None
     assert len(rows_of(client.get("/sql", params={"q": "FROM tokens", "rows": "2"}).text)) == 2
     assert "READ_PARQUET" in client.get("/sql", params={"q": "FROM tokens", "explain": "1"}).text
     assert ["tokens"] in rows_of(client.get("/sql", params={"q": "SHOW TABLES"}).text)
+    numbers = "SELECT 'nan'::DOUBLE, '-inf'::FLOAT, 0.1::FLOAT, 1234567.8, 1e-7 / 3, true, NULL, [1.5, NULL]"
+    (as_they_are,) = rows_of(client.get("/sql", params={"q": numbers}).text)
+    assert as_they_are == [
+        *("nan", "-inf", "0.1", "1234567.8", "3.3333333333333334e-08", "true", "NULL", "[1.5, NULL]")
+    ]
     hostile = client.get(
         "/sql", params={"q": f"SELECT '{HOSTILE.replace(chr(39), chr(39) * 2)}' AS \"<script>\""}
     ).text
