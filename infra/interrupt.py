@@ -35,6 +35,7 @@ class _State:
         self.asked, self.told, self.query_ended = False, False, False
         self.ended: weakref.WeakSet[Interruptible] = weakref.WeakSet()
         self.wakes: socket.socket | None = None
+        self.all_told = threading.Semaphore(0)
 
 
 _state = _State()
@@ -115,12 +116,18 @@ def one_query() -> Iterator[None]:
         KeyboardInterrupt: if Ctrl-C ended it, whatever the library made of that.
     """
     _state.query_ended = False
+    while _state.all_told.acquire(blocking=False):
+        pass
     try:
         yield
     except Exception as error:
         if _state.query_ended:
             raise KeyboardInterrupt from error
         raise
+    finally:
+        if _state.query_ended:
+            # Else what is told to end late would be the next query.
+            _state.all_told.acquire(timeout=1)
 
 
 def end_interrupted(hint: str = "") -> NoReturn:
@@ -162,3 +169,4 @@ def _tell(wakes: socket.socket) -> None:
                 # A connection that was closed has nothing to end.
                 with suppress(Exception):
                     work.interrupt()
+            _state.all_told.release()
