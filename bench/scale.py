@@ -283,7 +283,7 @@ def walk(
         folder: Is made; model and dictionary lie beside it.
         share: Of the work that is done by default.
         times: The work, times that at 1×.
-        steps: Those of `WORK` that are made, with all that they need.
+        steps: Those of `WORK` that are made, all that they need among them.
     """
     amounts = {step: max(1, round(n * share)) * times for step, (n, _) in WORK.items()}
     folder.mkdir(parents=True)
@@ -355,7 +355,11 @@ def main() -> None:
     arguments.set_defaults(rounds=1)
     arguments.add_argument("--share", type=float, default=1.0, help="of the work that is done by default")
     arguments.add_argument(
-        "--steps", nargs="+", choices=WORK, default=list(WORK), help="these alone, with all that they need"
+        "--steps",
+        nargs="+",
+        choices=WORK,
+        default=list(WORK),
+        help="these alone; name what they need as well",
     )
     chosen: argparse.Namespace = arguments.parse_args()
     with tempfile.TemporaryDirectory(prefix="functok-bench-") as folder:
