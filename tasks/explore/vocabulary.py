@@ -128,7 +128,7 @@ class Grid:
         page_size: Rows a page.
         note: What to know when reading it.
         empty: What is said where there is no row, and what to do to get some.
-        is_written: Whether values come as DuckDB writes them, all digits and what is not finite too, instead of as values.
+        is_written: Whether values come as DuckDB writes them: with all digits, and where they are not finite too.
     """
 
     key: str
